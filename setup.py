@@ -1,0 +1,5 @@
+"""Builds the package; its metadata are in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

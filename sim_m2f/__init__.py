@@ -1,0 +1,8 @@
+"""SIM-M2F: instance masks learned from bounding boxes alone (SIM, CVPR 2023, on Mask2Former)."""
+
+from sim_m2f.config import get_cfg
+from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.modeling import build_model
+
+__all__ = ["build_model", "get_cfg", "load_checkpoint"]
+__version__ = "0.1.0"

@@ -1,0 +1,253 @@
+"""Every key of a configuration with its default and its meaning.
+
+Keys that detectron2 or Mask2Former have carry their names and their meaning; what belongs to learning from boxes stands
+under MODEL.SIM. YAML files may inherit with ``_BASE_`` (fvcore). Values are checked against the defaults' types.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import BASE_KEY
+from fvcore.common.config import CfgNode as FvcoreNode
+
+from sim_m2f.errors import UserError
+
+
+class CfgNode(FvcoreNode):
+    """A configuration that names the nearest known key when one is unknown.
+
+    Steps of a schedule (MODEL.SIM.*.START, WARMUP, STEPS) are numbers of steps, or, below 1, a fraction of
+    SOLVER.MAX_ITER, so that one file serves short and long runs.
+    """
+
+    def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
+        """Merge a YAML file (and the files that its ``_BASE_`` names).
+
+        Raises:
+            UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+        """
+        try:
+            loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
+        if not isinstance(loaded, Mapping):
+            raise UserError(f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}")
+        loaded.pop(BASE_KEY, None)
+        self._merge(loaded, str(cfg_filename))
+
+    def merge_from_list(self, cfg_list: list[str]) -> None:
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line.
+
+        Raises:
+            UserError: a key without a value, an unknown key, or a value of the wrong type.
+        """
+        if len(cfg_list) % 2:
+            raise UserError(f"overrides are pairs KEY VALUE; {cfg_list[-1]} has no value")
+        for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
+            nested: Any = value
+            for part in reversed(str(key).split(".")):
+                nested = {part: nested}
+            self._merge(nested, "command line")
+
+    def _merge(self, values: Mapping[str, Any], source: str) -> None:
+        checked = _checked(values, self, "", source)
+        super().merge_from_other_cfg(CfgNode(checked))
+
+
+def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: str) -> dict[str, Any]:
+    """The values with the types of the defaults; raises UserError for an unknown key or a wrong type."""
+    checked = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in defaults:
+            raise UserError(f"{source}: unknown key {path}; {_suggestion(path)}")
+        default = defaults[key]
+        if isinstance(default, CfgNode):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{source}: {path} is a group of keys, not a value; did you mean {path}.{next(iter(default))}?")
+            checked[key] = _checked(value, default, f"{path}.", source)
+        else:
+            checked[key] = _coerced(value, default, path, source)
+    return checked
+
+
+def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
+    decoded = CfgNode._decode_cfg_value(value)
+    if isinstance(default, str):
+        decoded = value
+    elif isinstance(default, float) and type(decoded) is int:
+        decoded = float(decoded)
+    elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
+        decoded = type(default)([decoded] if isinstance(decoded, str) else decoded)
+    if default is not None and type(decoded) is not type(default):
+        raise UserError(
+            f"{source}: {path} takes a {type(default).__name__} such as {default!r}, not {value!r} "
+            f"({type(decoded).__name__})"
+        )
+    return decoded
+
+
+def _leaf_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield f"{prefix}{key}"
+            yield from _leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _suggestion(path: str) -> str:
+    known = list(_leaf_keys(_C))
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
+    by_name = [key for key in known if key.split(".")[-1] == path.split(".")[-1]]
+    return f"did you mean {(by_name or nearest)[0]}?"
+
+
+def _node(parent: CfgNode, names: Iterable[str]) -> None:
+    for name in names:
+        parent[name] = CfgNode()
+
+
+_C = CfgNode()
+_C.VERSION = 2  # Version of the key names, as in detectron2's files.
+_C.OUTPUT_DIR = "./output"  # Folder for checkpoints, logs, results and the report.
+_C.SEED = 0  # Seed of weights, sample order and augmentation.
+_node(_C, ["MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"])
+
+# ------------------------------------------------------------------------------------------------ network
+_C.MODEL.DEVICE = "auto"  # "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
+_C.MODEL.META_ARCHITECTURE = "MaskFormer"  # The only one; kept for Mask2Former's files.
+_C.MODEL.WEIGHTS = ""  # Checkpoint to start from; "" starts from random (or timm's pretrained) weights.
+_C.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]  # Mean of the pixels, RGB, 0..255.
+_C.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]  # Standard deviation of the pixels, RGB, 0..255.
+_node(_C.MODEL, ["BACKBONE", "RESNETS", "SWIN", "SEM_SEG_HEAD", "MASK_FORMER", "SIM"])
+
+# "build_resnet_backbone" (MODEL.RESNETS), "D2SwinTransformer" (MODEL.SWIN), or the name of any timm model.
+_C.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+_C.MODEL.BACKBONE.FREEZE_AT = 0  # ResNet stages kept fixed: 1 the stem, 2 also res2, ...; 0 none.
+_C.MODEL.BACKBONE.PRETRAINED = False  # Start the backbone from timm's pretrained weights (downloads them).
+
+_C.MODEL.RESNETS.DEPTH = 50  # 18, 34, 50, 101 or 152.
+_C.MODEL.RESNETS.NORM = "FrozenBN"  # "FrozenBN", "BN", "SyncBN" or "GN"; from scratch use "BN" or "GN".
+_C.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
+
+_C.MODEL.SWIN.EMBED_DIM = 96  # Channels after the patch embedding.
+_C.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # Blocks per stage.
+_C.MODEL.SWIN.NUM_HEADS = [3, 6, 12, 24]  # Attention heads per stage.
+_C.MODEL.SWIN.WINDOW_SIZE = 7  # Side of the attention window in tokens.
+_C.MODEL.SWIN.PRETRAIN_IMG_SIZE = 224  # Side of the pretraining pictures; only absolute embeddings use it.
+_C.MODEL.SWIN.PATCH_SIZE = 4  # Side of a patch in pixels.
+_C.MODEL.SWIN.MLP_RATIO = 4.0  # Hidden width of the MLPs, in units of the channels.
+_C.MODEL.SWIN.DROP_PATH_RATE = 0.3  # Stochastic depth of the last block, growing linearly from 0.
+_C.MODEL.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
+
+_C.MODEL.SEM_SEG_HEAD.NAME = "MaskFormerHead"  # The only one; kept for Mask2Former's files.
+_C.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80  # Classes of the data set, without "no object".
+_C.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256  # Width of the pixel decoder.
+_C.MODEL.SEM_SEG_HEAD.MASK_DIM = 256  # Width of the mask features.
+_C.MODEL.SEM_SEG_HEAD.NORM = "GN"  # Norm of the pixel decoder's convolutions: "GN" or "".
+_C.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"  # The only one.
+_C.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps that the pixel decoder takes.
+_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]  # ... and its encoder.
+_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # Sampling points per head and level.
+_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8  # Attention heads of the encoder.
+_C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6  # Deformable encoder layers.
+_C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024  # Hidden width of the encoder's MLPs.
+_C.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = 4  # Stride of the mask features.
+
+_C.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"  # The only one.
+_C.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "multi_scale_pixel_decoder"  # The only one.
+_C.MODEL.MASK_FORMER.DEEP_SUPERVISION = True  # Apply every loss after every decoder layer.
+_C.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = 0.1  # Weight of the class "no object" in the classification loss.
+_C.MODEL.MASK_FORMER.CLASS_WEIGHT = 2.0  # Weight of the classification loss.
+_C.MODEL.MASK_FORMER.MASK_WEIGHT = 5.0  # Weight of the mask cross-entropy (mask supervision).
+_C.MODEL.MASK_FORMER.DICE_WEIGHT = 5.0  # Weight of the mask dice loss (mask supervision).
+_C.MODEL.MASK_FORMER.HIDDEN_DIM = 256  # Width of the queries.
+_C.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 100  # Queries per picture: the most objects that one can hold.
+_C.MODEL.MASK_FORMER.NHEADS = 8  # Attention heads of the decoder.
+_C.MODEL.MASK_FORMER.DROPOUT = 0.0  # Dropout in the encoder.
+_C.MODEL.MASK_FORMER.DIM_FEEDFORWARD = 2048  # Hidden width of the decoder's MLPs.
+_C.MODEL.MASK_FORMER.PRE_NORM = False  # Layer norm before instead of after each decoder block.
+_C.MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ = False  # Project the decoder's inputs even where widths agree.
+_C.MODEL.MASK_FORMER.SIZE_DIVISIBILITY = 32  # Pictures are padded to a multiple of this many pixels.
+_C.MODEL.MASK_FORMER.DEC_LAYERS = 10  # Predictions: 1 from the queries alone + 1 after each decoder layer.
+_C.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544  # Points per mask at which mask supervision compares.
+_C.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0  # Candidates drawn per point kept.
+_C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points taken where the mask is least certain.
+
+# ------------------------------------------------------------------------------------------------ supervision
+_C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
+_node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL"])
+_C.MODEL.SIM.MATCHER.CLASS_WEIGHT = 2.0  # Weight of -(class probability) in the matching cost.
+_C.MODEL.SIM.MATCHER.PROJECTION_WEIGHT = 5.0  # Weight of the dice of both projections in the matching cost.
+_C.MODEL.SIM.MATCHER.BOX_WEIGHT = 0.0  # Weight of L1 + GIoU between the mask's box and the annotated box.
+_C.MODEL.SIM.PROJECTION.WEIGHT = 5.0  # Weight of loss_projection.
+_C.MODEL.SIM.PAIRWISE.WEIGHT = 5.0  # Weight of loss_pairwise.
+_C.MODEL.SIM.PAIRWISE.DILATION = 2  # Distance of a pixel's 8 neighbours, in pixels at stride 4.
+_C.MODEL.SIM.PAIRWISE.COLOR_THRESHOLD = 0.3  # Edges count where the colour affinity is at least this.
+_C.MODEL.SIM.PAIRWISE.WARMUP = 10000.0  # Steps (or fraction of the run) of the linear warm-up from 0.
+_C.MODEL.SIM.BOX_FILL.WEIGHT = 0.0  # First weight of loss_box_fill (dice + cross-entropy towards the filled box).
+_C.MODEL.SIM.BOX_FILL.STEPS = 0.1  # Steps (or fraction of the run) over which loss_box_fill fades to 0.
+
+# ------------------------------------------------------------------------------------------------ pictures
+_C.INPUT.FORMAT = "RGB"  # Order of the channels that the network sees; only "RGB".
+_C.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"  # Large-scale jitter; the only one.
+_C.INPUT.IMAGE_SIZE = 1024  # Side of the square training crop in pixels.
+_C.INPUT.MIN_SCALE = 0.1  # Smallest scale of the large-scale jitter.
+_C.INPUT.MAX_SCALE = 2.0  # Largest scale of the large-scale jitter.
+_C.INPUT.RANDOM_FLIP = "horizontal"  # "horizontal", "vertical" or "none".
+_C.INPUT.MIN_SIZE_TEST = 800  # Shorter side of a test picture in pixels; 0 keeps the picture's size.
+_C.INPUT.MAX_SIZE_TEST = 1333  # Longer side of a test picture in pixels, at the most.
+_C.INPUT.BOTTOM_ROWS = 10  # Lowest rows of a picture left out of loss_pairwise (bad annotation in COCO).
+
+# Names: coco_2017_{train,val,test-dev} under $DETECTRON2_DATASETS (default datasets/), shapes_{train,val}.
+_C.DATASETS.TRAIN = ("coco_2017_train",)  # Data sets to train on.
+_C.DATASETS.TEST = ("coco_2017_val",)  # Data sets to evaluate on.
+_C.DATASETS.TRAIN_ANNOTATIONS = ""  # A COCO JSON to train on instead of DATASETS.TRAIN ...
+_C.DATASETS.TRAIN_IMAGES = ""  # ... and the folder of its pictures.
+_C.DATASETS.TEST_ANNOTATIONS = ""  # A COCO JSON to evaluate on instead of DATASETS.TEST ...
+_C.DATASETS.TEST_IMAGES = ""  # ... and the folder of its pictures.
+_C.DATALOADER.NUM_WORKERS = 4  # Processes that read pictures, per rank; 0 reads in the training process.
+
+# ------------------------------------------------------------------------------------------------ training
+_C.SOLVER.OPTIMIZER = "ADAMW"  # The only one.
+_C.SOLVER.IMS_PER_BATCH = 16  # Pictures per step, over all ranks.
+_C.SOLVER.BASE_LR = 0.0001  # Learning rate.
+_C.SOLVER.BACKBONE_MULTIPLIER = 0.1  # Learning rate of the backbone, in units of BASE_LR.
+_C.SOLVER.WEIGHT_DECAY = 0.05  # Weight decay.
+_C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # Weight decay of norm layers.
+_C.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # Weight decay of embeddings.
+_C.SOLVER.MAX_ITER = 368750  # Steps.
+_C.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # Or "WarmupPolyLR", "WarmupCosineLR".
+_C.SOLVER.STEPS = (327778, 355092)  # Steps at which the learning rate is multiplied by GAMMA.
+_C.SOLVER.GAMMA = 0.1  # Factor at each of STEPS.
+_C.SOLVER.POLY_LR_POWER = 0.9  # Power of WarmupPolyLR.
+_C.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0  # Least factor of WarmupPolyLR.
+_C.SOLVER.WARMUP_ITERS = 10  # Steps of the learning rate's warm-up.
+_C.SOLVER.WARMUP_FACTOR = 1.0  # Factor of the learning rate at the first step of the warm-up.
+_C.SOLVER.WARMUP_METHOD = "linear"  # "linear" or "constant".
+_C.SOLVER.CHECKPOINT_PERIOD = 5000  # Steps between checkpoints; 0 writes only the last one.
+_C.SOLVER.LOG_PERIOD = 20  # Steps between lines of metrics.jsonl.
+_C.SOLVER.CLIP_GRADIENTS = CfgNode()
+_C.SOLVER.CLIP_GRADIENTS.ENABLED = True  # Clip the gradient.
+_C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # The norm of all gradients together; the only one.
+_C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.01  # The most that the norm may be.
+_C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0  # Which norm.
+_C.SOLVER.AMP = CfgNode()
+_C.SOLVER.AMP.ENABLED = True  # Mixed precision on a GPU; a CPU computes in float32 whatever this says.
+_C.SOLVER.AMP.DTYPE = "auto"  # "bf16", "fp16", or "auto": bf16 where the GPU has it, else fp16.
+
+# ------------------------------------------------------------------------------------------------ evaluation
+_C.TEST.EVAL_PERIOD = 5000  # Steps between evaluations; 0 evaluates only at the end.
+_C.TEST.DETECTIONS_PER_IMAGE = 100  # Detections kept per picture.
+
+
+def get_cfg() -> CfgNode:
+    """A fresh copy of the defaults; ``merge_from_file`` and ``merge_from_list`` change it."""
+    return copy.deepcopy(_C)
