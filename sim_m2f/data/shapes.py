@@ -1,0 +1,246 @@
+"""The embedded data set ``shapes``: procedural pictures as COCO JSON and PNG, the same from every run.
+
+Eight classes that their boxes fit badly, before cluttered backgrounds. Masks are modal: an object owns the pixels
+that no later object covers. So that hard subsets can be scored apart, a picture has ``tags`` (of "camouflage",
+"same_class_overlap", "same_colour") and an annotation ``camouflage`` (bool).
+"""
+
+import json
+import math
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from scipy.ndimage import binary_dilation
+
+from sim_m2f.data import shapes_paint as paint
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+
+VERSION = "shapes-v1"
+SPLITS = {"train": 2000, "val": 200}
+CLASSES = tuple(paint.OUTLINES)
+
+DIAMETER = (26, 76)  # of the circle around an object, pixels
+CAMOUFLAGED = 0.16  # share of the objects that are placed freely
+SAME_CLASS_OVERLAP, SAME_COLOUR = 0.14, 0.16  # shares of the pictures; free placement adds to the first
+MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.35, 60
+TRIES = 40  # placements that are tried before an object is left out
+
+
+@dataclass
+class Thing:
+    """One object; lengths in pixels, arrays (SIZE, SIZE)."""
+
+    label: int
+    centre: np.ndarray
+    diameter: float
+    alpha: np.ndarray  # share of each pixel that it covers, float in 0..1
+    visible: np.ndarray  # what no later object hides, bool
+    area: float  # of the whole shape, also beyond the picture's edge
+    colour: np.ndarray | None = None  # RGB; None: camouflaged
+
+    @property
+    def mask(self) -> np.ndarray:
+        return self.alpha >= 0.5
+
+
+def make_thing(rng: np.random.Generator, label: int, centre: np.ndarray, diameter: float) -> Thing:
+    turn = paint.rotation(rng.uniform(0, 2 * math.pi)) * diameter / 2
+    polygons = [polygon @ turn + centre for polygon in paint.OUTLINES[CLASSES[label]](rng)]
+    alpha = paint.coverage(polygons)
+    area = paint.polygon_area(polygons[0]) - sum(map(paint.polygon_area, polygons[1:]))
+    return Thing(label, centre, diameter, alpha, alpha >= 0.5, area)
+
+
+class Scene:
+    """A picture while it is painted: each object over the earlier ones, none of which may vanish under it."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.canvas = paint.background(rng)
+        self.things: list[Thing] = []
+
+    def fits(self, new: Thing) -> bool:
+        visible = [(thing.visible & ~new.mask, thing.area) for thing in self.things] + [
+            (new.visible, new.area)
+        ]
+        return all(mask.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area) for mask, area in visible)
+
+    def add(self, thing: Thing, fill: np.ndarray) -> None:
+        self.canvas = self.canvas + thing.alpha[..., None] * (fill - self.canvas)
+        for earlier in self.things:
+            earlier.visible &= ~thing.mask
+        self.things.append(thing)
+
+    def anywhere(self) -> Thing:
+        diameter = self.rng.uniform(*DIAMETER)
+        centre = self.rng.uniform(0.3 * diameter, paint.SIZE - 0.3 * diameter, 2)
+        return make_thing(self.rng, self.rng.integers(len(CLASSES)), centre, diameter)
+
+    def beside(self, other: Thing, label: int, near: float, far: float) -> Thing:
+        """A thing of similar size, its centre ``near`` to ``far`` mean diameters from that of the other."""
+        diameter = np.clip(other.diameter * self.rng.uniform(0.75, 1.3), *DIAMETER)
+        angle = self.rng.uniform(0, 2 * math.pi)
+        distance = self.rng.uniform(near, far) * (diameter + other.diameter) / 2
+        centre = other.centre + distance * np.array([math.cos(angle), math.sin(angle)])
+        return make_thing(self.rng, label, centre, diameter)
+
+    def add_alone(self, kind: str | None = None, may_hide: bool = True) -> None:
+        """A thing that stands out from what lies under it, or a camouflaged one that overlaps no other."""
+        hide = may_hide and self.rng.random() < CAMOUFLAGED
+        for _ in range(TRIES):
+            thing = self.anywhere()
+            if not self.fits(thing) or (
+                hide and any((thing.mask & other.mask).any() for other in self.things)
+            ):
+                continue
+            if hide:
+                return self.add(thing, paint.camouflage(self.rng, self.canvas, thing.mask))
+            thing.colour = paint.contrasting_colour(self.rng, self.canvas[thing.mask])
+            return self.add(thing, paint.fill(self.rng, kind or self.rng.choice(paint.FILLS), thing.colour))
+
+    def add_same_class_overlap(self) -> None:
+        """Over the first thing, a second of its class: half the time of a similar colour."""
+        first = self.things[0]
+        for _ in range(TRIES):
+            thing = self.beside(first, first.label, 0.4, 0.85)
+            if (thing.mask & first.mask).sum() >= 20 and self.fits(thing):
+                thing.colour = paint.contrasting_colour(self.rng, self.canvas[thing.mask])
+                if self.rng.random() < 0.5:
+                    shift = self.rng.choice([-1, 1]) * self.rng.uniform(25, 45)
+                    thing.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
+                return self.add(thing, paint.fill(self.rng, self.rng.choice(paint.FILLS), thing.colour))
+
+    def add_same_colour(self) -> None:
+        """Beside the first thing, one of another class and of the same flat colour, at most 3 pixels away."""
+        first = self.things[0]
+        reach = binary_dilation(first.mask, iterations=3)
+        label = (first.label + self.rng.integers(1, len(CLASSES))) % len(CLASSES)
+        for _ in range(TRIES):
+            thing = self.beside(first, label, 0.6, 1.1)
+            overlap = (thing.mask & first.mask).sum()
+            if (thing.mask & reach).any() and overlap <= 0.08 * thing.area and self.fits(thing):
+                thing.colour = first.colour
+                return self.add(thing, paint.fill(self.rng, "flat", thing.colour))
+
+    def tags(self) -> list[str]:
+        pairs = [(a, b) for i, a in enumerate(self.things) for b in self.things[:i]]
+        found = {
+            "camouflage": any(thing.colour is None for thing in self.things),
+            "same_class_overlap": any(a.label == b.label and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
+            "same_colour": any(a.colour is not None and a.colour is b.colour for a, b in pairs),
+        }
+        return [tag for tag, is_there in found.items() if is_there]
+
+
+def make_scene(rng: np.random.Generator) -> Scene:
+    scene = Scene(rng)
+    draw = rng.random()
+    if draw < SAME_CLASS_OVERLAP:
+        scene.add_alone(may_hide=False)
+        scene.add_same_class_overlap()
+    elif draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
+        scene.add_alone("flat", may_hide=False)
+        scene.add_same_colour()
+    for _ in range(rng.integers(1, 5) - len(scene.things)):
+        scene.add_alone()
+    return scene
+
+
+def annotate(thing: Thing, image_id: int) -> dict:
+    """The thing as a COCO annotation, without its id."""
+    rows, columns = np.flatnonzero(thing.visible.any(axis=1)), np.flatnonzero(thing.visible.any(axis=0))
+    left, top = int(columns[0]), int(rows[0])
+    rle = coco_mask.encode(np.asfortranarray(thing.visible.astype(np.uint8)))
+    return {
+        "image_id": image_id,
+        "category_id": int(thing.label) + 1,
+        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
+        "area": int(thing.visible.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        "camouflage": thing.colour is None,
+    }
+
+
+def write_picture(folder: Path, split: str, number: int) -> tuple[dict, list[dict]]:
+    """Paint picture ``number`` (from 1) of a split; returns its COCO record and annotations."""
+    scene = make_scene(np.random.default_rng([list(SPLITS).index(split), number]))
+    name = f"{number:06d}.png"
+    pixels = np.clip(np.rint(scene.canvas), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(folder / split / name, compress_level=1)
+    picture = {
+        "id": number,
+        "file_name": name,
+        "width": paint.SIZE,
+        "height": paint.SIZE,
+        "tags": scene.tags(),
+    }
+    return picture, [annotate(thing, number) for thing in scene.things]
+
+
+def write_split(folder: Path, split: str) -> None:
+    (folder / split).mkdir(parents=True)
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(
+            pool.map(partial(write_picture, folder, split), range(1, SPLITS[split] + 1), chunksize=25)
+        )
+    annotations = [annotation for _, found in results for annotation in found]
+    data = {
+        "info": {"description": f"{VERSION} {split}"},
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
+        "images": [picture for picture, _ in results],
+        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
+    }
+    with atomic_write(folder / "annotations" / f"{split}.json") as file:
+        json.dump(data, file)
+
+
+def write_shapes(folder: str | Path) -> Path:
+    """Write annotations/{train,val}.json, train/*.png and val/*.png into ``folder``; returns it.
+
+    The folder appears at once, complete: one that is there already is kept as it is.
+
+    Raises:
+        UserError: the folder exists and holds something else, or cannot be written to.
+    """
+    folder = Path(folder)
+    if is_complete(folder):
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder}: is there already and is not the shapes set; delete it or choose another folder"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
+        ) as draft:
+            complete = Path(draft) / "set"
+            for split in SPLITS:
+                write_split(complete, split)
+            complete.rename(folder)
+    except OSError as error:
+        if not is_complete(folder):  # else another process was faster
+            reason = error.strerror or error
+            raise UserError(
+                f"{folder}: cannot be written ({reason}); free space or choose another"
+            ) from error
+    return folder
+
+
+def is_complete(folder: Path) -> bool:
+    return all((folder / "annotations" / f"{split}.json").is_file() for split in SPLITS)
+
+
+def cached_shapes() -> Path:
+    """The set's folder in the cache, ``$SIM_M2F_CACHE`` (default ~/.cache/sim_m2f); written on first use."""
+    cache = Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
+    return write_shapes(cache / VERSION)
