@@ -37,7 +37,9 @@ class CfgNode(FvcoreNode):
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
         if not isinstance(loaded, Mapping):
-            raise UserError(f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}")
+            raise UserError(
+                f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}"
+            )
         loaded.pop(BASE_KEY, None)
         self._merge(loaded, str(cfg_filename))
 
@@ -70,7 +72,9 @@ def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: 
         default = defaults[key]
         if isinstance(default, CfgNode):
             if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {path} is a group of keys, not a value; did you mean {path}.{next(iter(default))}?")
+                raise UserError(
+                    f"{source}: {path} is a group of keys, not a value; did you mean {path}.{next(iter(default))}?"
+                )
             checked[key] = _checked(value, default, f"{path}.", source)
         else:
             checked[key] = _coerced(value, default, path, source)
@@ -153,8 +157,17 @@ _C.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256  # Width of the pixel decoder.
 _C.MODEL.SEM_SEG_HEAD.MASK_DIM = 256  # Width of the mask features.
 _C.MODEL.SEM_SEG_HEAD.NORM = "GN"  # Norm of the pixel decoder's convolutions: "GN" or "".
 _C.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"  # The only one.
-_C.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps that the pixel decoder takes.
-_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]  # ... and its encoder.
+_C.MODEL.SEM_SEG_HEAD.IN_FEATURES = [
+    "res2",
+    "res3",
+    "res4",
+    "res5",
+]  # Feature maps that the pixel decoder takes.
+_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = [
+    "res3",
+    "res4",
+    "res5",
+]  # ... and its encoder.
 _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # Sampling points per head and level.
 _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8  # Attention heads of the encoder.
 _C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6  # Deformable encoder layers.
@@ -179,7 +192,9 @@ _C.MODEL.MASK_FORMER.SIZE_DIVISIBILITY = 32  # Pictures are padded to a multiple
 _C.MODEL.MASK_FORMER.DEC_LAYERS = 10  # Predictions: 1 from the queries alone + 1 after each decoder layer.
 _C.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544  # Points per mask at which mask supervision compares.
 _C.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0  # Candidates drawn per point kept.
-_C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points taken where the mask is least certain.
+_C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = (
+    0.75  # Share of the points taken where the mask is least certain.
+)
 
 # ------------------------------------------------------------------------------------------------ supervision
 _C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
@@ -192,7 +207,9 @@ _C.MODEL.SIM.PAIRWISE.WEIGHT = 5.0  # Weight of loss_pairwise.
 _C.MODEL.SIM.PAIRWISE.DILATION = 2  # Distance of a pixel's 8 neighbours, in pixels at stride 4.
 _C.MODEL.SIM.PAIRWISE.COLOR_THRESHOLD = 0.3  # Edges count where the colour affinity is at least this.
 _C.MODEL.SIM.PAIRWISE.WARMUP = 10000.0  # Steps (or fraction of the run) of the linear warm-up from 0.
-_C.MODEL.SIM.BOX_FILL.WEIGHT = 0.0  # First weight of loss_box_fill (dice + cross-entropy towards the filled box).
+_C.MODEL.SIM.BOX_FILL.WEIGHT = (
+    0.0  # First weight of loss_box_fill (dice + cross-entropy towards the filled box).
+)
 _C.MODEL.SIM.BOX_FILL.STEPS = 0.1  # Steps (or fraction of the run) over which loss_box_fill fades to 0.
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -233,6 +250,7 @@ _C.SOLVER.WARMUP_ITERS = 10  # Steps of the learning rate's warm-up.
 _C.SOLVER.WARMUP_FACTOR = 1.0  # Factor of the learning rate at the first step of the warm-up.
 _C.SOLVER.WARMUP_METHOD = "linear"  # "linear" or "constant".
 _C.SOLVER.CHECKPOINT_PERIOD = 5000  # Steps between checkpoints; 0 writes only the last one.
+_C.SOLVER.KEEP_CHECKPOINTS = False  # Keep every checkpoint, not only the newest.
 _C.SOLVER.LOG_PERIOD = 20  # Steps between lines of metrics.jsonl.
 _C.SOLVER.CLIP_GRADIENTS = CfgNode()
 _C.SOLVER.CLIP_GRADIENTS.ENABLED = True  # Clip the gradient.

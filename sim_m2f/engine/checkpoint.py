@@ -1,0 +1,88 @@
+"""Checkpoints: written whole or not at all, read without running code from them."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+
+LAST = "last_checkpoint"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, strings and containers of them).
+
+    Raises:
+        UserError: the file cannot be written; an older file of the name is as it was.
+    """
+    with atomic_write(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error}); free space or choose another OUTPUT_DIR"
+            ) from error
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint of ours or of any torch file of tensors; never runs code from it.
+
+    Raises:
+        UserError: the file is missing, is not a checkpoint, is damaged, or holds more than tensors and containers.
+    """
+    path = Path(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a checkpoint of tensors only; not loaded ({reason})") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends early"
+        raise UserError(f"{path}: not a checkpoint, or damaged ({reason}); take another file") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint; take another file")
+    return state
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load the network's weights from a checkpoint.
+
+    Raises:
+        UserError: the file cannot be read, or belongs to another network.
+    """
+    state = read_checkpoint(path)
+    weights = state.get("model", state)
+    own = model.state_dict()
+    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
+    reshaped = [
+        name
+        for name in own.keys() & weights.keys()
+        if own[name].shape != getattr(weights[name], "shape", None)
+    ]
+    if missing or unknown or reshaped:
+        example = sorted(reshaped or missing or unknown)[0]
+        raise UserError(
+            f"{path}: belongs to another network: {len(missing)} weights missing, {len(unknown)} unknown, "
+            f"{len(reshaped)} of another shape (for instance {example}); check MODEL.* and NUM_CLASSES"
+        )
+    model.load_state_dict(weights)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, named in ``OUTPUT_DIR/last_checkpoint``; None for a run that has none."""
+    pointer = output_dir / LAST
+    if not pointer.exists():
+        return None
+    return output_dir / pointer.read_text(encoding="utf-8").strip()
+
+
+def point_to(path: Path) -> None:
+    """Make ``path`` the newest checkpoint of its folder."""
+    with atomic_write(path.parent / LAST) as file:
+        file.write(path.name)

@@ -1,0 +1,78 @@
+"""What a run tells while it goes: a progress bar, ``metrics.jsonl`` and TensorBoard."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from sim_m2f.files import atomic_write
+
+
+class MetricsLogger:
+    """Appends to OUTPUT_DIR/metrics.jsonl (detectron2's keys) and to TensorBoard's files.
+
+    Args:
+        output_dir: the run's folder.
+        start: the first step to come; what a former run wrote of later steps is dropped.
+    """
+
+    def __init__(self, output_dir: Path, start: int) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        kept = []
+        if start and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["iteration"] < start]
+        with atomic_write(self.path) as file:
+            file.writelines(f"{line}\n" for line in kept)
+        self.writer = SummaryWriter(str(output_dir), purge_step=start or None)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        """One line: the step (0 is the first) and its values; not-a-number is written as null."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class LossAverage:
+    """The mean of each loss since the last call of ``take``, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Means by name and their sum as "total_loss"; one transfer."""
+        values = (torch.stack(list(self.sums.values())) / self.steps).tolist()
+        means = dict(zip(self.sums, values, strict=True))
+        self.sums, self.steps = {}, 0
+        return {"total_loss": sum(means.values()), **means}
+
+
+def memory_gib(device: torch.device) -> float:
+    """GiB in use: the most that was allocated on a GPU, or the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process(os.getpid()).memory_info().rss / 2**30
+
+
+def progress_bar(start: int, total: int, shown: bool) -> tqdm:
+    """A bar over the steps of a run with rate and time left."""
+    return tqdm(
+        initial=start, total=total, desc="training", unit="step", disable=not shown, dynamic_ncols=True
+    )

@@ -1,0 +1,236 @@
+"""Training: the step is ``Trainer.step``, the run is ``Trainer.train``; accelerate takes care of devices and ranks."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sim_m2f.config import CfgNode
+from sim_m2f.data.catalog import test_sources
+from sim_m2f.data.loader import test_loader, train_loader
+from sim_m2f.engine.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    point_to,
+    read_checkpoint,
+    save_checkpoint,
+)
+from sim_m2f.engine.evaluator import evaluate
+from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib, progress_bar
+from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.modeling import build_model
+from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.tools.report import write_report
+
+
+def build_accelerator(cfg: CfgNode) -> Accelerator:
+    """Devices, ranks and mixed precision as MODEL.DEVICE and SOLVER.AMP ask for them."""
+    device, amp = cfg.MODEL.DEVICE, cfg.SOLVER.AMP
+    has_gpu = torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"MODEL.DEVICE: {device!r}; take auto, cpu or cuda (CUDA_VISIBLE_DEVICES chooses the GPU)"
+        )
+    if device == "cuda" and not has_gpu:
+        raise UserError(
+            "MODEL.DEVICE: cuda, but PyTorch sees no GPU; set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
+        )
+    if amp.DTYPE not in ("auto", "bf16", "fp16"):
+        raise UserError(f"SOLVER.AMP.DTYPE: {amp.DTYPE!r}; take auto, bf16 or fp16")
+    precision = "no"
+    if amp.ENABLED and has_gpu and device != "cpu":
+        automatic = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = automatic if amp.DTYPE == "auto" else amp.DTYPE
+    return Accelerator(cpu=device == "cpu", mixed_precision=precision)
+
+
+class Trainer:
+    """One run in ``cfg.OUTPUT_DIR``.
+
+    Args:
+        cfg: the configuration.
+        resume: go on from the folder's last checkpoint, if it has one.
+
+    Raises:
+        UserError: the configuration, the data or a checkpoint has a fault.
+    """
+
+    def __init__(self, cfg: CfgNode, resume: bool = False) -> None:
+        self.cfg = cfg
+        self.output_dir = Path(cfg.OUTPUT_DIR)
+        self.accelerator = build_accelerator(cfg)
+        model = build_model(cfg)
+        checkpoint = last_checkpoint(self.output_dir) if resume else None
+        if checkpoint or cfg.MODEL.WEIGHTS:
+            load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS)
+        self.criterion = build_criterion(cfg).to(self.accelerator.device)
+        self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
+        self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
+        self.iteration = 0
+        if checkpoint:
+            self._load_state(read_checkpoint(checkpoint), checkpoint)
+
+    def train(self) -> None:
+        """Train to SOLVER.MAX_ITER with evaluations and checkpoints on the way; SIGINT and SIGTERM stop it orderly."""
+        cfg, solver = self.cfg, self.cfg.SOLVER
+        ranks = self.accelerator.process_index, self.accelerator.num_processes
+        loader = train_loader(cfg, self.iteration, *ranks)
+        self._write_config()
+        logger = MetricsLogger(self.output_dir, self.iteration) if self.accelerator.is_main_process else None
+        average = LossAverage()
+        with progress_bar(self.iteration, solver.MAX_ITER, logger is not None) as bar, StopSignal() as stop:
+            batches = iter(loader)
+            while self.iteration < solver.MAX_ITER and not stop.received:
+                average.add(self.step(next(batches)))
+                bar.update()
+                last = self.iteration == solver.MAX_ITER
+                if last or self.iteration % solver.LOG_PERIOD == 0:
+                    self._log(logger, bar, average.take())
+                if last or _due(self.iteration, solver.CHECKPOINT_PERIOD):
+                    self.save()
+                if not last and _due(self.iteration, cfg.TEST.EVAL_PERIOD):
+                    self.evaluate(logger)
+        if stop.received:
+            self.save()
+            self.accelerator.print(
+                f"stopped after step {self.iteration}; the same command with --resume goes on"
+            )
+            raise SystemExit(128 + stop.received)
+        self.evaluate(logger)
+        if logger:
+            logger.close()
+            self.report()
+
+    def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank alone."""
+        torch.manual_seed(_step_seed(self.cfg.SEED, self.iteration, self.accelerator.process_index))
+        self.model.train()
+        self.criterion.train()
+        images = batch["images"].to(self.accelerator.device, non_blocking=True)
+        losses = self.criterion(self.model(images), batch["targets"], images)
+        self.accelerator.backward(sum(losses.values()))
+        clip = self.cfg.SOLVER.CLIP_GRADIENTS
+        if clip.ENABLED:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.iteration += 1
+        return losses
+
+    def evaluate(self, logger: MetricsLogger | None = None) -> dict[str, float]:
+        """Score every test set; with a logger the values also go to metrics.jsonl."""
+        metrics: dict[str, float] = {}
+        sources = test_sources(self.cfg)
+        for source in sources:
+            loader = test_loader(
+                self.cfg, source, self.accelerator.process_index, self.accelerator.num_processes
+            )
+            folder = self.output_dir if source is sources[0] else self.output_dir / source.name
+            scores = evaluate(
+                self.model,
+                loader,
+                folder,
+                accelerator=self.accelerator,
+                top_k=self.cfg.TEST.DETECTIONS_PER_IMAGE,
+            )
+            prefix = "" if source is sources[0] else f"{source.name}/"
+            metrics.update({f"{prefix}{name}": value for name, value in scores.items()})
+        if logger:
+            logger.write(self.iteration - 1, metrics)
+        return metrics
+
+    def report(self) -> None:
+        """Write the page of the first test set and say where it is."""
+        source = test_sources(self.cfg)[0]
+        page = write_report(self.output_dir, test_loader(self.cfg, source).dataset.data)
+        print(f"Report: {page}")
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that training changes."""
+        if not self.accelerator.is_main_process:
+            return
+        final = self.iteration == self.cfg.SOLVER.MAX_ITER
+        path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
+        former = last_checkpoint(self.output_dir)
+        save_checkpoint(path, self._state())
+        point_to(path)
+        if former and former != path and not self.cfg.SOLVER.KEEP_CHECKPOINTS:
+            former.unlink(missing_ok=True)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": self.accelerator.unwrap_model(self.model).state_dict(),
+            "criterion": self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "iteration": self.iteration,
+        }
+
+    def _load_state(self, state: dict[str, Any], path: Path) -> None:
+        try:
+            self.criterion.load_state_dict(state["criterion"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler and state["scaler"]:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.iteration = state["iteration"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: belongs to another run ({error}); leave --resume away or change OUTPUT_DIR"
+            ) from error
+
+    def _log(self, logger: MetricsLogger | None, bar: Any, losses: dict[str, float]) -> None:
+        if logger is None:
+            return
+        rate = bar.format_dict["rate"] or 0.0
+        memory = memory_gib(self.accelerator.device)
+        values = {
+            **losses,
+            "lr": max(self.scheduler.get_last_lr()),
+            "steps_per_second": rate,
+            "memory_gib": memory,
+        }
+        logger.write(self.iteration - 1, values)
+        bar.set_postfix_str(f"loss {losses['total_loss']:.3f}, {memory:.1f} GiB")
+
+    def _write_config(self) -> None:
+        if self.accelerator.is_main_process:
+            with atomic_write(self.output_dir / "config.yaml") as file:
+                file.write(self.cfg.dump())
+
+
+class StopSignal:
+    """Notes SIGINT and SIGTERM instead of dying of them; a second one of either is not caught."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "StopSignal":
+        self.received = 0
+        self.former = {number: signal.signal(number, self._note) for number in self.signals}
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+def _step_seed(seed: int, iteration: int, rank: int) -> int:
+    return ((seed % 2**16) * 2**32 + iteration) * 2**12 + rank
+
+
+def _due(iteration: int, period: int) -> bool:
+    return period > 0 and iteration % period == 0

@@ -1,0 +1,110 @@
+"""Backbones: timm's models as feature pyramids of strides 4, 8, 16 and 32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
+
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "FrozenBN": nn.BatchNorm2d,
+    "BN": nn.BatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": GroupNorm,
+}
+
+
+class TimmBackbone(nn.Module):
+    """Any timm model; (B, 3, H, W) in, {"res2": (B, c, H/4, W/4), ..., "res5": stride 32} out.
+
+    Args:
+        name: timm's name of the model.
+        pretrained: start from timm's pretrained weights.
+        options: further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: timm does not know the name, or the model has no maps of strides 4 to 32.
+    """
+
+    def __init__(self, name: str, pretrained: bool, **options: Any) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise UserError(f"MODEL.BACKBONE.NAME: timm has no model {name!r}; timm.list_models() lists them")
+        with torch.device("meta"):
+            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+        missing = [stride for stride in STRIDES.values() if stride not in reductions]
+        if missing:
+            raise UserError(
+                f"MODEL.BACKBONE.NAME: {name} has no map of stride {missing[0]}; take a pyramid model"
+            )
+        indices = tuple(reductions.index(stride) for stride in STRIDES.values())
+        self.body = timm.create_model(
+            name, features_only=True, pretrained=pretrained, out_indices=indices, **options
+        )
+        self.channels = dict(zip(STRIDES, self.body.feature_info.channels(), strict=True))
+        self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = self.body(images)
+        if self.channels_last:
+            maps = [feature.permute(0, 3, 1, 2) for feature in maps]
+        return dict(zip(STRIDES, maps, strict=True))
+
+
+class SwinBackbone(TimmBackbone):
+    """Swin with a layer norm on each of its four outputs, as detection networks use it."""
+
+    def __init__(self, pretrained: bool, **options: Any) -> None:
+        super().__init__(
+            "swin_tiny_patch4_window7_224",
+            pretrained,
+            dynamic_img_size=True,
+            always_partition=True,
+            **options,
+        )
+        for i, channels in enumerate(self.channels.values()):
+            self.add_module(f"norm{i}", nn.LayerNorm(channels))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        maps = (getattr(self, f"norm{i}")(feature) for i, feature in enumerate(self.body(images)))
+        return {name: feature.permute(0, 3, 1, 2) for name, feature in zip(STRIDES, maps, strict=True)}
+
+
+def build_backbone(cfg: CfgNode) -> TimmBackbone:
+    """The backbone that MODEL.BACKBONE, MODEL.RESNETS and MODEL.SWIN describe."""
+    name, pretrained = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.PRETRAINED
+    if name == "build_resnet_backbone":
+        return _resnet(cfg, pretrained)
+    if name == "D2SwinTransformer":
+        swin = cfg.MODEL.SWIN
+        return SwinBackbone(
+            pretrained,
+            patch_size=swin.PATCH_SIZE,
+            embed_dim=swin.EMBED_DIM,
+            depths=tuple(swin.DEPTHS),
+            num_heads=tuple(swin.NUM_HEADS),
+            window_size=swin.WINDOW_SIZE,
+            mlp_ratio=swin.MLP_RATIO,
+            drop_path_rate=swin.DROP_PATH_RATE,
+        )
+    return TimmBackbone(name, pretrained)
+
+
+def _resnet(cfg: CfgNode, pretrained: bool) -> TimmBackbone:
+    norm = cfg.MODEL.RESNETS.NORM
+    if norm not in NORMS:
+        raise UserError(f"MODEL.RESNETS.NORM: unknown norm {norm!r}; known: {', '.join(NORMS)}")
+    backbone = TimmBackbone(f"resnet{cfg.MODEL.RESNETS.DEPTH}", pretrained, norm_layer=NORMS[norm])
+    if norm == "FrozenBN":
+        freeze_batch_norm_2d(backbone.body)
+    stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]
+    for stage in stages[: cfg.MODEL.BACKBONE.FREEZE_AT]:
+        for module in stage:
+            getattr(backbone.body, module).requires_grad_(False)
+    return backbone

@@ -1,0 +1,71 @@
+"""Mask2Former (CVPR 2022): backbone, pixel decoder and mask decoder, named as in the published checkpoints."""
+
+import torch
+from torch import Tensor, nn
+
+from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
+from sim_m2f.modeling.backbone import build_backbone
+from sim_m2f.modeling.mask_decoder import MaskDecoder
+from sim_m2f.modeling.pixel_decoder import PixelDecoder
+
+# Keys of Mask2Former's files that choose among implementations, and the one that exists here.
+ONLY_CHOICE = {
+    "META_ARCHITECTURE": "MaskFormer",
+    "SEM_SEG_HEAD.NAME": "MaskFormerHead",
+    "SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
+    "MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
+    "MASK_FORMER.TRANSFORMER_IN_FEATURE": "multi_scale_pixel_decoder",
+}
+
+
+class MaskFormerHead(nn.Module):
+    """Pixel decoder and mask decoder under the names of the published checkpoints."""
+
+    def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
+        super().__init__()
+        self.pixel_decoder = PixelDecoder(cfg, channels)
+        self.predictor = MaskDecoder(cfg)
+
+    def forward(self, features: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], Tensor]:
+        encoded, mask_features = self.pixel_decoder(features)
+        return self.predictor(encoded, mask_features), mask_features
+
+
+class Mask2Former(nn.Module):
+    """Pictures in; class logits and mask logits of every query out.
+
+    ``model(images)`` takes (B, 3, H, W) float, normalised with MODEL.PIXEL_MEAN and PIXEL_STD and padded to a
+    multiple of 32, and returns::
+
+        {"pred_logits": (B, Q, C+1), the last class is "no object",
+         "pred_masks": (B, Q, H/4, W/4) logits,
+         "mask_features": (B, MASK_DIM, H/4, W/4),
+         "aux_outputs": [the first two, of each earlier layer]}
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.backbone = build_backbone(cfg)
+        self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        predictions, mask_features = self.sem_seg_head(self.backbone(images))
+        return {**predictions[-1], "mask_features": mask_features, "aux_outputs": predictions[:-1]}
+
+
+def build_model(cfg: CfgNode) -> Mask2Former:
+    """The network that ``cfg.MODEL`` describes, with weights drawn from ``cfg.SEED``, in training mode, on the CPU.
+
+    Raises:
+        UserError: a key asks for something that does not exist.
+    """
+    for key, only in ONLY_CHOICE.items():
+        value = cfg.MODEL
+        for part in key.split("."):
+            value = value[part]
+        if value != only:
+            raise UserError(f"MODEL.{key}: {value!r} does not exist here; the only choice is {only!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(cfg.SEED)
+        return Mask2Former(cfg)

@@ -1,0 +1,182 @@
+"""Mask2Former's decoder: queries that attend inside the masks they predicted one layer before (paper, section 3.2).
+
+Parameter names are those of the published checkpoints (``sem_seg_head.predictor.*``).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sim_m2f.config import CfgNode
+from sim_m2f.modeling.position import sine_positions
+
+
+class Attention(nn.Module):
+    """Multi-head attention with the parameters of nn.MultiheadAttention, batch first, masks shared by all heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) bool is True where a query may look."""
+        projected = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(
+                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
+            )
+        )
+        mask = None if allowed is None else allowed[:, None]
+        attended = F.scaled_dot_product_attention(*projected, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+class SelfAttentionLayer(nn.Module):
+    """Queries look at queries."""
+
+    def __init__(self, width: int, heads: int, pre_norm: bool) -> None:
+        super().__init__()
+        self.self_attn = Attention(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        source = self.norm(x) if self.pre_norm else x
+        x = x + self.self_attn(source + positions, source + positions, source)
+        return x if self.pre_norm else self.norm(x)
+
+
+class CrossAttentionLayer(nn.Module):
+    """Queries look at the pixels of one level."""
+
+    def __init__(self, width: int, heads: int, pre_norm: bool) -> None:
+        super().__init__()
+        self.multihead_attn = Attention(width, heads)
+        self.norm = nn.LayerNorm(width)
+        self.pre_norm = pre_norm
+
+    def forward(
+        self, x: Tensor, positions: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
+    ) -> Tensor:
+        source = self.norm(x) if self.pre_norm else x
+        x = x + self.multihead_attn(source + positions, memory_key, memory, allowed)
+        return x if self.pre_norm else self.norm(x)
+
+
+class FFNLayer(nn.Module):
+    """A two-layer MLP per query."""
+
+    def __init__(self, width: int, hidden: int, pre_norm: bool) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm = nn.LayerNorm(width)
+        self.pre_norm = pre_norm
+        for linear in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        source = self.norm(x) if self.pre_norm else x
+        x = x + self.linear2(F.relu(self.linear1(source)))
+        return x if self.pre_norm else self.norm(x)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them."""
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class MaskDecoder(nn.Module):
+    """Encoded maps and mask features in; class and mask logits of every query after every layer out."""
+
+    levels = 3
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
+        width, heads, pre_norm = former.HIDDEN_DIM, former.NHEADS, former.PRE_NORM
+        layers = former.DEC_LAYERS - 1
+        self.transformer_self_attention_layers = nn.ModuleList(
+            SelfAttentionLayer(width, heads, pre_norm) for _ in range(layers)
+        )
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(width, heads, pre_norm) for _ in range(layers)
+        )
+        self.transformer_ffn_layers = nn.ModuleList(
+            FFNLayer(width, former.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width)
+        self.query_feat = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
+        self.query_embed = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
+        self.level_embed = nn.Embedding(self.levels, width)
+        project = width != head.CONVS_DIM or former.ENFORCE_INPUT_PROJ
+        self.input_proj = nn.ModuleList(
+            nn.Conv2d(head.CONVS_DIM, width, 1) if project else nn.Sequential() for _ in range(self.levels)
+        )
+        self.class_embed = nn.Linear(width, head.NUM_CLASSES + 1)
+        self.mask_embed = MLP([width, width, width, head.MASK_DIM])
+
+    def forward(self, encoded: list[Tensor], mask_features: Tensor) -> list[dict[str, Tensor]]:
+        """
+        Args:
+            encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
+            mask_features: (B, MASK_DIM, h, w) of stride 4.
+
+        Returns:
+            one {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone and one per layer.
+        """
+        sizes = [level.shape[-2:] for level in encoded]
+        memories, keys = self._memories(encoded)
+        batch = mask_features.shape[0]
+        query = self.query_feat.weight.expand(batch, -1, -1)
+        positions = self.query_embed.weight.expand(batch, -1, -1)
+
+        predictions = [self._predict(query, mask_features)]
+        for i, (cross, self_attention, ffn) in enumerate(
+            zip(
+                self.transformer_cross_attention_layers,
+                self.transformer_self_attention_layers,
+                self.transformer_ffn_layers,
+                strict=True,
+            )
+        ):
+            level = i % self.levels
+            allowed = _attention_mask(predictions[-1]["pred_masks"], sizes[level])
+            query = cross(query, positions, memories[level], keys[level], allowed)
+            query = ffn(self_attention(query, positions))
+            predictions.append(self._predict(query, mask_features))
+        return predictions
+
+    def _memories(self, encoded: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        memories, keys = [], []
+        for i, level in enumerate(encoded):
+            height, length = level.shape[-2:]
+            memory = self.input_proj[i](level).flatten(2).transpose(1, 2) + self.level_embed.weight[i]
+            memories.append(memory)
+            keys.append(memory + sine_positions(height, length, memory.shape[-1], memory.device))
+        return memories, keys
+
+    def _predict(self, query: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        query = self.decoder_norm(query)
+        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(query), mask_features)
+        return {"pred_logits": self.class_embed(query), "pred_masks": masks}
+
+
+@torch.no_grad()
+def _attention_mask(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, Q, h*w) bool: the mask's pixels at ``size``; everything for a query whose mask is empty there."""
+    allowed = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False).flatten(2) >= 0
+    return allowed | ~allowed.any(dim=-1, keepdim=True)

@@ -1,0 +1,139 @@
+"""Mask2Former's pixel decoder: a deformable transformer encoder over strides 8 to 32, then one FPN step to stride 4.
+
+Parameter names are those of the published checkpoints (``sem_seg_head.pixel_decoder.*``).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sim_m2f.config import CfgNode
+from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
+from sim_m2f.modeling.position import sine_positions
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution without bias, followed by GroupNorm (32 groups)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.GroupNorm(32, outputs)
+        nn.init.kaiming_uniform_(self.weight, a=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and MLP, each with a residual and a layer norm after it."""
+
+    def __init__(self, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = MSDeformAttn(width, levels, heads, points)
+        self.norm1 = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        for parameter in (self.linear1.weight, self.linear2.weight):
+            nn.init.xavier_uniform_(parameter)
+
+    def forward(self, source: Tensor, positions: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
+        attended = self.self_attn(source + positions, reference, source, shapes)
+        source = self.norm1(source + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(source)))
+        return self.norm2(source + self.dropout(self.linear2(hidden)))
+
+
+class Encoder(nn.Module):
+    """A stack of encoder layers over all levels at once."""
+
+    def __init__(self, layers: int, *layer_arguments: int | float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(*layer_arguments) for _ in range(layers))
+
+    def forward(self, source: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
+        reference = _pixel_centres(shapes, source.device)
+        for layer in self.layers:
+            source = layer(source, positions, reference, shapes)
+        return source
+
+
+class Transformer(nn.Module):
+    """The encoder and an embedding per level."""
+
+    def __init__(
+        self, layers: int, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float
+    ):
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(levels, width))
+        self.encoder = Encoder(layers, width, hidden, levels, heads, points, dropout)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """(B, width, h, w) per level in, the same out."""
+        shapes = [(feature.shape[2], feature.shape[3]) for feature in features]
+        width = features[0].shape[1]
+        source = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
+        positions = torch.cat(
+            [
+                sine_positions(h, w, width, source.device) + self.level_embed[i]
+                for i, (h, w) in enumerate(shapes)
+            ],
+            dim=1,
+        )
+        encoded = self.encoder(source, positions, shapes).split([h * w for h, w in shapes], dim=1)
+        return [
+            level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(encoded, shapes, strict=True)
+        ]
+
+
+def _pixel_centres(shapes: Shapes, device: torch.device) -> Tensor:
+    """(1, S, 1, 2): x and y of every pixel's centre, 0 to 1."""
+    centres = []
+    for h, w in shapes:
+        y = (torch.arange(h, device=device) + 0.5) / h
+        x = (torch.arange(w, device=device) + 0.5) / w
+        centres.append(torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1).reshape(-1, 2))
+    return torch.cat(centres)[None, :, None]
+
+
+class PixelDecoder(nn.Module):
+    """Backbone features in; three encoded maps (strides 32, 16, 8) and the mask features (stride 4) out."""
+
+    def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
+        super().__init__()
+        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        width = head.CONVS_DIM
+        self.encoded_features = list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)[::-1]
+        self.fine_feature = head.IN_FEATURES[0]
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels[name], width, 1), nn.GroupNorm(32, width))
+            for name in self.encoded_features
+        )
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight)
+            nn.init.zeros_(projection[0].bias)
+        self.transformer = Transformer(
+            head.TRANSFORMER_ENC_LAYERS,
+            width,
+            head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
+            len(self.encoded_features),
+            head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
+            head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+            former.DROPOUT,
+        )
+        self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)
+        self.layer_1 = ConvNorm(width, width, 3)
+        self.mask_features = nn.Conv2d(width, head.MASK_DIM, 1)
+        nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
+        nn.init.zeros_(self.mask_features.bias)
+
+    def forward(self, features: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+        projected = [
+            projection(features[name])
+            for projection, name in zip(self.input_proj, self.encoded_features, strict=True)
+        ]
+        encoded = self.transformer(projected)
+        fine = self.adapter_1(features[self.fine_feature])
+        coarse = F.interpolate(encoded[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return encoded, self.mask_features(F.relu(self.layer_1(fine + coarse)))

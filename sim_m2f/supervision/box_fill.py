@@ -1,0 +1,21 @@
+"""A loss towards the filled box, for the first steps of a run from scratch: it tells queries where their object is."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from sim_m2f.supervision.projection import dice_loss
+
+
+def box_fill_loss(logits: Tensor, box_masks: Tensor) -> Tensor:
+    """dice(p, b) + mean over the picture of the binary cross-entropy towards b.
+
+    Args:
+        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
+        box_masks: (T, h, w), 1 inside the box.
+
+    Returns:
+        (L, T).
+    """
+    filled = box_masks.expand_as(logits)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, filled, reduction="none").mean((-2, -1))
+    return dice_loss(logits.sigmoid().flatten(2), filled.flatten(2)) + cross_entropy

@@ -1,0 +1,117 @@
+"""Mask2Former's own supervision by masks, compared at sampled points (paper, section 3.3; PointRend, section 4.2).
+
+The upper bound for learning from boxes; used when MODEL.SIM.SUPERVISION is "mask".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sim_m2f.supervision.matcher import Match, assign, class_cost
+from sim_m2f.supervision.targets import Targets
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of maps (N, C, h, w) at points (N, P, 2), x and y from 0 to 1, as (N, C, P)."""
+    return F.grid_sample(maps, 2 * points[:, None] - 1, align_corners=False).squeeze(2)
+
+
+class MaskMatcher:
+    """cost = class_weight * -probability + mask_weight * cross-entropy + dice_weight * dice, at random points.
+
+    Args:
+        class_weight, mask_weight, dice_weight: weights of the three costs.
+        num_points: points per picture, drawn anew at every call and the same for all queries and objects.
+    """
+
+    def __init__(self, class_weight: float, mask_weight: float, dice_weight: float, num_points: int) -> None:
+        self.class_weight = class_weight
+        self.mask_weight = mask_weight
+        self.dice_weight = dice_weight
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def __call__(
+        self, logits: Tensor, mask_logits: list[Tensor], masks: list[Tensor], targets: Targets
+    ) -> Match:
+        """
+        Args:
+            logits: (L, B, Q, C+1) class logits.
+            mask_logits: per layer (B, Q, h, w), stride 4.
+            masks: per picture (N, H, W) bool.
+            targets: the objects of the batch.
+
+        Raises:
+            UserError: a cost is not finite, because the network has diverged.
+        """
+        cost = self.class_weight * class_cost(logits, targets)
+        for picture, truth in enumerate(masks):
+            points = torch.rand(1, self.num_points, 2, device=logits.device)
+            predicted = torch.cat([sample_points(layer[picture, None], points) for layer in mask_logits])
+            wanted = sample_points(truth[None].to(predicted.dtype), points)[0]
+            mask_cost = self.mask_weight * _cross_entropy_cost(predicted, wanted)
+            mask_cost += self.dice_weight * _dice_cost(predicted.sigmoid(), wanted)
+            cost[:, picture, :, : len(truth)] += mask_cost
+        return assign(cost, targets)
+
+
+def _cross_entropy_cost(logits: Tensor, wanted: Tensor) -> Tensor:
+    """(L, Q, P) logits and (N, P) masks to (L, Q, N): mean binary cross-entropy over the points."""
+    positive, negative = F.softplus(-logits), F.softplus(logits)
+    return (positive @ wanted.T + negative @ (1 - wanted).T) / logits.shape[-1]
+
+
+def _dice_cost(probabilities: Tensor, wanted: Tensor) -> Tensor:
+    """(L, Q, P) probabilities and (N, P) masks to (L, Q, N)."""
+    total = probabilities.sum(-1)[..., None] + wanted.sum(-1)
+    return 1 - (2 * probabilities @ wanted.T + 1) / (total + 1)
+
+
+@torch.no_grad()
+def uncertain_points(logits: Tensor, num_points: int, oversample: float, importance: float) -> Tensor:
+    """Points where masks are least certain, and some at random (PointRend).
+
+    Args:
+        logits: (N, 1, h, w) mask logits.
+        num_points: points per mask.
+        oversample: candidates per point.
+        importance: share of the points that are the candidates nearest to logit 0.
+
+    Returns:
+        (N, num_points, 2), x and y from 0 to 1.
+    """
+    candidates = torch.rand(len(logits), int(num_points * oversample), 2, device=logits.device)
+    certainty = sample_points(logits, candidates).squeeze(1).abs()
+    chosen = certainty.topk(int(num_points * importance), dim=1, largest=False).indices
+    uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+    random = torch.rand(len(logits), num_points - uncertain.shape[1], 2, device=logits.device)
+    return torch.cat([uncertain, random], dim=1)
+
+
+def mask_losses(
+    logits: Tensor, masks: Tensor, num_points: int, oversample: float, importance: float
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy and dice at uncertain points.
+
+    Args:
+        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
+        masks: (T, H, W) bool.
+        num_points, oversample, importance: see ``uncertain_points``.
+
+    Returns:
+        (L, T) mean cross-entropy over the points and (L, T) dice loss.
+    """
+    layers, objects = logits.shape[:2]
+    maps = logits.flatten(0, 1)[:, None]
+    points = uncertain_points(maps, num_points, oversample, importance)
+    predicted = sample_points(maps, points).view(layers, objects, num_points)
+    per_object = points.view(layers, objects, num_points, 2).transpose(0, 1).flatten(1, 2)
+    wanted = (
+        sample_points(masks[:, None].to(logits.dtype), per_object)
+        .view(objects, layers, num_points)
+        .transpose(0, 1)
+    )
+    cross_entropy = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(-1)
+    probability = predicted.sigmoid()
+    dice = 1 - (2 * (probability * wanted).sum(-1) + 1) / (probability.sum(-1) + wanted.sum(-1) + 1)
+    return cross_entropy, dice

@@ -1,0 +1,133 @@
+"""Hungarian matching of queries and boxes; it never sees a mask of the annotation."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert
+
+from sim_m2f.errors import UserError
+from sim_m2f.supervision.targets import STRIDE, Targets
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which query claims which object after each decoder layer.
+
+    Attributes:
+        query: (L, T) int64, the query of every object; 0 where it has none.
+        matched: (L, T) bool, False for objects left over when a picture holds more objects than queries.
+    """
+
+    query: Tensor
+    matched: Tensor
+
+
+class BoxMatcher:
+    """cost = class_weight * -probability + projection_weight * (dice along x + dice along y)
+    + box_weight * (L1 + 1 - GIoU of the box around the mask and the annotated box, both in shares of the picture).
+    """
+
+    def __init__(self, class_weight: float, projection_weight: float, box_weight: float) -> None:
+        self.class_weight = class_weight
+        self.projection_weight = projection_weight
+        self.box_weight = box_weight
+
+    @torch.no_grad()
+    def __call__(self, logits: Tensor, along_x: Tensor, along_y: Tensor, targets: Targets) -> Match:
+        """
+        Args:
+            logits: (L, B, Q, C+1) class logits of L layers.
+            along_x: (L, B, Q, w), largest mask probability of every column, stride 4.
+            along_y: (L, B, Q, h), likewise of every row.
+            targets: the objects of the batch.
+
+        Raises:
+            UserError: a cost is not finite, because the network has diverged.
+        """
+        columns, rows = (_padded(projection, targets) for projection in targets.projections)
+        cost = self.class_weight * class_cost(logits, targets)
+        cost = cost + self.projection_weight * (dice_cost(along_x, columns) + dice_cost(along_y, rows))
+        if self.box_weight:
+            cost = cost + self.box_weight * _box_cost(along_x, along_y, targets)
+        return assign(cost, targets)
+
+
+def class_cost(logits: Tensor, targets: Targets) -> Tensor:
+    """(L, B, Q, N): minus the probability of each object's class; logits (L, B, Q, C+1), N the most objects."""
+    labels = _padded(targets.labels, targets)
+    index = labels[None, :, None].expand(*logits.shape[:3], -1)
+    return -logits.softmax(-1).gather(-1, index)
+
+
+def dice_cost(prediction: Tensor, target: Tensor) -> Tensor:
+    """(L, B, Q, N) dice losses of (L, B, Q, K) probabilities and (B, N, K) targets."""
+    overlap = torch.einsum("lbqk,bnk->lbqn", prediction, target)
+    squares = (prediction**2).sum(-1)[..., None] + (target**2).sum(-1)[:, None]
+    return 1 - 2 * overlap / (squares + 1e-5)
+
+
+def assign(cost: Tensor, targets: Targets) -> Match:
+    """The cheapest assignment per layer and picture of a cost (L, B, Q, N), transferred to the CPU once."""
+    host_cost = cost.cpu().numpy()
+    layers = len(host_cost)
+    query = np.zeros((layers, len(targets)), dtype=np.int64)
+    matched = np.zeros((layers, len(targets)), dtype=bool)
+    start = 0
+    for picture, count in enumerate(targets.counts):
+        for layer in range(layers):
+            picture_cost = host_cost[layer, picture, :, :count]
+            if not np.isfinite(picture_cost).all():
+                raise UserError(
+                    "the network's outputs are not finite any more; lower SOLVER.BASE_LR, or, in fp16, set "
+                    "SOLVER.AMP.DTYPE bf16"
+                )
+            queries, objects = linear_sum_assignment(picture_cost)
+            query[layer, start + objects] = queries
+            matched[layer, start + objects] = True
+        start += count
+    device = cost.device
+    return Match(torch.from_numpy(query).to(device), torch.from_numpy(matched).to(device))
+
+
+def _padded(values: Tensor, targets: Targets) -> Tensor:
+    """(T, ...) to (B, N, ...), zeros where a picture has fewer than N objects."""
+    return pad_sequence(values.split(targets.counts), batch_first=True)
+
+
+def _box_cost(along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
+    """(L, B, Q, N): L1 + (1 - GIoU) of the boxes around the masks and the annotated ones, in shares of the picture."""
+    (left, right), (top, bottom) = _extent(along_x), _extent(along_y)
+    predicted = torch.stack([left, top, right, bottom], dim=-1)[..., None, :]
+    height, width = targets.size
+    scale = targets.boxes.new_tensor([width, height, width, height]) * STRIDE
+    annotated = _padded(targets.boxes / scale, targets)[:, None]
+    distance = box_convert(predicted, "xyxy", "cxcywh") - box_convert(annotated, "xyxy", "cxcywh")
+    return distance.abs().sum(-1) + 1 - _generalized_iou(predicted, annotated)
+
+
+def _extent(profile: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last position above one half along the last dimension, as shares of its length; 0, 0 for none."""
+    above = profile > 0.5
+    length = profile.shape[-1]
+    first = above.int().argmax(-1)
+    end = length - above.flip(-1).int().argmax(-1)
+    some = above.any(-1)
+    return first * some / length, end * some / length
+
+
+def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU of xyxy boxes, broadcast over the leading dimensions (https://arxiv.org/abs/1902.09630)."""
+
+    def area(corners: Tensor) -> Tensor:
+        return (corners[..., 2:] - corners[..., :2]).clamp(min=0).prod(-1)
+
+    overlap = area(
+        torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1)
+    )
+    hull = area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1))
+    union = area(a) + area(b) - overlap
+    return overlap / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)

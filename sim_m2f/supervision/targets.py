@@ -1,0 +1,122 @@
+"""The annotations of a batch as flat tensors, and its boxes as pixels at stride 4."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The T objects of a batch, one picture's after the other's.
+
+    Attributes:
+        labels: (T,) int64, 0 to C-1.
+        picture: (T,) int64, index of the object's picture in the batch.
+        boxes: (T, 4) float xyxy in pixels of the network's input.
+        ranges: (T, 4) int64 on the CPU: first column, first row, and the ends (exclusive) of the box at stride 4.
+        counts: objects per picture.
+        size: (h, w) of the maps at stride 4.
+    """
+
+    labels: Tensor
+    picture: Tensor
+    boxes: Tensor
+    ranges: Tensor
+    counts: list[int]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """(T, w) and (T, h): 1 on the columns and on the rows of the box, else 0."""
+        height, width = self.size
+        x0, y0, x1, y1 = self.ranges.to(self.labels.device).unbind(1)
+        columns = torch.arange(width, device=self.labels.device)
+        rows = torch.arange(height, device=self.labels.device)
+        in_columns = (columns >= x0[:, None]) & (columns < x1[:, None])
+        in_rows = (rows >= y0[:, None]) & (rows < y1[:, None])
+        return in_columns.float(), in_rows.float()
+
+    @property
+    def box_masks(self) -> Tensor:
+        """(T, h, w): 1 inside the box, else 0."""
+        columns, rows = self.projections
+        return rows[:, :, None] * columns[:, None, :]
+
+
+@dataclass(frozen=True)
+class BoxPixels:
+    """The pixels (stride 4) of all boxes, one box after the other: memory grows with the boxes' area.
+
+    Attributes:
+        target: (P,) int64, which object.
+        x, y: (P,) int64, column and row.
+    """
+
+    target: Tensor
+    x: Tensor
+    y: Tensor
+
+
+def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device) -> Targets:
+    """The targets of the contract ({"labels", "boxes", ...} per picture) as one ``Targets`` on ``device``.
+
+    Boxes are needed on the CPU as well; a batch whose targets are on the CPU costs no transfer back.
+    """
+    counts = [len(target["labels"]) for target in targets]
+    boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
+    labels = torch.cat([target["labels"].reshape(-1) for target in targets])
+    picture = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    return Targets(
+        labels=labels.to(device, non_blocking=True),
+        picture=picture.to(device, non_blocking=True),
+        boxes=boxes.to(device, non_blocking=True),
+        ranges=box_ranges(boxes.cpu(), size),
+        counts=counts,
+        size=size,
+    )
+
+
+def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Columns and rows at stride 4 whose centres lie in the boxes; every box owns at least one pixel.
+
+    Column k has its centre at 4 (k + 0.5) and belongs to [x1, x2). A box without a centre gets the pixel that holds
+    its own centre.
+
+    Args:
+        boxes: (T, 4) xyxy in pixels of the network's input.
+        size: (h, w) at stride 4.
+
+    Returns:
+        (T, 4) int64: first column, first row, last column + 1, last row + 1.
+    """
+    limit = torch.tensor([size[1], size[0]], device=boxes.device)
+    first = torch.ceil(boxes[:, :2] / STRIDE - 0.5).long().clamp(min=0)
+    end = torch.ceil(boxes[:, 2:] / STRIDE - 0.5).long().minimum(limit)
+    centre = ((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor().long().clamp(min=0).minimum(limit - 1)
+    empty = end <= first
+    return torch.cat([torch.where(empty, centre, first), torch.where(empty, centre + 1, end)], dim=1)
+
+
+def box_pixels(targets: Targets, margin: int = 0) -> BoxPixels:
+    """Every pixel of every box, with ``margin`` more pixels on all sides where the picture has them."""
+    height, width = targets.size
+    limit = torch.tensor([width, height, width, height])
+    grown = (targets.ranges + torch.tensor([-margin, -margin, margin, margin])).clamp(min=0).minimum(limit)
+    columns, rows = (grown[:, 2:] - grown[:, :2]).unbind(1)
+    areas = columns * rows
+    device = targets.labels.device
+    starts = areas.cumsum(0) - areas
+    table = torch.stack([grown[:, 0], grown[:, 1], columns, starts], dim=1).to(device, non_blocking=True)
+    index = torch.arange(len(targets), device=device)
+    pixels = int(areas.sum())
+    target = torch.repeat_interleave(index, areas.to(device, non_blocking=True), output_size=pixels)
+    x0, y0, columns, starts = table[target].unbind(1)
+    rank = torch.arange(pixels, device=device) - starts
+    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns)

@@ -1,0 +1,69 @@
+"""Train, go on with a run, or evaluate a checkpoint."""
+
+import argparse
+import os
+import sys
+from urllib.parse import urlsplit
+
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of Mask2Former's train_net.py."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or the last checkpoint"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--dist-url", default="tcp://127.0.0.1:29500", help="address of machine 0")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the flags ask for; returns the exit status."""
+    if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
+        _launch(arguments)
+    cfg = configuration(arguments.config_file, arguments.opts)
+
+    from sim_m2f.engine.trainer import Trainer
+
+    if not arguments.eval_only:
+        Trainer(cfg, resume=arguments.resume).train()
+        return 0
+    trainer = Trainer(cfg, resume=not cfg.MODEL.WEIGHTS)
+    if not cfg.MODEL.WEIGHTS and not trainer.iteration:
+        raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
+    trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        trainer.report()
+    return 0
+
+
+def configuration(config_file: str, overrides: list[str]) -> CfgNode:
+    """The defaults, changed by a YAML file and by ``KEY VALUE`` pairs."""
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list([item for item in overrides if item != "--"])
+    cfg.freeze()
+    return cfg
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    """Replace this process by torchrun with one process per GPU and the same command line."""
+    address = urlsplit(arguments.dist_url)
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nproc-per-node={arguments.num_gpus}",
+        f"--nnodes={arguments.num_machines}",
+        f"--node-rank={arguments.machine_rank}",
+        f"--master-addr={address.hostname}",
+        f"--master-port={address.port}",
+    ]
+    os.execv(sys.executable, [*launcher, *sys.argv])
