@@ -1,8 +1,8 @@
 """The embedded data set ``shapes``: procedural pictures as COCO JSON and PNG, the same from every run.
 
-Eight classes that their boxes fit badly, before cluttered backgrounds. Masks are modal: an object owns the pixels
-that no later object covers. So that hard subsets can be scored apart, a picture has ``tags`` (of "camouflage",
-"same_class_overlap", "same_colour") and an annotation ``camouflage`` (bool).
+Eight classes that their boxes fit badly, before cluttered backgrounds. Masks are modal: an object owns the
+pixels that no later object covers. So that hard subsets can be scored apart, a picture has ``tags`` (some of
+"camouflage", "same_class_overlap", "same_colour") and an annotation ``camouflage`` (true or false).
 """
 
 import json

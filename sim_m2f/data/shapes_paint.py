@@ -1,7 +1,7 @@
 """How the pictures of the shapes set are painted: outlines of the classes, fills, backgrounds.
 
-Every random choice comes from the numpy Generator that is passed in. Colours are float32 RGB in 0..255, canvases
-(SIZE, SIZE, 3) float32, positions in pixels (x to the right, y down).
+Every random choice comes from the numpy Generator that is passed in. Colours are float32 RGB in 0..255,
+canvases (SIZE, SIZE, 3) float32, positions in pixels (x to the right, y down).
 """
 
 import math
@@ -97,7 +97,7 @@ def polygon_area(points: np.ndarray) -> float:
 
 
 def coverage(polygons: list[np.ndarray]) -> np.ndarray:
-    """The share of each pixel (SIZE, SIZE) within the first polygon and outside the second, float32 in 0..1."""
+    """The share of each pixel within the first polygon and outside the second: (SIZE, SIZE) float32."""
     drawing = Image.new("L", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
     for fill, polygon in zip((255, 0), polygons, strict=False):
         points = (polygon * SUPERSAMPLING - 0.5).ravel().tolist()
@@ -159,7 +159,7 @@ def fill(rng: np.random.Generator, kind: str, colour: np.ndarray) -> np.ndarray:
 
 
 def camouflage(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A fill with the local mean of ``canvas``: only a fine texture and a slight shading give the object away."""
+    """A fill with the local mean of ``canvas``: only a fine texture and slight shading give it away."""
     small = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).reduce(16)
     surroundings = np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
     pattern = texture(rng, rng.choice(TEXTURES), rng.uniform(3.5, 6))
@@ -168,7 +168,7 @@ def camouflage(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -
 
 
 def background(rng: np.random.Generator) -> np.ndarray:
-    """A cluttered canvas: smooth noise or a gradient of two colours, blobs, patches of texture, lines, grain."""
+    """A cluttered canvas: two colours mixed by smooth noise, blobs, patches of texture, lines, grain."""
     first = random_colour(rng)
     second = np.clip(first + rng.normal(0, 35, 3), 20, 235).astype(np.float32)
     mix = rng.uniform(0.3, 0.9) * smooth_noise(rng, rng.integers(3, 7))

@@ -1,0 +1,104 @@
+"""Mask2Former's large-scale jitter for training, detectron2's resizing for tests, on tv_tensors.
+
+A sample is a dict {"image": Image (3, H, W) uint8, "boxes": BoundingBoxes (N, 4) xyxy, "labels": (N,) int64,
+"valid": Mask (H, W) uint8, "masks": Mask (N, H, W) uint8 for mask supervision only}. Of torchvision's own
+transforms, ScaleJitter and Resize round down (narrow pictures to nothing) and RandomCrop pads on all sides.
+"""
+
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from sim_m2f.errors import UserError
+
+FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip, "none": v2.Identity}
+MIN_BOX = 1.0  # a box thinner than this many pixels after the crop is dropped
+
+
+class LargeScaleJitter(v2.Transform):
+    """Resize to fit a square of side u * size, u uniform in [min_scale, max_scale]; keep the aspect ratio."""
+
+    def __init__(self, size: int, min_scale: float, max_scale: float) -> None:
+        super().__init__()
+        self.size, self.min_scale, self.max_scale = size, min_scale, max_scale
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        scale = self.min_scale + (self.max_scale - self.min_scale) * torch.rand(()).item()
+        factor = scale * self.size / max(height, width)
+        return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+class CropToFit(v2.Transform):
+    """Crop to at most ``size`` x ``size`` pixels at a random place; boxes are clipped."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        return {
+            "top": int(torch.randint(max(height - self.size, 0) + 1, ())),
+            "left": int(torch.randint(max(width - self.size, 0) + 1, ())),
+            "height": min(height, self.size),
+            "width": min(width, self.size),
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)
+
+
+class ResizeShortestEdge(v2.Transform):
+    """Resize the shorter side to ``min_size`` pixels, or less where the longer would pass ``max_size``."""
+
+    def __init__(self, min_size: int, max_size: int) -> None:
+        super().__init__()
+        self.min_size, self.max_size = min_size, max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        factor = min(self.min_size / min(height, width), self.max_size / max(height, width))
+        return {"size": [max(1, int(side * factor + 0.5)) for side in (height, width)]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, params["size"], antialias=True)
+
+
+def drop_thin_boxes(sample: dict[str, Any]) -> dict[str, Any]:
+    """Drop the objects whose box is thinner than MIN_BOX, with their labels and masks."""
+    boxes = sample["boxes"]
+    kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
+    return {
+        key: value[kept] if key in ("boxes", "labels", "masks") else value for key, value in sample.items()
+    }
+
+
+def train_augmentation(cfg: CfgNode) -> v2.Transform:
+    """Flip, jitter and crop as INPUT.* says; draws from torch's global random state.
+
+    Raises:
+        UserError: INPUT.RANDOM_FLIP is unknown, or the scales are not 0 < MIN_SCALE <= MAX_SCALE.
+    """
+    flip, low, high = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
+    if flip not in FLIPS:
+        raise UserError(f"INPUT.RANDOM_FLIP is {flip!r}; use one of {', '.join(FLIPS)}")
+    if not 0 < low <= high:
+        raise UserError(
+            f"INPUT.MIN_SCALE is {low} and INPUT.MAX_SCALE {high}; they must be 0 < MIN_SCALE <= MAX_SCALE"
+        )
+    jitter = LargeScaleJitter(cfg.INPUT.IMAGE_SIZE, low, high)
+    return v2.Compose([FLIPS[flip](), jitter, CropToFit(cfg.INPUT.IMAGE_SIZE), drop_thin_boxes])
+
+
+def test_augmentation(cfg: CfgNode) -> v2.Transform:
+    """Resize as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say; MIN_SIZE_TEST 0 keeps the size."""
+    if cfg.INPUT.MIN_SIZE_TEST == 0:
+        return v2.Identity()
+    return ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

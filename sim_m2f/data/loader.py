@@ -1,0 +1,176 @@
+"""Batches for the network: the same sequence for any number of workers and ranks, from any iteration on."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from sim_m2f.data.catalog import DatasetSource, train_sources
+from sim_m2f.data.coco import CocoData, read_coco
+from sim_m2f.data.dataset import Sample, TestDataset, TrainDataset
+from sim_m2f.errors import UserError
+
+Batch = dict[str, Any]
+
+
+class GlobalBatches(Sampler[list[int]]):
+    """The samples of one rank's share of each global batch: iteration t owns samples t*B to (t+1)*B - 1."""
+
+    def __init__(self, batch_size: int, start_iteration: int, rank: int, world_size: int) -> None:
+        self.batch_size, self.start_iteration, self.rank = batch_size, start_iteration, rank
+        self.share = batch_size // world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for iteration in itertools.count(self.start_iteration):
+            first = iteration * self.batch_size + self.rank * self.share
+            yield list(range(first, first + self.share))
+
+
+class CleanErrorLoader(DataLoader):
+    """A DataLoader that raises a worker's UserError with its own message, free of the worker's traceback."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
+
+
+def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """The endless stream of training batches (see ``collate``): this rank's shares of SOLVER.IMS_PER_BATCH.
+
+    Images have INPUT.IMAGE_SIZE pixels a side (rounded up to MODEL.MASK_FORMER.SIZE_DIVISIBILITY).
+
+    Args:
+        cfg: the configuration; segmentations are read only if MODEL.SIM.SUPERVISION is "mask".
+        start_iteration: the iteration whose batch comes first.
+        rank, world_size: this process among all; they divide the global batch, in order.
+
+    Raises:
+        UserError: the data or the configuration are wrong; while iterating, a picture cannot be decoded.
+    """
+    batch_size = cfg.SOLVER.IMS_PER_BATCH
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}; use a positive multiple of the {world_size} ranks"
+        )
+    if cfg.SEED < 0:
+        raise UserError(f"SEED is {cfg.SEED}; use a number of at least 0")
+    data = [read_coco(source, cfg.MODEL.SIM.SUPERVISION == "mask") for source in train_sources(cfg)]
+    check_classes(cfg, data)
+    if rank == 0:
+        print_notes(data)
+    return CleanErrorLoader(
+        TrainDataset(cfg, data),
+        batch_sampler=GlobalBatches(batch_size, start_iteration, rank, world_size),
+        **_loader_options(cfg, least_size=cfg.INPUT.IMAGE_SIZE),
+    )
+
+
+def test_loader(
+    cfg: CfgNode,
+    source: DatasetSource,
+    rank: int = 0,
+    world_size: int = 1,  # noqa: PT028
+) -> DataLoader:
+    """One picture a batch (see ``collate``): pictures rank, rank + world_size, ... of a data set, each once.
+
+    ``loader.dataset.data`` is its CocoData.
+
+    Raises:
+        UserError: the data are wrong; while iterating, a picture cannot be decoded.
+    """
+    data = read_coco(source, read_masks=False)
+    check_classes(cfg, [data])
+    dataset = TestDataset(cfg, data)
+    own = range(rank, len(dataset), world_size)
+    return CleanErrorLoader(dataset, sampler=own, **_loader_options(cfg, least_size=1))
+
+
+def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
+    return {
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "collate_fn": partial(
+            collate, least_size=least_size, divisor=cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        ),
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # else making an iterator draws from the global random state
+    }
+
+
+def collate(samples: list[Sample], least_size: int = 1, divisor: int = 32) -> Batch:
+    """Samples as one batch, padded at the bottom and on the right to a common size.
+
+    Args:
+        samples: as ``dataset.network_input`` gives them.
+        least_size: least height and width of the batch, pixels.
+        divisor: height and width become multiples of it.
+
+    Returns:
+        {"images": (B, 3, H, W) float32 normalised, 0 on padding,
+        "targets": for each picture {"labels": (N,) int64, "boxes": (N, 4) float32 xyxy in pixels of the
+        padded input, "valid": (H, W) bool, False on padding and on the lowest INPUT.BOTTOM_ROWS rows of the
+        original picture, "masks": (N, H, W) bool, for mask supervision only},
+        "image_ids": list of int, "image_sizes": list of (h, w) before padding,
+        "original_sizes": list of (h, w) in the JSON}
+    """
+    sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+    height, width = (-(-max(least_size, *side) // divisor) * divisor for side in zip(*sizes, strict=True))
+    counts = [len(sample["labels"]) for sample in samples]
+    # One tensor each, given out as views: every tensor that leaves a worker costs a file descriptor.
+    targets = {
+        "labels": torch.cat([sample["labels"] for sample in samples]).split(counts),
+        "boxes": torch.cat([sample["boxes"] for sample in samples]).split(counts),
+        "valid": pad_and_stack([sample["valid"] for sample in samples], height, width).unbind(),
+    }
+    if "masks" in samples[0]:
+        masks = [mask for sample in samples for mask in sample["masks"]]
+        targets["masks"] = pad_and_stack(masks, height, width).split(counts)
+    return {
+        "images": pad_and_stack([sample["image"] for sample in samples], height, width),
+        "targets": [
+            dict(zip(targets, values, strict=True)) for values in zip(*targets.values(), strict=True)
+        ],
+        "image_ids": [sample["image_id"] for sample in samples],
+        "image_sizes": sizes,
+        "original_sizes": [sample["original_size"] for sample in samples],
+    }
+
+
+def pad_and_stack(tensors: list[Tensor], height: int, width: int) -> Tensor:
+    """Tensors (..., h, w) in one of shape (len, ..., height, width), zero beyond each one's own size."""
+    stacked = tensors[0].new_zeros((len(tensors), *tensors[0].shape[:-2], height, width))
+    for target, tensor in zip(stacked, tensors, strict=True):
+        target[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
+    return stacked
+
+
+def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
+    """Raises UserError unless all data sets have the same categories, as many as the network has classes."""
+    first = data[0]
+    for other in data[1:]:
+        if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
+            raise UserError(
+                f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
+            )
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if len(first.category_ids) != classes:
+        raise UserError(
+            f"{first.annotations_file}: has {len(first.category_ids)} categories, but the network {classes}; "
+            f"set MODEL.SEM_SEG_HEAD.NUM_CLASSES {len(first.category_ids)}"
+        )
+
+
+def print_notes(data: list[CocoData]) -> None:
+    """Tell on stderr what the training data hold that is not trained on."""
+    for part in data:
+        empty = sum(not len(picture.labels) for picture in part.pictures)
+        if part.zero_area or empty:
+            left_out = f"{part.zero_area} boxes of zero area and {empty} pictures without an object"
+            print(f"{part.name}: left out {left_out}", file=sys.stderr)
