@@ -1,7 +1,8 @@
 """Every key of a configuration with its default and its meaning.
 
-Keys that detectron2 or Mask2Former have carry their names and their meaning; what belongs to learning from boxes stands
-under MODEL.SIM. YAML files may inherit with ``_BASE_`` (fvcore). Values are checked against the defaults' types.
+Keys that detectron2 or Mask2Former have carry their names and their meaning; what belongs to learning from
+boxes stands under MODEL.SIM. YAML files may inherit with ``_BASE_`` (fvcore). Values are checked against the
+types of the defaults.
 """
 
 import copy
@@ -73,7 +74,7 @@ def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: 
         if isinstance(default, CfgNode):
             if not isinstance(value, Mapping):
                 raise UserError(
-                    f"{source}: {path} is a group of keys, not a value; did you mean {path}.{next(iter(default))}?"
+                    f"{source}: {path} is a group of keys; did you mean {path}.{next(iter(default))}?"
                 )
             checked[key] = _checked(value, default, f"{path}.", source)
         else:

@@ -7,8 +7,8 @@ from torch import Tensor
 def mean_over_ranks(value: Tensor) -> Tensor:
     """The mean of a tensor over all ranks, without gradient; the tensor itself in a single process.
 
-    A loss whose sum is divided by the mean of the ranks' numbers gives, after gradients are averaged over the ranks,
-    the loss of the whole batch.
+    A loss whose sum is divided by the mean of the ranks' numbers gives, after gradients are averaged over the
+    ranks, the loss of the whole batch.
     """
     value = value.detach()
     if dist.is_available() and dist.is_initialized():

@@ -32,7 +32,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The contents of a checkpoint of ours or of any torch file of tensors; never runs code from it.
 
     Raises:
-        UserError: the file is missing, is not a checkpoint, is damaged, or holds more than tensors and containers.
+        UserError: the file is missing or damaged, is no checkpoint, or holds more than tensors.
     """
     path = Path(path)
     try:
@@ -75,7 +75,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, named in ``OUTPUT_DIR/last_checkpoint``; None for a run that has none."""
+    """The newest checkpoint of a run, named in ``OUTPUT_DIR/last_checkpoint``, or None."""
     pointer = output_dir / LAST
     if not pointer.exists():
         return None

@@ -45,7 +45,7 @@ class MetricsLogger:
 
 
 class LossAverage:
-    """The mean of each loss since the last call of ``take``, kept on the device so that no step waits for it."""
+    """The mean of each loss since the last ``take``, kept on the device so that no step waits for it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}

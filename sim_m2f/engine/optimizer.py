@@ -14,7 +14,7 @@ UNDECAYED_NAMES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
 def parameter_groups(model: nn.Module, cfg: CfgNode) -> list[dict]:
-    """Groups of equal learning rate and weight decay: the backbone learns slower; norms and embeddings decay apart."""
+    """Groups of equal learning rate and weight decay; backbone, norms and embeddings have their own."""
     solver = cfg.SOLVER
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Training: the step is ``Trainer.step``, the run is ``Trainer.train``; accelerate takes care of devices and ranks."""
+"""Training: the step is ``Trainer.step``, the run ``Trainer.train``; accelerate sees to devices and ranks."""
 
 import signal
 from pathlib import Path
@@ -76,7 +76,7 @@ class Trainer:
             self._load_state(read_checkpoint(checkpoint), checkpoint)
 
     def train(self) -> None:
-        """Train to SOLVER.MAX_ITER with evaluations and checkpoints on the way; SIGINT and SIGTERM stop it orderly."""
+        """Train to SOLVER.MAX_ITER, with evaluations and checkpoints; SIGINT and SIGTERM stop it in order."""
         cfg, solver = self.cfg, self.cfg.SOLVER
         ranks = self.accelerator.process_index, self.accelerator.num_processes
         loader = train_loader(cfg, self.iteration, *ranks)
@@ -107,7 +107,7 @@ class Trainer:
             self.report()
 
     def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank alone."""
+        """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank."""
         torch.manual_seed(_step_seed(self.cfg.SEED, self.iteration, self.accelerator.process_index))
         self.model.train()
         self.criterion.train()

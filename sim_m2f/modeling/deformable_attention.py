@@ -13,7 +13,7 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
     """Weighted sum of bilinear samples of every level; samples outside a level count as zero.
 
     Args:
-        value: (N, S, M, D), the levels flattened one after the other, S = sum of height x width, M heads of width D.
+        value: (N, S, M, D), the levels flattened one after the other, S = sum of height x width, M heads.
         shapes: height and width of every level.
         locations: (N, Q, M, L, P, 2), x and y, 0 to 1 from one border of a level to the other.
         weights: (N, Q, M, L, P).

@@ -1,4 +1,4 @@
-"""Mask2Former (CVPR 2022): backbone, pixel decoder and mask decoder, named as in the published checkpoints."""
+"""Mask2Former (CVPR 2022): backbone, pixel decoder, mask decoder, named as in the published checkpoints."""
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Mask2Former(nn.Module):
 
 
 def build_model(cfg: CfgNode) -> Mask2Former:
-    """The network that ``cfg.MODEL`` describes, with weights drawn from ``cfg.SEED``, in training mode, on the CPU.
+    """The network that ``cfg.MODEL`` describes, its weights drawn from ``cfg.SEED``, on the CPU.
 
     Raises:
         UserError: a key asks for something that does not exist.

@@ -1,7 +1,9 @@
-"""Mask2Former's decoder: queries that attend inside the masks they predicted one layer before (paper, section 3.2).
+"""Mask2Former's decoder: queries attend inside the masks they predicted a layer before (paper, section 3.2).
 
 Parameter names are those of the published checkpoints (``sem_seg_head.predictor.*``).
 """
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from sim_m2f.modeling.position import sine_positions
 
 
 class Attention(nn.Module):
-    """Multi-head attention with the parameters of nn.MultiheadAttention, batch first, masks shared by all heads."""
+    """Multi-head attention with the parameters of nn.MultiheadAttention; all heads share one mask."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -24,7 +26,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
-        """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) bool is True where a query may look."""
+        """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
         projected = (
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(
@@ -91,7 +93,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: list[int]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -136,7 +138,7 @@ class MaskDecoder(nn.Module):
             mask_features: (B, MASK_DIM, h, w) of stride 4.
 
         Returns:
-            one {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone and one per layer.
+            {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone, then per layer.
         """
         sizes = [level.shape[-2:] for level in encoded]
         memories, keys = self._memories(encoded)

@@ -1,4 +1,4 @@
-"""Mask2Former's pixel decoder: a deformable transformer encoder over strides 8 to 32, then one FPN step to stride 4.
+"""Mask2Former's pixel decoder: a deformable encoder over strides 8 to 32, then one FPN step to stride 4.
 
 Parameter names are those of the published checkpoints (``sem_seg_head.pixel_decoder.*``).
 """

@@ -26,8 +26,8 @@ def instances(
         top_k: most instances per picture.
 
     Returns:
-        per picture {"scores" (K,), "labels" (K,) int64, "masks" (K, H0, W0) bool, "boxes" (K, 4) xyxy around the
-        masks in pixels, zeros for an empty mask}, best first.
+        per picture, best first, {"scores" (K,), "labels" (K,) int64, "masks" (K, H0, W0) bool, "boxes" (K, 4)
+        xyxy in pixels around the masks, zeros for an empty mask}.
     """
     probabilities = outputs["pred_logits"].float().softmax(-1)[..., :-1]
     classes = probabilities.shape[-1]
@@ -52,7 +52,7 @@ def instances(
 
 
 def _resized(logits: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """(K, h, w) at stride 4 to (K, H0, W0): to the network's input, without its padding, to the picture's size."""
+    """(K, h, w) at stride 4 to the network's input, without its padding, to (K, H0, W0)."""
     height, width = logits.shape[-2:]
     full = F.interpolate(
         logits[None], size=(height * STRIDE, width * STRIDE), mode="bilinear", align_corners=False

@@ -26,7 +26,7 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 
 def neighbour_offsets(dilation: int) -> list[tuple[int, int]]:
-    """(dy, dx) of the four neighbours after a pixel; the other four are these edges seen from their other end."""
+    """(dy, dx) of the four neighbours after a pixel; the other four are these edges from their other end."""
     return [(0, dilation), (dilation, -dilation), (dilation, 0), (dilation, dilation)]
 
 
@@ -47,7 +47,7 @@ def color_affinity(images: Tensor, dilation: int) -> Tensor:
 
 
 def edge_mask(valid: Tensor, dilation: int) -> Tensor:
-    """(B, h, w) bool of usable pixels to (B, 4, h, w) bool: both ends of the edge lie in the picture and are usable."""
+    """(B, h, w) bool of usable pixels to (B, 4, h, w) bool: both ends are in the picture and usable."""
     return torch.stack([valid & _shifted(valid, offset) for offset in neighbour_offsets(dilation)], dim=1)
 
 

@@ -1,4 +1,4 @@
-"""A loss towards the filled box, for the first steps of a run from scratch: it tells queries where their object is."""
+"""A loss towards the filled box for the first steps from scratch: it tells queries where their object is."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -24,13 +24,13 @@ Outputs = dict[str, Any]
 class Criterion(nn.Module):
     """Base of both criteria: deep supervision, classification, the step counter (part of ``state_dict``).
 
-    ``criterion(outputs, targets, images, teacher_outputs=None)`` returns weighted scalars by name, each the sum over
-    the decoder layers and normalised over all ranks; their sum is the training loss.
+    ``criterion(outputs, targets, images, teacher_outputs=None)`` returns weighted scalars by name, each the
+    sum over the decoder layers and normalised over all ranks; their sum is the training loss.
 
     Args of the call:
         outputs: {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w) logits at stride 4, "mask_features",
             "aux_outputs": [the first two, per earlier layer]}.
-        targets: per picture {"labels": (N,) int64, "boxes": (N, 4) float xyxy in pixels of the network's input,
+        targets: per picture {"labels": (N,) int64, "boxes": (N, 4) float xyxy in pixels of the input,
             "valid": (H, W) bool, optional, False on padding and on rows without usable annotation,
             "masks": (N, H, W), only for mask supervision}.
         images: (B, 3, H, W), as the network got them.
@@ -80,7 +80,7 @@ def matched_masks(mask_logits: list[Tensor], match: Match, targets: Targets) -> 
 
 
 def per_object(loss: Tensor, match: Match, targets: Targets) -> Tensor:
-    """Sum over layers and matched objects of a loss (L, T), divided by the objects of the batch over all ranks."""
+    """Sum over layers and matched objects of a loss (L, T), divided by the objects of a mean rank."""
     objects = mean_over_ranks(loss.new_tensor(float(len(targets)))).clamp(min=1)
     return (loss * match.matched).sum() / objects
 
@@ -203,7 +203,7 @@ def _projections(mask_logits: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _valid(targets: list[dict[str, Tensor]], images: Tensor) -> Tensor:
-    """(B, h, w) bool: the pixels at stride 4 that lie wholly on usable pixels; all of them where nothing is said."""
+    """(B, h, w) bool: pixels at stride 4 that lie wholly on usable pixels; all where nothing is said."""
     whole = torch.ones(images.shape[-2:], dtype=torch.bool)
     valid = torch.stack([target.get("valid", whole) for target in targets]).to(
         images.device, non_blocking=True

@@ -1,4 +1,4 @@
-"""Mask2Former's own supervision by masks, compared at sampled points (paper, section 3.3; PointRend, section 4.2).
+"""Mask2Former's own supervision by masks, at sampled points (paper, section 3.3; PointRend, section 4.2).
 
 The upper bound for learning from boxes; used when MODEL.SIM.SUPERVISION is "mask".
 """
@@ -17,7 +17,7 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 
 
 class MaskMatcher:
-    """cost = class_weight * -probability + mask_weight * cross-entropy + dice_weight * dice, at random points.
+    """cost = class_weight * -probability + mask_weight * cross-entropy + dice_weight * dice at random points.
 
     Args:
         class_weight, mask_weight, dice_weight: weights of the three costs.

@@ -28,7 +28,9 @@ class Match:
 
 class BoxMatcher:
     """cost = class_weight * -probability + projection_weight * (dice along x + dice along y)
-    + box_weight * (L1 + 1 - GIoU of the box around the mask and the annotated box, both in shares of the picture).
+    + box_weight * (L1 + 1 - GIoU).
+
+    L1 and GIoU compare the box around the mask with the annotated box, both in shares of the picture.
     """
 
     def __init__(self, class_weight: float, projection_weight: float, box_weight: float) -> None:
@@ -57,7 +59,7 @@ class BoxMatcher:
 
 
 def class_cost(logits: Tensor, targets: Targets) -> Tensor:
-    """(L, B, Q, N): minus the probability of each object's class; logits (L, B, Q, C+1), N the most objects."""
+    """(L, B, Q, N): minus the probability of each object's class, from logits (L, B, Q, C+1)."""
     labels = _padded(targets.labels, targets)
     index = labels[None, :, None].expand(*logits.shape[:3], -1)
     return -logits.softmax(-1).gather(-1, index)
@@ -99,7 +101,7 @@ def _padded(values: Tensor, targets: Targets) -> Tensor:
 
 
 def _box_cost(along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
-    """(L, B, Q, N): L1 + (1 - GIoU) of the boxes around the masks and the annotated ones, in shares of the picture."""
+    """(L, B, Q, N): L1 + (1 - GIoU) of the boxes around the masks and the annotated ones."""
     (left, right), (top, bottom) = _extent(along_x), _extent(along_y)
     predicted = torch.stack([left, top, right, bottom], dim=-1)[..., None, :]
     height, width = targets.size
@@ -110,7 +112,7 @@ def _box_cost(along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
 
 
 def _extent(profile: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last position above one half along the last dimension, as shares of its length; 0, 0 for none."""
+    """First and last position above one half in the last dimension, in shares of it; 0, 0 for none."""
     above = profile > 0.5
     length = profile.shape[-1]
     first = above.int().argmax(-1)

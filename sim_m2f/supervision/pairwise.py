@@ -29,13 +29,13 @@ class SameLabel(torch.autograd.Function):
 def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
     """Sum over the counted edges of -log P(same label), and their number.
 
-    An edge (i, j) to one of i's 8 neighbours counts for an object when i lies in its box and ``edges`` has it; seen
-    from both ends it counts twice when both lie in the box.
+    An edge (i, j) to one of the 8 neighbours of i counts for an object when i is in its box and ``edges`` has it;
+    it counts twice, once from each end, when both lie in the box.
 
     Args:
         logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
         targets: the T objects.
-        edges: (B, 4, h, w) bool, from each pixel to its four neighbours after it: like colours, both ends usable.
+        edges: (B, 4, h, w) bool, from each pixel to its four neighbours after it: alike, both ends usable.
         dilation: distance of the neighbours in pixels at stride 4.
 
     Returns:

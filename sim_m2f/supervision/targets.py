@@ -17,7 +17,7 @@ class Targets:
         labels: (T,) int64, 0 to C-1.
         picture: (T,) int64, index of the object's picture in the batch.
         boxes: (T, 4) float xyxy in pixels of the network's input.
-        ranges: (T, 4) int64 on the CPU: first column, first row, and the ends (exclusive) of the box at stride 4.
+        ranges: (T, 4) int64 on the CPU: first column and row, and the ends (exclusive) of the box, stride 4.
         counts: objects per picture.
         size: (h, w) of the maps at stride 4.
     """
@@ -86,8 +86,8 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
 def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Columns and rows at stride 4 whose centres lie in the boxes; every box owns at least one pixel.
 
-    Column k has its centre at 4 (k + 0.5) and belongs to [x1, x2). A box without a centre gets the pixel that holds
-    its own centre.
+    Column k has its centre at 4 (k + 0.5) and belongs to the box when x1 <= centre < x2. A box without centres
+    gets the pixel that holds its own centre.
 
     Args:
         boxes: (T, 4) xyxy in pixels of the network's input.
