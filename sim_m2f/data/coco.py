@@ -1,7 +1,7 @@
 """Reading COCO JSON: every record checked, every problem told by file and id, before anything is computed.
 
-The format is that of cocodataset.org/#format-data. Boxes are needed; ``segmentation`` fields are looked at for
-mask supervision only.
+The format is that of cocodataset.org/#format-data. Boxes are needed; ``segmentation`` fields are looked at
+for mask supervision only.
 """
 
 import json
@@ -258,6 +258,7 @@ class _Reader:
                 what = segmentation_problem(segmentation, image["height"], image["width"])
                 if what:
                     self.report(where, f"segmentation {what}")
+                    continue
             objects[image["id"]].append(_Object(item["id"], box, labels[item["category_id"]], segmentation))
         return objects
 

@@ -90,20 +90,24 @@ def read_sample(data: CocoData, picture: Picture, bottom_rows: int) -> Sample:
         "valid": tv_tensors.Mask(valid),
     }
     if picture.segmentations is not None:
-        sample["masks"] = tv_tensors.Mask(read_masks(data, picture))
+        masks = np.empty((len(picture.labels), *size), np.uint8)
+        for index in range(len(masks)):
+            masks[index] = read_mask(data, picture, index)
+        sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
     return sample
 
 
-def read_masks(data: CocoData, picture: Picture) -> torch.Tensor:
-    """The masks (N, H, W) uint8 of a picture's objects."""
-    masks = torch.empty((len(picture.labels), picture.height, picture.width), dtype=torch.uint8)
-    for mask, segmentation, number in zip(masks, picture.segmentations, picture.annotation_ids, strict=True):
-        try:
-            mask[:] = torch.from_numpy(decode_segmentation(segmentation, picture.height, picture.width))
-        except ValueError as error:
-            where = f"{data.annotations_file}: annotation id {number}"
-            raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error
-    return masks
+def read_mask(data: CocoData, picture: Picture, index: int) -> np.ndarray:
+    """The mask (H, W) uint8 of one object of a picture.
+
+    Raises:
+        UserError: the segmentation cannot be decoded.
+    """
+    try:
+        return decode_segmentation(picture.segmentations[index], picture.height, picture.width)
+    except ValueError as error:
+        where = f"{data.annotations_file}: annotation id {picture.annotation_ids[index]}"
+        raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error
 
 
 def network_input(cfg: CfgNode, picture: Picture, sample: Sample) -> Sample:

@@ -76,7 +76,7 @@ def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_si
 def test_loader(
     cfg: CfgNode,
     source: DatasetSource,
-    rank: int = 0,
+    rank: int = 0,  # noqa: PT028
     world_size: int = 1,  # noqa: PT028
 ) -> DataLoader:
     """One picture a batch (see ``collate``): pictures rank, rank + world_size, ... of a data set, each once.

@@ -14,6 +14,11 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     if isinstance(segmentation, list):
         if not segmentation or not all(_is_polygon(polygon) for polygon in segmentation):
             return "is not a list of polygons [x1, y1, x2, y2, x3, y3, ...]; correct it"
+        if any(
+            _is_far_out(polygon[0::2], width) or _is_far_out(polygon[1::2], height)
+            for polygon in segmentation
+        ):
+            return f"has points far outside of its picture, {width} x {height}; correct it"
         return None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither a list of polygons nor an RLE with size and counts; correct it"
@@ -37,11 +42,16 @@ def _is_polygon(points: Any) -> bool:
     )
 
 
+def _is_far_out(positions: list[float], extent: int) -> bool:
+    """More than one picture away, where pycocotools would run out of memory."""
+    return min(positions) < -extent or max(positions) > 2 * extent
+
+
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """The mask (height, width) uint8 of 0 and 1 of a well-formed segmentation.
 
     Raises:
-        ValueError: the run lengths do not describe a mask of this size.
+        ValueError: the runs do not make up a mask of this size.
     """
     if isinstance(segmentation, list):
         rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
@@ -49,4 +59,26 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         rle = coco_mask.frPyObjects(segmentation, height, width)
     else:
         rle = segmentation
+        runs = run_lengths(rle["counts"])
+        if sum(runs) != height * width or min(runs) < 0:  # pycocotools would leave pixels undefined
+            raise ValueError(f"its runs do not add up to {height} x {width} pixels")
     return coco_mask.decode(rle)
+
+
+def run_lengths(counts: str) -> list[int]:
+    """The lengths in a compressed RLE, as COCO defines it (``rleFrString`` of pycocotools).
+
+    A character holds five bits of a number, lowest first, above 48; the sixth bit says that more follow, the
+    fifth of the last one is the sign. From the fourth number on, each is the difference to the last but one.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
