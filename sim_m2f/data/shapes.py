@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
+from tqdm import tqdm
 
 from sim_m2f.data import shapes_paint as paint
 from sim_m2f.errors import UserError
@@ -68,10 +69,9 @@ class Scene:
         self.things: list[Thing] = []
 
     def fits(self, new: Thing) -> bool:
-        visible = [(thing.visible & ~new.mask, thing.area) for thing in self.things] + [
-            (new.visible, new.area)
-        ]
-        return all(mask.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area) for mask, area in visible)
+        pairs = [(thing.visible & ~new.mask, thing.area) for thing in self.things]
+        pairs.append((new.visible, new.area))
+        return all(mask.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area) for mask, area in pairs)
 
     def add(self, thing: Thing, fill: np.ndarray) -> None:
         self.canvas = self.canvas + thing.alpha[..., None] * (fill - self.canvas)
@@ -97,9 +97,8 @@ class Scene:
         hide = may_hide and self.rng.random() < CAMOUFLAGED
         for _ in range(TRIES):
             thing = self.anywhere()
-            if not self.fits(thing) or (
-                hide and any((thing.mask & other.mask).any() for other in self.things)
-            ):
+            overlaps = any((thing.mask & other.mask).any() for other in self.things)
+            if (hide and overlaps) or not self.fits(thing):
                 continue
             if hide:
                 return self.add(thing, paint.camouflage(self.rng, self.canvas, thing.mask))
@@ -176,22 +175,17 @@ def write_picture(folder: Path, split: str, number: int) -> tuple[dict, list[dic
     name = f"{number:06d}.png"
     pixels = np.clip(np.rint(scene.canvas), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / split / name, compress_level=1)
-    picture = {
-        "id": number,
-        "file_name": name,
-        "width": paint.SIZE,
-        "height": paint.SIZE,
-        "tags": scene.tags(),
-    }
+    size = {"width": paint.SIZE, "height": paint.SIZE}
+    picture = {"id": number, "file_name": name, **size, "tags": scene.tags()}
     return picture, [annotate(thing, number) for thing in scene.things]
 
 
 def write_split(folder: Path, split: str) -> None:
     (folder / split).mkdir(parents=True)
+    numbers = range(1, SPLITS[split] + 1)
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(
-            pool.map(partial(write_picture, folder, split), range(1, SPLITS[split] + 1), chunksize=25)
-        )
+        written = pool.map(partial(write_picture, folder, split), numbers, chunksize=25)
+        results = list(tqdm(written, f"shapes {split}", len(numbers), unit="picture", disable=None))
     annotations = [annotation for _, found in results for annotation in found]
     data = {
         "info": {"description": f"{VERSION} {split}"},
@@ -206,38 +200,30 @@ def write_split(folder: Path, split: str) -> None:
 def write_shapes(folder: str | Path) -> Path:
     """Write annotations/{train,val}.json, train/*.png and val/*.png into ``folder``; returns it.
 
-    The folder appears at once, complete: one that is there already is kept as it is.
+    The folder appears at once, complete; a set that is there already is kept as it is.
 
     Raises:
-        UserError: the folder exists and holds something else, or cannot be written to.
+        UserError: the folder holds something else, or cannot be written to.
     """
     folder = Path(folder)
-    if is_complete(folder):
+    marker = folder / f"{VERSION}.complete"
+    if marker.is_file():
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder}: is there already and is not the shapes set; delete it or choose another folder"
-        )
+        raise UserError(f"{folder}: is not empty and not the shapes set; delete it or choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True
-        ) as draft:
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as draft:
             complete = Path(draft) / "set"
             for split in SPLITS:
                 write_split(complete, split)
+            (complete / marker.name).touch()
             complete.rename(folder)
     except OSError as error:
-        if not is_complete(folder):  # else another process was faster
+        if not marker.is_file():  # else another process was faster
             reason = error.strerror or error
-            raise UserError(
-                f"{folder}: cannot be written ({reason}); free space or choose another"
-            ) from error
+            raise UserError(f"{folder}: cannot be written ({reason}); choose another folder") from error
     return folder
-
-
-def is_complete(folder: Path) -> bool:
-    return all((folder / "annotations" / f"{split}.json").is_file() for split in SPLITS)
 
 
 def cached_shapes() -> Path:
