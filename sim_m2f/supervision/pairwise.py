@@ -29,7 +29,7 @@ class SameLabel(torch.autograd.Function):
 def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
     """Sum over the counted edges of -log P(same label), and their number.
 
-    An edge (i, j) to one of the 8 neighbours of i counts for an object when i is in its box and ``edges`` has it;
+    An edge (i, j) to one of 8 neighbours counts for an object when i is in its box and ``edges`` has it;
     it counts twice, once from each end, when both lie in the box.
 
     Args:

@@ -86,7 +86,7 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
 def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Columns and rows at stride 4 whose centres lie in the boxes; every box owns at least one pixel.
 
-    Column k has its centre at 4 (k + 0.5) and belongs to the box when x1 <= centre < x2. A box without centres
+    Column k has its centre at 4 (k + 0.5) and is in the box when x1 <= centre < x2. A box without any
     gets the pixel that holds its own centre.
 
     Args:
