@@ -128,7 +128,8 @@ _node(_C, ["MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"])
 # ------------------------------------------------------------------------------------------------ network
 _C.MODEL.DEVICE = "auto"  # "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
 _C.MODEL.META_ARCHITECTURE = "MaskFormer"  # The only one; kept for Mask2Former's files.
-_C.MODEL.WEIGHTS = ""  # Checkpoint to start from; "" starts from random (or timm's pretrained) weights.
+# Where the weights start: a checkpoint, "timm://NAME" for timm's pretrained backbone, "" for random weights.
+_C.MODEL.WEIGHTS = ""
 _C.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]  # Mean of the pixels, RGB, 0..255.
 _C.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]  # Standard deviation of the pixels, RGB, 0..255.
 _node(_C.MODEL, ["BACKBONE", "RESNETS", "SWIN", "SEM_SEG_HEAD", "MASK_FORMER", "SIM"])
@@ -136,9 +137,11 @@ _node(_C.MODEL, ["BACKBONE", "RESNETS", "SWIN", "SEM_SEG_HEAD", "MASK_FORMER", "
 # "build_resnet_backbone" (MODEL.RESNETS), "D2SwinTransformer" (MODEL.SWIN), or the name of any timm model.
 _C.MODEL.BACKBONE.NAME = "build_resnet_backbone"
 _C.MODEL.BACKBONE.FREEZE_AT = 0  # ResNet stages kept fixed: 1 the stem, 2 also res2, ...; 0 none.
-_C.MODEL.BACKBONE.PRETRAINED = False  # Start the backbone from timm's pretrained weights (downloads them).
 
 _C.MODEL.RESNETS.DEPTH = 50  # 18, 34, 50, 101 or 152.
+_C.MODEL.RESNETS.RES2_OUT_CHANNELS = (
+    256  # Channels at stride 4; each later stage doubles them. 64 for depth 18, 34.
+)
 _C.MODEL.RESNETS.NORM = "FrozenBN"  # "FrozenBN", "BN", "SyncBN" or "GN"; from scratch use "BN" or "GN".
 _C.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
 

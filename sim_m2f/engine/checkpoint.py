@@ -11,6 +11,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 
 LAST = "last_checkpoint"
+TIMM = "timm://"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -51,11 +52,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load the network's weights from a checkpoint.
+    """Load the network's weights from a checkpoint, or its backbone's from timm (``timm://NAME``).
 
     Raises:
         UserError: the file cannot be read, or belongs to another network.
     """
+    if str(path).startswith(TIMM):
+        model.backbone.load_pretrained(str(path).removeprefix(TIMM))
+        return
     state = read_checkpoint(path)
     weights = state.get("model", state)
     own = model.state_dict()

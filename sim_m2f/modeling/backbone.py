@@ -12,6 +12,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.errors import UserError
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBN": nn.BatchNorm2d,
     "BN": nn.BatchNorm2d,
@@ -25,14 +26,13 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: timm's name of the model.
-        pretrained: start from timm's pretrained weights.
         options: further arguments of ``timm.create_model``.
 
     Raises:
         UserError: timm does not know the name, or the model has no maps of strides 4 to 32.
     """
 
-    def __init__(self, name: str, pretrained: bool, **options: Any) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         super().__init__()
         if not timm.is_model(name):
             raise UserError(f"MODEL.BACKBONE.NAME: timm has no model {name!r}; timm.list_models() lists them")
@@ -44,11 +44,33 @@ class TimmBackbone(nn.Module):
                 f"MODEL.BACKBONE.NAME: {name} has no map of stride {missing[0]}; take a pyramid model"
             )
         indices = tuple(reductions.index(stride) for stride in STRIDES.values())
-        self.body = timm.create_model(
-            name, features_only=True, pretrained=pretrained, out_indices=indices, **options
-        )
+        self.body = timm.create_model(name, features_only=True, out_indices=indices, **options)
         self.channels = dict(zip(STRIDES, self.body.feature_info.channels(), strict=True))
+        self.name = name
         self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
+
+    def load_pretrained(self, name: str) -> None:
+        """Take timm's pretrained weights ``name``, such as "resnet50.tv_in1k"; they are downloaded once.
+
+        Raises:
+            UserError: timm has no such weights, they cannot be downloaded, or they are of another backbone.
+        """
+        try:
+            indices = tuple(self.body.out_indices)
+            weights = timm.create_model(
+                name, pretrained=True, features_only=True, out_indices=indices
+            ).state_dict()
+        except Exception as error:  # timm's ways of downloading raise errors of many libraries
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"timm://{name}: cannot be loaded ({reason}); set MODEL.WEIGHTS to a file or to ''"
+            ) from error
+        own = self.body.state_dict()
+        if any(key not in weights or weights[key].shape != value.shape for key, value in own.items()):
+            raise UserError(
+                f"timm://{name}: weights of another backbone than {self.name}; check MODEL.BACKBONE"
+            )
+        self.body.load_state_dict({key: weights[key] for key in own})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images)
@@ -60,13 +82,9 @@ class TimmBackbone(nn.Module):
 class SwinBackbone(TimmBackbone):
     """Swin with a layer norm on each of its four outputs, as detection networks use it."""
 
-    def __init__(self, pretrained: bool, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(
-            "swin_tiny_patch4_window7_224",
-            pretrained,
-            dynamic_img_size=True,
-            always_partition=True,
-            **options,
+            "swin_tiny_patch4_window7_224", dynamic_img_size=True, always_partition=True, **options
         )
         for i, channels in enumerate(self.channels.values()):
             self.add_module(f"norm{i}", nn.LayerNorm(channels))
@@ -78,13 +96,12 @@ class SwinBackbone(TimmBackbone):
 
 def build_backbone(cfg: CfgNode) -> TimmBackbone:
     """The backbone that MODEL.BACKBONE, MODEL.RESNETS and MODEL.SWIN describe."""
-    name, pretrained = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.PRETRAINED
+    name = cfg.MODEL.BACKBONE.NAME
     if name == "build_resnet_backbone":
-        return _resnet(cfg, pretrained)
+        return _resnet(cfg)
     if name == "D2SwinTransformer":
         swin = cfg.MODEL.SWIN
         return SwinBackbone(
-            pretrained,
             patch_size=swin.PATCH_SIZE,
             embed_dim=swin.EMBED_DIM,
             depths=tuple(swin.DEPTHS),
@@ -93,14 +110,17 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
             mlp_ratio=swin.MLP_RATIO,
             drop_path_rate=swin.DROP_PATH_RATE,
         )
-    return TimmBackbone(name, pretrained)
+    return TimmBackbone(name)
 
 
-def _resnet(cfg: CfgNode, pretrained: bool) -> TimmBackbone:
+def _resnet(cfg: CfgNode) -> TimmBackbone:
     norm = cfg.MODEL.RESNETS.NORM
     if norm not in NORMS:
         raise UserError(f"MODEL.RESNETS.NORM: unknown norm {norm!r}; known: {', '.join(NORMS)}")
-    backbone = TimmBackbone(f"resnet{cfg.MODEL.RESNETS.DEPTH}", pretrained, norm_layer=NORMS[norm])
+    depth = cfg.MODEL.RESNETS.DEPTH
+    width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS // (1 if depth in BASIC_DEPTHS else 4)
+    channels = tuple(width * 2**stage for stage in range(4))
+    backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS[norm], channels=channels)
     if norm == "FrozenBN":
         freeze_batch_norm_2d(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]
