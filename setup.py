@@ -1,5 +1,15 @@
 """Builds the package; its metadata are in pyproject.toml."""
 
+import sys
+from pathlib import Path
+
 from setuptools import setup
 
-setup()
+sys.path.insert(0, str(Path(__file__).parent / "ops"))
+from build import EXTENSION, BuildOperator  # noqa: E402
+
+setup(
+    ext_modules=[EXTENSION],
+    cmdclass={"build_ext": BuildOperator},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,169 @@
+"""Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159), compiled for CPU and CUDA.
+
+`ms_deform_attn` and `ms_deform_attn_fused` are differentiable and run on every device: through the compiled operators
+`torch.ops.msda.*` where there is a kernel, in plain PyTorch elsewhere. `ms_deform_attn_forward` and
+`ms_deform_attn_backward` are those of the original extension of this name, for code that imports it.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from MultiScaleDeformableAttention import plain
+from MultiScaleDeformableAttention.operators import LOAD_ERROR, check_shapes, has_kernel
+
+__all__ = [
+    "LOAD_ERROR",
+    "has_kernel",
+    "ms_deform_attn",
+    "ms_deform_attn_backward",
+    "ms_deform_attn_forward",
+    "ms_deform_attn_fused",
+]
+
+Shapes = Tensor | Sequence[Sequence[int]]
+
+
+def _levels(
+    spatial_shapes: Shapes, level_start_index: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Shapes and first positions of the levels as tensors on ``device``; numbers travel there without a wait."""
+    if not isinstance(spatial_shapes, Tensor):
+        spatial_shapes = (
+            torch.tensor(spatial_shapes, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
+        )
+    if level_start_index is None:
+        sizes = spatial_shapes.prod(1)
+        level_start_index = sizes.cumsum(0) - sizes
+    return spatial_shapes, level_start_index
+
+
+def _level_numbers(spatial_shapes: Shapes, level_start_index: Tensor | None) -> list[tuple[int, int, int]]:
+    """First position, height and width of the levels."""
+    shapes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if level_start_index is None:
+        starts = [0, *accumulate(height * width for height, width in shapes)][: len(shapes)]
+    else:
+        starts = level_start_index.tolist()
+    return [(start, height, width) for start, (height, width) in zip(starts, shapes, strict=True)]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """out[n, q, m] = sum over l, p of weight[n, q, m, l, p] * bilinear(value of level l and head m at location[n, q, m, l, p]).
+
+    What lies outside a level is zero; a location that is not finite samples nothing.
+
+    Args:
+        value: (N, S, M, D), the levels one after the other; float32, float64, float16 or bfloat16.
+        spatial_shapes: (L, 2) int64, height and width; or the same as numbers.
+        level_start_index: (L,) int64, where each level begins in S; None where they follow each other.
+        sampling_locations: (N, Q, M, L, P, 2), x and y from 0 to 1, border to border; the type of value, or float32.
+        attention_weights: (N, Q, M, L, P); the type of value, or float32.
+
+    Returns:
+        (N, Q, M * D) in the type of value. Sums are taken in float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: an argument of the wrong shape, type or device, by its name.
+
+    Example:
+        >>> value = torch.randn(1, 6 * 8 + 3 * 4, 2, 16)
+        >>> locations, weights = torch.rand(1, 5, 2, 2, 4, 2), torch.rand(1, 5, 2, 2, 4)
+        >>> ms_deform_attn(value, [(6, 8), (3, 4)], None, locations, weights).shape
+        torch.Size([1, 5, 32])
+    """
+    if has_kernel(value.device):
+        shapes, starts = _levels(spatial_shapes, level_start_index, value.device)
+        return torch.ops.msda.ms_deform_attn(value, shapes, starts, sampling_locations, attention_weights)
+    levels = _level_numbers(spatial_shapes, level_start_index)
+    check_shapes(
+        value, len(levels), sampling_locations=sampling_locations, attention_weights=attention_weights
+    )
+    return plain.ms_deform_attn(value, levels, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Shapes,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` with what precedes it: locations = reference + offsets / (width, height), weights = softmax of logits.
+
+    Neither locations nor weights are written to memory.
+
+    Args:
+        value, spatial_shapes, level_start_index: as for `ms_deform_attn`.
+        reference_points: (N or 1, Q, L or 1, 2), x and y from 0 to 1.
+        sampling_offsets: (N, Q, M, L, P, 2), x and y in pixels of the level.
+        attention_logits: (N, Q, M, L, P); the softmax runs over L and P.
+
+    Returns:
+        (N, Q, M * D) in the type of value.
+
+    Raises:
+        RuntimeError: an argument of the wrong shape, type or device, by its name.
+    """
+    if reference_points.dim() != 4:
+        shape = tuple(reference_points.shape)
+        raise RuntimeError(f"ms_deform_attn: reference_points: expected shape (N, Q, L, 2), got {shape}")
+    reference_points = reference_points.expand(value.shape[0], -1, len(spatial_shapes), -1)
+    if has_kernel(value.device):
+        shapes, starts = _levels(spatial_shapes, level_start_index, value.device)
+        return torch.ops.msda.ms_deform_attn_fused(
+            value, shapes, starts, reference_points, sampling_offsets, attention_logits
+        )
+    points = {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}
+    levels = _level_numbers(spatial_shapes, level_start_index)
+    check_shapes(value, len(levels), **points, reference_points=reference_points)
+    return plain.ms_deform_attn_fused(value, levels, reference_points, sampling_offsets, attention_logits)
+
+
+def _check_step(im2col_step: int) -> None:
+    if im2col_step < 1:
+        raise RuntimeError(f"ms_deform_attn: im2col_step: expected 1 or more, got {im2col_step}")
+
+
+def ms_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    """The original extension's forward; ``im2col_step`` has no effect, as nothing is unfolded."""
+    _check_step(im2col_step)
+    with torch.no_grad():
+        return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
+
+
+def ms_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_loc: Tensor,
+    attn_weight: Tensor,
+    grad_output: Tensor,
+    im2col_step: int,
+) -> list[Tensor]:
+    """The original extension's backward: the gradients of value, sampling locations and attention weights."""
+    _check_step(im2col_step)
+    if has_kernel(value.device):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        arguments = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output)
+        return list(torch.ops.msda.ms_deform_attn_backward(*arguments, deterministic))
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
+        output = ms_deform_attn(inputs[0], spatial_shapes, level_start_index, inputs[1], inputs[2])
+    return list(torch.autograd.grad(output, inputs, grad_output))
