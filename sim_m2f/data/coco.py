@@ -276,8 +276,8 @@ def box_problem(bbox: Any, height: int, width: int) -> str | None:
     """What is wrong with a COCO box [x, y, width, height] on a picture of this size, if anything."""
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(value) not in (int, float) for value in bbox):
         return "is not four numbers; write [x, y, width, height]"
-    if not all(abs(value) < float("inf") for value in bbox):
-        return "is not finite; correct it"
+    if not all(abs(value) < 1e9 for value in bbox):
+        return "is not finite or far too large; correct it"
     x, y, w, h = bbox
     if w < 0 or h < 0:
         return "has a negative size; write [x, y, width, height]"

@@ -71,7 +71,7 @@ def heart(rng: np.random.Generator) -> list[np.ndarray]:
     return [np.stack([16 * np.sin(t) ** 3, y + 2.5], axis=1) / 17]
 
 
-# Polygons (K, 2) of one object within the unit circle: its outline and, for a ring, the hole.
+# Polygons (K, 2) of one object around the origin, radius about 1: its outline and, for a ring, the hole.
 OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     "disc": disc,
     "triangle": triangle,
