@@ -139,9 +139,8 @@ _C.MODEL.BACKBONE.NAME = "build_resnet_backbone"
 _C.MODEL.BACKBONE.FREEZE_AT = 0  # ResNet stages kept fixed: 1 the stem, 2 also res2, ...; 0 none.
 
 _C.MODEL.RESNETS.DEPTH = 50  # 18, 34, 50, 101 or 152.
-_C.MODEL.RESNETS.RES2_OUT_CHANNELS = (
-    256  # Channels at stride 4; each later stage doubles them. 64 for depth 18, 34.
-)
+# Channels at stride 4, doubled by each later stage: 64 for the depths 18 and 34, 256 for the deeper ones.
+_C.MODEL.RESNETS.RES2_OUT_CHANNELS = 256
 _C.MODEL.RESNETS.NORM = "FrozenBN"  # "FrozenBN", "BN", "SyncBN" or "GN"; from scratch use "BN" or "GN".
 _C.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
 

@@ -48,6 +48,10 @@ class Thing:
     colour: np.ndarray | None = None  # RGB; None: camouflaged
 
     @property
+    def name(self) -> str:
+        return CLASSES[self.label]
+
+    @property
     def mask(self) -> np.ndarray:
         return self.alpha >= 0.5
 
@@ -101,9 +105,11 @@ class Scene:
             if (hide and overlaps) or not self.fits(thing):
                 continue
             if hide:
-                return self.add(thing, paint.camouflage(self.rng, self.canvas, thing.mask))
-            thing.colour = paint.contrasting_colour(self.rng, self.canvas[thing.mask])
-            return self.add(thing, paint.fill(self.rng, kind or self.rng.choice(paint.FILLS), thing.colour))
+                return self.add(thing, paint.camouflage(self.rng, thing.name, self.canvas, thing.mask))
+            thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
+            return self.add(
+                thing, paint.fill(self.rng, kind or paint.class_fill(self.rng, thing.name), thing.colour)
+            )
 
     def add_same_class_overlap(self) -> None:
         """Over the first thing, a second of its class: half the time of a similar colour."""
@@ -111,11 +117,13 @@ class Scene:
         for _ in range(TRIES):
             thing = self.beside(first, first.label, 0.4, 0.85)
             if (thing.mask & first.mask).sum() >= 20 and self.fits(thing):
-                thing.colour = paint.contrasting_colour(self.rng, self.canvas[thing.mask])
+                thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
                 if self.rng.random() < 0.5:
                     shift = self.rng.choice([-1, 1]) * self.rng.uniform(25, 45)
                     thing.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
-                return self.add(thing, paint.fill(self.rng, self.rng.choice(paint.FILLS), thing.colour))
+                return self.add(
+                    thing, paint.fill(self.rng, paint.class_fill(self.rng, thing.name), thing.colour)
+                )
 
     def add_same_colour(self) -> None:
         """Beside the first thing, one of another class and of the same flat colour, at most 3 pixels away."""

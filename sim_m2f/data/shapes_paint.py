@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw
 
 SIZE = 128  # width and height of a picture, pixels
@@ -86,6 +87,19 @@ OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
 TEXTURES = ("stripes", "checks", "noise", "dots")
 FILLS = ("flat", "gradient", *TEXTURES)
 
+# What a class usually looks like, as zebras have stripes: its hue in degrees and its texture.
+LOOKS = {
+    "disc": (0, "dots"),
+    "triangle": (45, "stripes"),
+    "star": (90, "checks"),
+    "ring": (135, "noise"),
+    "crescent": (180, "stripes"),
+    "L": (225, "dots"),
+    "cross": (270, "noise"),
+    "heart": (315, "checks"),
+}
+USUAL_HUE, USUAL_TEXTURE = 0.8, 0.5  # shares of the objects that show their class's hue, its texture
+
 
 def rotation(angle: float) -> np.ndarray:
     return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -135,9 +149,22 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(20, 235, 3).astype(np.float32)
 
 
-def contrasting_colour(rng: np.random.Generator, under: np.ndarray) -> np.ndarray:
-    """A random colour at least 70 (Euclidean, RGB) from the mean of the pixels (N, 3) that it will cover."""
-    tries = rng.uniform(20, 235, (20, 3)).astype(np.float32)
+def class_colours(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
+    """Colours (count, 3) of a class: around its usual hue, or, now and then, of any."""
+    hue = LOOKS[name][0] if rng.random() < USUAL_HUE else rng.uniform(0, 360)
+    hues = (hue + rng.normal(0, 12, count)) % 360 / 360
+    hsv = np.stack([hues, rng.uniform(0.45, 0.95, count), rng.uniform(0.45, 0.92, count)], axis=1)
+    return (255 * hsv_to_rgb(hsv)).astype(np.float32)
+
+
+def class_fill(rng: np.random.Generator, name: str) -> str:
+    """A kind of fill for a class: its usual texture, or, half the time, any."""
+    return LOOKS[name][1] if rng.random() < USUAL_TEXTURE else str(rng.choice(FILLS))
+
+
+def contrasting_colour(rng: np.random.Generator, name: str, under: np.ndarray) -> np.ndarray:
+    """A colour of a class, if it can 70 (Euclidean, RGB) from the mean of the pixels (N, 3) it covers."""
+    tries = class_colours(rng, name, 20)
     distances = np.linalg.norm(tries - under.mean(axis=0), axis=1)
     return tries[np.argmax(distances >= min(70, distances.max()))]
 
@@ -158,11 +185,11 @@ def fill(rng: np.random.Generator, kind: str, colour: np.ndarray) -> np.ndarray:
     return colour + pattern[..., None] * (contrast * direction) + grain(rng, rng.uniform(1, 5))
 
 
-def camouflage(rng: np.random.Generator, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """A fill with the local mean of ``canvas``: only a fine texture and slight shading give it away."""
+def camouflage(rng: np.random.Generator, name: str, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """A fill with the local mean of ``canvas``: its class's texture and slight shading give it away."""
     small = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).reduce(16)
     surroundings = np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
-    pattern = texture(rng, rng.choice(TEXTURES), rng.uniform(3.5, 6))
+    pattern = texture(rng, LOOKS[name][1], rng.uniform(3.5, 6))
     shade = rng.uniform(16, 26) * (pattern - pattern[mask].mean()) + 4 * smooth_noise(rng, 3)
     return surroundings + shade[..., None] + grain(rng, 2)
 

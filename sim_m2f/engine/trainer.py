@@ -69,6 +69,7 @@ class Trainer:
         if checkpoint or cfg.MODEL.WEIGHTS:
             load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS)
         self.criterion = build_criterion(cfg).to(self.accelerator.device)
+        model = model.to(memory_format=torch.channels_last)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
@@ -111,7 +112,7 @@ class Trainer:
         torch.manual_seed(_step_seed(self.cfg.SEED, self.iteration, self.accelerator.process_index))
         self.model.train()
         self.criterion.train()
-        images = batch["images"].to(self.accelerator.device, non_blocking=True)
+        images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last, non_blocking=True)
         losses = self.criterion(self.model(images), batch["targets"], images)
         self.accelerator.backward(sum(losses.values()))
         clip = self.cfg.SOLVER.CLIP_GRADIENTS

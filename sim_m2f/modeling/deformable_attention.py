@@ -3,36 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
+from MultiScaleDeformableAttention import ms_deform_attn_fused
 from torch import Tensor, nn
 
 Shapes = list[tuple[int, int]]
-
-
-def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples of every level; samples outside a level count as zero.
-
-    Args:
-        value: (N, S, M, D), the levels flattened one after the other, S = sum of height x width, M heads.
-        shapes: height and width of every level.
-        locations: (N, Q, M, L, P, 2), x and y, 0 to 1 from one border of a level to the other.
-        weights: (N, Q, M, L, P).
-
-    Returns:
-        (N, Q, M * D).
-    """
-    n, _, heads, width = value.shape
-    queries, points = locations.shape[1], locations.shape[4]
-    grids = 2 * locations - 1
-    sampled = []
-    for level, level_value in enumerate(value.split([h * w for h, w in shapes], dim=1)):
-        height, length = shapes[level]
-        maps = level_value.permute(0, 2, 3, 1).reshape(n * heads, width, height, length)
-        grid = grids[:, :, :, level].transpose(1, 2).reshape(n * heads, queries, points, 2)
-        sampled.append(F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = weights.transpose(1, 2).reshape(n * heads, 1, queries, -1)
-    output = (torch.cat(sampled, dim=-1) * weights).sum(-1)
-    return output.view(n, heads * width, queries).transpose(1, 2)
 
 
 class MSDeformAttn(nn.Module):
@@ -77,7 +51,5 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(source).view(batch, source.shape[1], self.heads, -1)
         samples = (batch, queries, self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).view(*samples, 2)
-        weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1).view(samples)
-        sizes = torch.tensor(shapes, dtype=offsets.dtype, device=offsets.device).flip(-1).view(-1, 1, 2)
-        locations = reference[:, :, None, None].to(offsets.dtype) + offsets / sizes
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights.to(value.dtype)))
+        logits = self.attention_weights(query).view(samples)
+        return self.output_proj(ms_deform_attn_fused(value, shapes, None, reference, offsets, logits))

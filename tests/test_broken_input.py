@@ -1,0 +1,254 @@
+"""What a user can get wrong: one clear line that names the place, exit status 2, and no traceback."""
+
+import json
+import pickle
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from PIL import Image
+
+import sim_m2f
+from sim_m2f.cli import main
+from sim_m2f.engine.checkpoint import save_checkpoint
+from sim_m2f.errors import UserError
+
+CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
+
+
+@pytest.fixture
+def data(tmp_path) -> dict:
+    """A sound data set of two pictures; ``write`` stores it, damaged or not, and returns its overrides."""
+    for number in (1, 2):
+        Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(tmp_path / f"{number}.png")
+    return {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
+        "categories": [{"id": n, "name": f"class{n}"} for n in range(1, 9)],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": n, "bbox": [8, 8, 30, 20], "area": 600, "iscrowd": 0}
+            for n in (1, 2)
+        ],
+    }
+
+
+def overrides(folder: Path, data: object) -> list[str]:
+    (folder / "train.json").write_text(data if isinstance(data, str) else json.dumps(data))
+    keys = ("TRAIN_ANNOTATIONS", "TEST_ANNOTATIONS"), ("TRAIN_IMAGES", "TEST_IMAGES")
+    values = str(folder / "train.json"), str(folder)
+    return [
+        text
+        for names, value in zip(keys, values, strict=True)
+        for name in names
+        for text in (f"DATASETS.{name}", value)
+    ]
+
+
+def fails(capsys, arguments: list[str], *said: str) -> None:
+    """The command ends with status 2 and one line that contains everything in ``said``."""
+    assert main(["train", *arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    for text in said:
+        assert text in lines[0]
+
+
+def train_fails(capsys, tmp_path, changes: list[str], *said: str) -> None:
+    fails(
+        capsys,
+        [
+            "--config-file",
+            CONFIG,
+            *SMALL,
+            "SOLVER.MAX_ITER",
+            "2",
+            "OUTPUT_DIR",
+            str(tmp_path / "out"),
+            *changes,
+        ],
+        *said,
+    )
+
+
+CONFIGURATIONS = {
+    "unknown key": (["SOLVER.BASE_LRR", "1"], ["SOLVER.BASE_LRR", "SOLVER.BASE_LR"]),
+    "wrong type": (["SOLVER.MAX_ITER", "many"], ["SOLVER.MAX_ITER", "int", "many"]),
+    "key without value": (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "no value"]),
+    "group as value": (["SOLVER", "3"], ["SOLVER is a group"]),
+    "unknown data set": (["DATASETS.TRAIN", "shapes_trian"], ["shapes_trian", "shapes_train"]),
+    "missing annotations": (
+        ["DATASETS.TRAIN_ANNOTATIONS", "no.json", "DATASETS.TRAIN_IMAGES", "."],
+        ["no.json"],
+    ),
+    "images without annotations": (["DATASETS.TRAIN_IMAGES", "."], ["DATASETS.TRAIN"]),
+    "wrong number of classes": (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"], ["NUM_CLASSES", "8"]),
+    "unknown backbone": (["MODEL.BACKBONE.NAME", "resnet5000"], ["resnet5000"]),
+    "backbone without strides": (
+        ["MODEL.BACKBONE.NAME", "vit_tiny_patch16_224"],
+        ["vit_tiny_patch16_224", "stride"],
+    ),
+    "unknown norm": (
+        ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "LN"],
+        ["LN", "GN"],
+    ),
+    "unknown supervision": (["MODEL.SIM.SUPERVISION", "points"], ["points", "box"]),
+    "unknown device": (["MODEL.DEVICE", "tpu"], ["tpu"]),
+    "unknown precision": (["SOLVER.AMP.DTYPE", "fp8"], ["fp8", "bf16"]),
+    "unknown schedule": (["SOLVER.LR_SCHEDULER_NAME", "Step"], ["Step", "WarmupPolyLR"]),
+    "unknown optimizer": (["SOLVER.OPTIMIZER", "SGD"], ["SGD", "ADAMW"]),
+    "missing checkpoint": (["MODEL.WEIGHTS", "none.pth"], ["none.pth"]),
+    "unknown pretrained weights": (["MODEL.WEIGHTS", "timm://resnet5000"], ["resnet5000"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_configuration(capsys, tmp_path, name):
+    changes, said = CONFIGURATIONS[name]
+    train_fails(capsys, tmp_path, changes, *said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("A: [1", "not a YAML file"),
+        ("- 1", "mapping"),
+        ("_BASE_: none.yaml", "none.yaml"),
+        ("SEEED: 1", "SEED"),
+    ],
+)
+def test_configuration_file(capsys, tmp_path, content, said):
+    (tmp_path / "broken.yaml").write_text(content)
+    fails(capsys, ["--config-file", str(tmp_path / "broken.yaml")], said)
+
+
+def test_missing_configuration_file(capsys):
+    fails(capsys, ["--config-file", "nowhere.yaml"], "nowhere.yaml")
+
+
+JSON_DAMAGE = {
+    "nan": ("annotations", "bbox", [float("nan"), 1, 5, 5], ["annotation id 2"]),
+    "negative size": ("annotations", "bbox", [5, 5, -3, 5], ["annotation id 2"]),
+    "outside": ("annotations", "bbox", [50, 5, 30, 5], ["annotation id 2"]),
+    "three numbers": ("annotations", "bbox", [5, 5, 3], ["annotation id 2"]),
+    "unknown category": ("annotations", "category_id", 77, ["annotation id 2", "77"]),
+    "unknown picture": ("annotations", "image_id", 77, ["annotation id 2", "77"]),
+    "duplicate annotation": ("annotations", "id", 1, ["annotation id 1"]),
+    "duplicate picture": ("images", "id", 1, ["1"]),
+    "missing picture": ("images", "file_name", "none.png", ["none.png"]),
+    "another size": ("images", "width", 60, ["2.png", "60"]),
+    "duplicate category": ("categories", "id", 1, ["1"]),
+}
+
+
+@pytest.mark.parametrize("name", JSON_DAMAGE)
+def test_annotations(capsys, tmp_path, data, name):
+    what, key, value, said = JSON_DAMAGE[name]
+    data[what][1][key] = value
+    if name in ("duplicate picture", "duplicate category"):
+        data["annotations"].pop()
+    train_fails(
+        capsys,
+        tmp_path,
+        overrides(tmp_path, data),
+        "train.json" if name != "another size" else "2.png",
+        *said,
+    )
+
+
+@pytest.mark.parametrize("content", ['{"images": [', "[]", "{}", ""])
+def test_annotation_file(capsys, tmp_path, content):
+    train_fails(capsys, tmp_path, overrides(tmp_path, content), "train.json")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
+def test_picture(capsys, tmp_path, data, content, workers):
+    whole = (tmp_path / "1.png").read_bytes()
+    for number in (1, 2):
+        damaged = {"truncated": whole[: len(whole) // 2], "text": b"no picture", "empty": b""}[content]
+        (tmp_path / f"{number}.png").write_bytes(damaged)
+    train_fails(capsys, tmp_path, [*overrides(tmp_path, data), "DATALOADER.NUM_WORKERS", workers], ".png")
+
+
+class Payload:
+    """Unpickled carelessly, it leaves a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints(capsys, tmp_path):
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    (tmp_path / "empty.pth").touch()
+    torch.save({"model": {"weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "other.pth").read_bytes()[:300])
+    payload = tmp_path / "payload_ran"
+    torch.save({"model": Payload(payload)}, tmp_path / "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(payload)))
+    for name in ("text.pth", "empty.pth", "other.pth", "list.pth", "cut.pth", "evil.pth", "evil.pkl"):
+        train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path / name)], name)
+    train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path)], str(tmp_path))
+    assert not payload.exists()
+
+
+def test_evaluation_without_a_checkpoint(capsys, tmp_path):
+    fails(
+        capsys,
+        ["--config-file", CONFIG, "--eval-only", *SMALL, "OUTPUT_DIR", str(tmp_path)],
+        "--eval-only",
+        str(tmp_path),
+    )
+
+
+def test_resuming_another_network(capsys, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    torch.save({"model": {}}, output / "model_0000001.pth")
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    fails(
+        capsys, ["--config-file", CONFIG, "--resume", *SMALL, "OUTPUT_DIR", str(output)], "model_0000001.pth"
+    )
+
+
+def test_output_folder_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "out").write_text("in the way")
+    train_fails(capsys, tmp_path, [], str(tmp_path / "out"))
+
+
+def test_full_disk_keeps_the_former_checkpoint(tmp_path):
+    path = tmp_path / "model.pth"
+    save_checkpoint(path, {"weight": torch.zeros(10)})
+    before = path.read_bytes()
+    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"model\.pth: cannot be written"):
+            save_checkpoint(path, {"weight": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, former)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_diverged_network_is_named():
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(CONFIG)
+    cfg.merge_from_list(SMALL)
+    from sim_m2f.supervision.criterion import build_criterion
+
+    outputs = {
+        "pred_logits": torch.full((1, 8, 9), torch.nan),
+        "pred_masks": torch.zeros(1, 8, 8, 8),
+        "aux_outputs": [],
+    }
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[1.0, 1, 20, 20]])}]
+    with pytest.raises(UserError, match="not finite"):
+        build_criterion(cfg)(outputs, targets, torch.zeros(1, 3, 32, 32))

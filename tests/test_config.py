@@ -1,0 +1,88 @@
+"""The configuration: inheritance, overrides, types, and a comment at every key."""
+
+import re
+
+import pytest
+from conftest import ROOT
+
+import sim_m2f
+from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
+from sim_m2f.supervision.schedule import fade_out, ramp_up, resolve_steps
+
+
+def leaves(node: CfgNode, prefix: str = ""):
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_every_key_is_documented_where_its_default_is():
+    lines = (ROOT / "sim_m2f/config.py").read_text().splitlines()
+    for key in leaves(sim_m2f.get_cfg()):
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"_C.{key} = "))
+        documented = re.search(r"  # .{8,}", lines[at]) or lines[at - 1].startswith("# ")
+        assert documented, f"{key} has no comment"
+
+
+def test_every_config_file_loads():
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert files
+    for file in files:
+        sim_m2f.get_cfg().merge_from_file(file)
+
+
+def test_base_files_are_inherited_and_overridden(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {BASE_LR: 0.5, MAX_ITER: 7}\nSEED: 3\n")
+    (tmp_path / "child.yaml").write_text("_BASE_: base.yaml\nSOLVER: {MAX_ITER: 9}\n")
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(tmp_path / "child.yaml")
+    assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SEED) == (0.5, 9, 3)
+
+
+def test_overrides_take_the_type_of_the_default():
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["SOLVER.BASE_LR", "1", "DATASETS.TEST", "shapes_val", "OUTPUT_DIR", "7"])
+    cfg.merge_from_list(
+        ["SOLVER.STEPS", "(5, 0.9)", "DATASETS.TRAIN", "('a', 'b')", "MODEL.PIXEL_STD", "(1, 2, 3)"]
+    )
+    assert cfg.SOLVER.BASE_LR == 1.0
+    assert isinstance(cfg.SOLVER.BASE_LR, float)
+    assert cfg.DATASETS.TEST == ("shapes_val",)
+    assert cfg.OUTPUT_DIR == "7"
+    assert cfg.SOLVER.STEPS == (5, 0.9)
+    assert cfg.DATASETS.TRAIN == ("a", "b")
+    assert cfg.MODEL.PIXEL_STD == [1, 2, 3]
+
+
+def test_a_written_configuration_reads_back(tmp_path):
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    again = sim_m2f.get_cfg()
+    again.merge_from_file(tmp_path / "config.yaml")
+    assert again == cfg
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("SOLVER.BASELR", "SOLVER.BASE_LR"),
+        ("MODEL.SIM.PAIRWISE.TRESHOLD", "MODEL.SIM.PAIRWISE.COLOR_THRESHOLD"),
+        ("MAX_ITER", "SOLVER.MAX_ITER"),
+        ("MODEL.NUM_CLASSES", "MODEL.SEM_SEG_HEAD.NUM_CLASSES"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(key, nearest):
+    with pytest.raises(UserError, match=re.escape(f"unknown key {key}; did you mean {nearest}?")):
+        sim_m2f.get_cfg().merge_from_list([key, "1"])
+
+
+def test_steps_may_be_fractions_of_the_run():
+    assert resolve_steps(10000.0, 368750) == 10000
+    assert resolve_steps(0.25, 1000) == 250
+    assert [ramp_up(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert ramp_up(0, 0) == 1
+    assert [fade_out(step, 2) for step in range(4)] == [1, 0.5, 0, 0]

@@ -1,0 +1,158 @@
+"""Real training runs of a few steps: what they write, that they go on, and that boxes are all they read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+
+from sim_m2f.data.shapes import cached_shapes
+from sim_m2f.engine.checkpoint import point_to
+from sim_m2f.engine.trainer import Trainer
+
+
+def train(cfg, *overrides: str, resume: bool = False) -> Path:
+    cfg = cfg.clone()
+    cfg.merge_from_list([str(value) for value in overrides])
+    Trainer(cfg, resume=resume).train()
+    return Path(cfg.OUTPUT_DIR)
+
+
+def train_losses(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if "loss" in key} for line in lines if "total_loss" in line
+    ]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+
+
+def few_pictures(folder: Path, split: str, count: int) -> dict:
+    """The first pictures of the embedded set as a data set of its own."""
+    source = cached_shapes()
+    data = json.loads((source / f"annotations/{split}.json").read_text())
+    data["images"] = data["images"][:count]
+    kept = {image["id"] for image in data["images"]}
+    data["annotations"] = [annotation for annotation in data["annotations"] if annotation["image_id"] in kept]
+    folder.mkdir(exist_ok=True)
+    return data
+
+
+def as_data_set(data: dict, path: Path, split: str) -> list[str]:
+    path.write_text(json.dumps(data))
+    return [
+        *(f"DATASETS.{split.upper()}_ANNOTATIONS", str(path)),
+        *(
+            f"DATASETS.{split.upper()}_IMAGES",
+            str(cached_shapes() / ("train" if split == "train" else "val")),
+        ),
+    ]
+
+
+@pytest.fixture
+def few(small_cfg, tmp_path):
+    """The small network on 12 training and 3 validation shapes."""
+    for split, name, count in (("train", "train", 12), ("test", "val", 3)):
+        data = few_pictures(tmp_path / "data", name, count)
+        small_cfg.merge_from_list(as_data_set(data, tmp_path / f"data/{split}.json", split))
+    return small_cfg
+
+
+def test_a_run_on_shapes_learns_and_writes_everything(few):
+    output = train(few, "SOLVER.MAX_ITER", 25, "TEST.EVAL_PERIOD", 20, "SOLVER.IMS_PER_BATCH", 4)
+    losses = [line["total_loss"] for line in train_losses(output)]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    for name in ("config.yaml", "model_final.pth", "last_checkpoint", "index.html"):
+        assert (output / name).stat().st_size > 0
+    assert (output / "inference/coco_instances_results.json").exists()
+    assert list(output.glob("events.out.tfevents*"))
+    evaluations = [line for line in map(json.loads, (output / "metrics.jsonl").open()) if "segm/AP" in line]
+    assert [line["iteration"] for line in evaluations] == [19, 24]
+
+
+@pytest.mark.parametrize("supervision", ["box", "mask"])
+def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, tmp_path, supervision):
+    settings = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "MODEL.SIM.SUPERVISION", supervision)
+    whole = train(few, *settings, "SOLVER.KEEP_CHECKPOINTS", "True", "OUTPUT_DIR", tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (whole / "model_0000002.pth").rename(resumed / "model_0000002.pth")
+    point_to(resumed / "model_0000002.pth")
+    train(few, *settings, "OUTPUT_DIR", resumed, "DATALOADER.NUM_WORKERS", 1, resume=True)
+    assert train_losses(resumed) == train_losses(whole)[3:]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
+    output = Path(few.OUTPUT_DIR)
+    (tmp_path / "few.yaml").write_text(few.dump())
+    command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "SOLVER.MAX_ITER"]
+    process = subprocess.Popen([*command, "100000"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(train_losses(output) if (output / "metrics.jsonl").exists() else []) < 3:
+        assert process.poll() is None
+        assert time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    state = torch.load(output / (output / "last_checkpoint").read_text(), weights_only=True)
+    assert state["iteration"] >= 3
+    finished = train(few, "SOLVER.MAX_ITER", state["iteration"] + 1, resume=True)
+    assert len(train_losses(finished)) == state["iteration"] + 1
+
+
+@pytest.mark.parametrize("damage", ["deleted", "nonsense"])
+def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
+    settings = ("SOLVER.MAX_ITER", 20)
+    expected = train_losses(train(few, *settings))
+    data = few_pictures(tmp_path / "data", "train", 12)
+    for annotation in data["annotations"]:
+        if damage == "deleted":
+            del annotation["segmentation"]
+        else:
+            annotation["segmentation"] = "nonsense"
+    damaged = as_data_set(data, tmp_path / "data/damaged.json", "train")
+    losses = train_losses(train(few, *settings, *damaged, "OUTPUT_DIR", tmp_path / "damaged"))
+    assert losses == expected
+
+
+def test_two_processes_learn_what_one_does(few, tmp_path):
+    few.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "GN"])
+    few.merge_from_list(["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "two")])
+    (tmp_path / "few.yaml").write_text(few.dump())
+    command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "--num-gpus", "2"]
+    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    one, two = weights(train(few, "OUTPUT_DIR", tmp_path / "one")), weights(tmp_path / "two")
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4, msg=name)
+    results = [
+        json.loads((tmp_path / run / "inference/coco_instances_results.json").read_text())
+        for run in ("one", "two")
+    ]
+    assert len(results[0]) == len(results[1])
+
+
+def test_a_short_run_of_the_coco_recipe_on_real_pictures(coco_root, tmp_path):
+    overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "INPUT.IMAGE_SIZE", "128", "INPUT.MIN_SIZE_TEST", "128"]
+    overrides += ["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
+    command = [
+        sys.executable,
+        "train_net.py",
+        "--config-file",
+        "configs/coco/sim_R50_bs16_50ep.yaml",
+        *overrides,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert len(train_losses(tmp_path)) == 3
+    metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"segm/AP", "bbox/AP", "boxfill/AP"} <= metrics.keys()
