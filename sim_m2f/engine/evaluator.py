@@ -1,0 +1,173 @@
+"""Runs a network over a test set, writes its detections in COCO's results format and scores them."""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from pycocotools import mask as mask_utils
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sim_m2f.data.coco import CocoData
+from sim_m2f.engine import coco_metrics
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.modeling import postprocess
+
+RESULTS_FILE = "inference/coco_instances_results.json"
+METRICS_FILE = "inference/metrics.json"
+
+
+def evaluate(
+    model: nn.Module, loader: DataLoader, output_dir: str | Path, *, accelerator: Accelerator, top_k: int
+) -> dict[str, float]:
+    """Detect instances in every picture of a test set and score them as COCO does.
+
+    Writes ``output_dir``/inference/coco_instances_results.json and, where the data have annotations,
+    inference/metrics.json (null for NaN), and prints the tables. All ranks call it, each with its own share
+    of the pictures; the first one writes and prints.
+
+    Args:
+        model: the network, wrapped by accelerate or not; its modes (train or eval) are as before afterwards.
+        loader: batches of ``sim_m2f.data.loader.test_loader``; over all ranks each picture exactly once.
+        output_dir: folder of the run.
+        accelerator: device, precision and ranks.
+        top_k: most detections per picture.
+
+    Returns:
+        on every rank, the metrics of ``coco_metrics.score``; empty when the data have no annotations.
+
+    Raises:
+        UserError: a score is not a finite number, an annotated segmentation cannot be read, or a file cannot
+            be written.
+        ValueError: the detections do not fit the pictures or the classes, or a picture came twice or never.
+    """
+    data: CocoData = loader.dataset.data
+    output_dir = Path(output_dir)
+    scored = data.has_annotations and accelerator.is_main_process
+    truth = coco_metrics.load_truth(data.annotations_file) if scored else None
+    seen, results = _detect(model, loader, data.category_ids, accelerator, top_k)
+    seen, results = gather_object(seen), gather_object(results)
+    metrics: dict[str, float] = {}
+    if accelerator.is_main_process:
+        results = _in_order(results, seen, [picture.id for picture in data.pictures])
+        with atomic_write(output_dir / RESULTS_FILE) as file:
+            json.dump(results, file)
+        (output_dir / METRICS_FILE).unlink(missing_ok=True)
+        if truth is None:
+            tqdm.write(
+                f"{data.name} has no annotations: detections without scores in {output_dir / RESULTS_FILE}"
+            )
+        else:
+            metrics = coco_metrics.score(truth, results)
+            _report(metrics, data, output_dir)
+    return broadcast_object_list([metrics])[0]
+
+
+def _detect(
+    model: nn.Module, loader: DataLoader, category_ids: list[int], accelerator: Accelerator, top_k: int
+) -> tuple[list[int], list[dict[str, Any]]]:
+    """This rank's picture ids and detections."""
+    network = accelerator.unwrap_model(
+        model
+    )  # DDP would synchronise buffers, but ranks differ in number of batches
+    seen: list[int] = []
+    results: list[dict[str, Any]] = []
+    progress = tqdm(
+        loader, "evaluate", unit="picture", disable=not accelerator.is_local_main_process, leave=False
+    )
+    with torch.no_grad(), _evaluation_mode(network):
+        for batch in progress:
+            with accelerator.autocast():
+                outputs = network(batch["images"].to(accelerator.device, non_blocking=True))
+            found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
+            pictures = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
+            for image_id, size, instances in pictures:
+                seen.append(image_id)
+                results += encode(image_id, size, instances, category_ids)
+    return seen, results
+
+
+def encode(
+    image_id: int, size: tuple[int, int], instances: dict[str, Tensor], category_ids: list[int]
+) -> list[dict[str, Any]]:
+    """The instances of one picture as entries of COCO's results format.
+
+    Args:
+        image_id: id of the picture.
+        size: height and width of the picture.
+        instances: "scores" (K,), "labels" (K,) from 0 on, "masks" (K, H, W) bool at the picture's size.
+        category_ids: COCO's category id of each label.
+
+    Returns:
+        K entries: image_id, category_id, score, segmentation (RLE, counts as text) and bbox, the box around
+        the mask as x, y, width, height in pixels of the picture (zeros for an empty mask).
+
+    Raises:
+        UserError: a score is not a finite number.
+        ValueError: masks, scores and labels do not belong to one picture of this size and to these classes.
+    """
+    masks, scores, labels = instances["masks"], instances["scores"].tolist(), instances["labels"].tolist()
+    if not all(math.isfinite(score) for score in scores):
+        raise UserError(
+            f"picture {image_id}: a score is not a finite number: broken weights, or training has diverged; "
+            "start from an earlier checkpoint or lower SOLVER.BASE_LR"
+        )
+    if masks.dtype != torch.bool or tuple(masks.shape) != (len(scores), *size) or len(labels) != len(scores):
+        raise ValueError(
+            f"picture {image_id}: {masks.dtype} masks of shape {tuple(masks.shape)}, {len(labels)} labels; "
+            f"expected bool masks of shape {(len(scores), *size)} and as many labels"
+        )
+    if any(not 0 <= label < len(category_ids) for label in labels):
+        raise ValueError(f"picture {image_id}: a label is outside 0..{len(category_ids) - 1}")
+    encoded = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).to("cpu", torch.uint8).numpy()))
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "score": score,
+            "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "bbox": mask_utils.toBbox(rle).tolist(),
+        }
+        for label, score, rle in zip(labels, scores, encoded, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _in_order(results: list[dict[str, Any]], seen: list[int], image_ids: list[int]) -> list[dict[str, Any]]:
+    """The detections in the order of the pictures, so that the file is the same for any number of ranks."""
+    if sorted(seen) != sorted(image_ids):
+        raise ValueError(
+            f"evaluation saw {len(seen)} pictures ({len(set(seen))} different) of {len(image_ids)}"
+        )
+    place = {image_id: index for index, image_id in enumerate(image_ids)}
+    return sorted(results, key=lambda entry: place[entry["image_id"]])
+
+
+def _report(metrics: dict[str, float], data: CocoData, output_dir: Path) -> None:
+    if "segm/AP" not in metrics:
+        tqdm.write(f"{data.annotations_file}: annotations without segmentation, so only boxes are scored")
+    tables = coco_metrics.format_tables(metrics, data.class_names)
+    tqdm.write(f"\n{data.name}, {len(data.pictures)} pictures\n{tables}\n")
+    with atomic_write(output_dir / METRICS_FILE) as file:
+        json.dump(
+            {name: None if math.isnan(value) else value for name, value in metrics.items()}, file, indent=1
+        )
