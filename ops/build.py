@@ -7,7 +7,6 @@ Environment:
     CXX, CUDA_HOME        the compilers, where they are not found.
 """
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -135,37 +134,45 @@ def kernel_commands(compile_cxx: list[str], folder: Path) -> list[list[str]]:
     ]
 
 
+def nvcc_command(tools: Toolchain, arguments: list[str]) -> list[str]:
+    """nvcc with the host compiler of the C++ part."""
+    return [tools.nvcc, "-ccbin", tools.cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden", *arguments]
+
+
+def link_command(tools: Toolchain, objects: list[str], library: Path) -> list[str]:
+    """The linker; with CUDA it is nvcc, which adds its runtime library, statically.
+
+    libtorch is named as a dependency, so that the library finds in it, and where there is one in libtorch_cuda, what it needs:
+    whoever loads it has loaded PyTorch before.
+    """
+    if sys.platform == "darwin":
+        return [*tools.cxx, "-shared", "-undefined", "dynamic_lookup", *objects, "-o", str(library)]
+    libraries = [f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    if tools.nvcc:
+        return nvcc_command(
+            tools, ["-shared", *objects, "-Xlinker", "--no-as-needed", *libraries, "-o", str(library)]
+        )
+    return [*tools.cxx, "-shared", *objects, "-Wl,--no-as-needed", *libraries, "-o", str(library)]
+
+
 def build(tools: Toolchain, folder: Path, library: Path) -> str:
     """Compiles into ``folder`` and links ``library``; returns what was built, in words."""
-    include = [f"-I{tools.torch / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
-    summary = f"PyTorch {importlib.metadata.version('torch')} headers"
-    compile_cxx = [*tools.cxx, *CXX_FLAGS, *include]
+    torch_flags = [f"-I{tools.torch / 'include'}", f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"]
+    compile_cxx = [*tools.cxx, *CXX_FLAGS, *torch_flags]
     commands = kernel_commands(compile_cxx, folder)
-    link = ["-shared", f"-L{tools.torch / 'lib'}"]
-    operator_flags = []
-    if tools.nvcc and (SOURCES / "cuda.cu").exists():
-        arch_flags, listed = cuda_architectures(tools.nvcc)
-        host = ["-Xcompiler", ",".join(("-fPIC", "-fvisibility=hidden")), "-ccbin", tools.cxx[0]]
+    summary = f"CPU part with {tools.cxx[0]}"
+    if tools.nvcc:
+        flags, capabilities = cuda_architectures(tools.nvcc)
         source = ["-c", str(SOURCES / "cuda.cu"), "-o", str(folder / "cuda.o")]
-        commands.insert(0, [tools.nvcc, "-O3", "-std=c++17", "--threads", "2", *host, *arch_flags, *source])
-        operator_flags += [f'-DMSDA_CUDA="{listed}"']
-        runtime = Path(tools.nvcc).resolve().parents[1] / "lib64"
-        link += [f"-L{runtime}", "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-        summary += f", CUDA for {listed}"
+        commands.insert(0, nvcc_command(tools, ["-O3", "-std=c++17", "--threads", "2", *flags, *source]))
+        compile_cxx.append(f'-DMSDA_CUDA="{capabilities}"')
+        summary += f", CUDA part with {tools.nvcc} for {capabilities}"
     for name in ("cpu", "operator"):
-        source = ["-c", str(SOURCES / f"{name}.cpp"), "-o", str(folder / f"{name}.o")]
-        commands.append([*compile_cxx, *operator_flags, *source])
+        commands.append([*compile_cxx, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(folder / f"{name}.o")])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(run, commands))
-    # libtorch brings libtorch_cuda where there is one; found at run time because PyTorch has loaded it before.
-    link += (
-        ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-        if sys.platform == "linux"
-        else ["-undefined", "dynamic_lookup"]
-    )
-    objects = [command[-1] for command in commands]
     library.parent.mkdir(parents=True, exist_ok=True)
-    run([*tools.cxx, *objects, *link, "-o", str(library)])
+    run(link_command(tools, [command[-1] for command in commands], library))
     return summary
 
 

@@ -95,7 +95,14 @@ void check_levels(const Tensor& shapes, const Tensor& starts, int64_t keys) {
   }
 }
 
-// The arguments, checked, contiguous and in the types that the kernels take.
+// Contiguous, and at a multiple of 16 bytes, as vector loads need it (a slice of a larger tensor may begin anywhere).
+Tensor dense(const Tensor& tensor) {
+  const Tensor contiguous = torch::stable::contiguous(tensor);
+  const bool aligned = reinterpret_cast<uintptr_t>(contiguous.const_data_ptr()) % 16 == 0;
+  return aligned ? contiguous : torch::stable::clone(contiguous);
+}
+
+// The arguments, checked, dense and in the types that the kernels take.
 struct Arguments {
   Tensor value, shapes, starts, locations, weights;
   std::optional<Tensor> reference;
@@ -107,11 +114,11 @@ struct Arguments {
     const bool same = locations_.scalar_type() == value_.scalar_type() && weights_.scalar_type() == value_.scalar_type() &&
                       (!reference_ || reference_->scalar_type() == value_.scalar_type());
     const ScalarType point_type = same ? value_.scalar_type() : ScalarType::Float;
-    value = torch::stable::contiguous(value_);
-    shapes = torch::stable::contiguous(shapes_);
-    starts = torch::stable::contiguous(starts_);
-    locations = torch::stable::contiguous(torch::stable::to(locations_, point_type));
-    weights = torch::stable::contiguous(torch::stable::to(weights_, point_type));
+    value = dense(value_);
+    shapes = dense(shapes_);
+    starts = dense(starts_);
+    locations = dense(torch::stable::to(locations_, point_type));
+    weights = dense(torch::stable::to(weights_, point_type));
     problem.batch = value.size(0), problem.keys = value.size(1);
     problem.heads = value.size(2), problem.channels = value.size(3);
     problem.queries = locations.size(1), problem.levels = shapes.size(0), problem.points = locations.size(4);
@@ -147,7 +154,7 @@ struct Arguments {
   }
 
   void set_reference(const Tensor& points) {
-    reference = points.stride(3) == 1 ? points : torch::stable::contiguous(points);
+    reference = points.stride(3) == 1 ? points : dense(points);
     problem.reference = reference->const_data_ptr();
     for (int i = 0; i < 3; ++i) problem.reference_strides[i] = reference->stride(i);
   }
@@ -197,7 +204,7 @@ Gradients run_backward(Arguments& arguments, const std::optional<Tensor>& forwar
   const Tensor& value = arguments.value;
   const Sizes shape = {p.batch, p.queries, p.heads * p.channels};
   check_number("grad_output", grad_output_, value, shape);
-  const Tensor grad_output = torch::stable::contiguous(torch::stable::to(grad_output_, value.scalar_type()));
+  const Tensor grad_output = dense(torch::stable::to(grad_output_, value.scalar_type()));
   if (grad_output.numel() == 0 || p.samples() == 0)
     return {torch::stable::new_zeros(value, sizes_of(value)),
             torch::stable::new_zeros(arguments.locations, sizes_of(arguments.locations)),
@@ -205,7 +212,7 @@ Gradients run_backward(Arguments& arguments, const std::optional<Tensor>& forwar
   Tensor output = grad_output;
   if (forward_output) {
     check_number("output", *forward_output, value, shape);
-    output = torch::stable::contiguous(torch::stable::to(*forward_output, value.scalar_type()));
+    output = dense(torch::stable::to(*forward_output, value.scalar_type()));
   }
   Tensor grad_value = new_grad_value(value);
   const Tensor grad_locations = torch::stable::new_empty(arguments.locations, sizes_of(arguments.locations));
