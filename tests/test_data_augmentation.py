@@ -168,6 +168,7 @@ def test_min_size_test_0_keeps_the_picture():
     ("keys", "words"),
     [
         ({"RANDOM_FLIP": "horizontl"}, "INPUT.RANDOM_FLIP is 'horizontl'"),
+        ({"IMAGE_SIZE": 0}, "INPUT.IMAGE_SIZE is 0"),
         ({"MIN_SCALE": 0.0}, "INPUT.MIN_SCALE is 0.0"),
         ({"MIN_SCALE": 3.0}, "INPUT.MIN_SCALE is 3.0"),
     ],

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +267,7 @@ def test_coco_is_found_in_its_folder_or_the_one_above(tmp_path, monkeypatch):
     assert catalog.find_source("coco_2017_val").images == tmp_path / "val2017"
 
 
-@pytest.mark.skipif("DETECTRON2_DATASETS" not in os.environ, reason="DETECTRON2_DATASETS is not set")
+@pytest.mark.usefixtures("coco_root")
 @pytest.mark.parametrize("name", ["coco_2017_train", "coco_2017_val"])
 def test_real_coco_agrees_with_pycocotools(name, capsys):
     source = catalog.find_source(name)

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import os
 
 import numpy as np
 import pytest
@@ -241,6 +240,7 @@ def test_wrong_settings_are_one_line(tmp_path, source):
         (["SOLVER.IMS_PER_BATCH", 3], "SOLVER.IMS_PER_BATCH is 3; use a positive multiple of the 2 ranks"),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH is 0"),
         (["SEED", -1], "SEED is -1"),
+        (["DATALOADER.NUM_WORKERS", -1], "DATALOADER.NUM_WORKERS is -1"),
     ]:
         with pytest.raises(UserError, match=words):
             loader.train_loader(config(source, *overrides), rank=0, world_size=2)
@@ -292,7 +292,23 @@ def test_several_sets_are_trained_on_together_if_their_categories_agree(tmp_path
         loader.train_loader(cfg)
 
 
-@pytest.mark.skipif("DETECTRON2_DATASETS" not in os.environ, reason="DETECTRON2_DATASETS is not set")
+@pytest.mark.parametrize("supervision", ["box", "mask"])
+def test_a_batch_may_have_no_object_left(tmp_path, supervision):
+    content = small_coco(tmp_path)
+    content["annotations"] = content["annotations"][1:2]  # 2 pixels wide on a picture of 80
+    cfg = config(save(tmp_path, content), "MODEL.SIM.SUPERVISION", supervision)
+    cfg.merge_from_list(["INPUT.MIN_SCALE", 0.2, "INPUT.MAX_SCALE", 0.3])
+    (batch,) = first_batches(1, cfg)
+    assert batch["images"].shape == (4, 3, 96, 96)
+    for target in batch["targets"]:
+        assert target["labels"].shape == (0,)
+        assert target["boxes"].shape == (0, 4)
+        assert target["valid"].shape == (96, 96)
+        if supervision == "mask":
+            assert target["masks"].shape == (0, 96, 96)
+
+
+@pytest.mark.usefixtures("coco_root")
 def test_real_coco_pictures_train_and_test():
     cfg = get_cfg()
     cfg.merge_from_list(["INPUT.IMAGE_SIZE", 256, "DATALOADER.NUM_WORKERS", 2, *MASK])

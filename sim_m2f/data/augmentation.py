@@ -75,26 +75,25 @@ def drop_thin_boxes(sample: dict[str, Any]) -> dict[str, Any]:
     """Drop the objects whose box is thinner than MIN_BOX, with their labels and masks."""
     boxes = sample["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
-    return {
-        key: value[kept] if key in ("boxes", "labels", "masks") else value for key, value in sample.items()
-    }
+    remaining = {key: sample[key][kept] for key in ("boxes", "labels", "masks") if key in sample}
+    return {**sample, **remaining}
 
 
 def train_augmentation(cfg: CfgNode) -> v2.Transform:
     """Flip, jitter and crop as INPUT.* says; draws from torch's global random state.
 
     Raises:
-        UserError: INPUT.RANDOM_FLIP is unknown, or the scales are not 0 < MIN_SCALE <= MAX_SCALE.
+        UserError: INPUT.RANDOM_FLIP is unknown, or sizes or scales are out of range.
     """
     flip, low, high = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
+    size = cfg.INPUT.IMAGE_SIZE
     if flip not in FLIPS:
         raise UserError(f"INPUT.RANDOM_FLIP is {flip!r}; use one of {', '.join(FLIPS)}")
+    if size < 1:
+        raise UserError(f"INPUT.IMAGE_SIZE is {size}; use a positive number of pixels")
     if not 0 < low <= high:
-        raise UserError(
-            f"INPUT.MIN_SCALE is {low} and INPUT.MAX_SCALE {high}; they must be 0 < MIN_SCALE <= MAX_SCALE"
-        )
-    jitter = LargeScaleJitter(cfg.INPUT.IMAGE_SIZE, low, high)
-    return v2.Compose([FLIPS[flip](), jitter, CropToFit(cfg.INPUT.IMAGE_SIZE), drop_thin_boxes])
+        raise UserError(f"INPUT.MIN_SCALE is {low}, INPUT.MAX_SCALE {high}; use 0 < MIN_SCALE <= MAX_SCALE")
+    return v2.Compose([FLIPS[flip](), LargeScaleJitter(size, low, high), CropToFit(size), drop_thin_boxes])
 
 
 def test_augmentation(cfg: CfgNode) -> v2.Transform:

@@ -108,9 +108,7 @@ def load_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
     if not isinstance(content, dict):
         kind = {list: "list", str: "string"}.get(type(content), "number")
-        raise UserError(
-            f"{path}: a {kind}, not a COCO data set; it must be an object with images and annotations"
-        )
+        raise UserError(f"{path}: a {kind}, not a COCO data set (an object); give the path of one")
     for key in ("images", "categories", *(["annotations"] if "annotations" in content else [])):
         if not isinstance(content.get(key), list):
             raise UserError(f"{path}: has no list {key!r}; give the path of a COCO JSON")
@@ -208,9 +206,8 @@ class _Reader:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
         root = self.source.images
         if not root.is_dir():
-            self.problems.append(
-                f"{root}: no such folder of pictures; check DATASETS.* and $DETECTRON2_DATASETS"
-            )
+            where = "check DATASETS.* and $DETECTRON2_DATASETS"
+            self.problems.append(f"{root}: no such folder of pictures; {where}")
             return
         listed: dict[Path, dict[str, bool]] = {}
         for image in images.values():
@@ -219,9 +216,7 @@ class _Reader:
                 listed[path.parent] = _list_folder(path.parent)
             is_folder = listed[path.parent].get(path.name)
             if is_folder is None:
-                self.report(
-                    f"image id {image['id']}", f"{path} is missing; put it there or remove the record"
-                )
+                self.report(f"image id {image['id']}", f"{path} is missing; add it or remove the record")
             elif is_folder:
                 self.report(f"image id {image['id']}", f"{path} is a folder, not a picture; replace it")
 
@@ -235,13 +230,11 @@ class _Reader:
             where = f"annotation id {item['id']}"
             image = images.get(item["image_id"])
             if item["category_id"] not in labels:
-                self.report(
-                    where, f"category_id {item['category_id']} is not among the categories; correct it"
-                )
+                self.report(where, f"category_id {item['category_id']} is not in categories; correct it")
             if item.get("iscrowd", 0) not in (0, 1):
                 self.report(where, f"iscrowd is {reprlib.repr(item['iscrowd'])}, not 0 or 1; correct it")
             if image is None:
-                self.report(where, f"image_id {item['image_id']} is not among the images; correct it")
+                self.report(where, f"image_id {item['image_id']} is not in images; correct it")
                 continue
             what = box_problem(item["bbox"], image["height"], image["width"])
             if what:

@@ -94,11 +94,12 @@ def test_loader(
 
 
 def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
+    workers, divisor = cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+    if workers < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS is {workers}; use a number of at least 0")
     return {
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": partial(
-            collate, least_size=least_size, divisor=cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-        ),
+        "num_workers": workers,
+        "collate_fn": partial(collate, least_size=least_size, divisor=divisor),
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # else making an iterator draws from the global random state
     }
@@ -127,28 +128,27 @@ def collate(samples: list[Sample], least_size: int = 1, divisor: int = 32) -> Ba
     targets = {
         "labels": torch.cat([sample["labels"] for sample in samples]).split(counts),
         "boxes": torch.cat([sample["boxes"] for sample in samples]).split(counts),
-        "valid": pad_and_stack([sample["valid"] for sample in samples], height, width).unbind(),
+        "valid": pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind(),
     }
     if "masks" in samples[0]:
-        masks = [mask for sample in samples for mask in sample["masks"]]
-        targets["masks"] = pad_and_stack(masks, height, width).split(counts)
+        targets["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+    images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {
-        "images": pad_and_stack([sample["image"] for sample in samples], height, width),
-        "targets": [
-            dict(zip(targets, values, strict=True)) for values in zip(*targets.values(), strict=True)
-        ],
+        "images": images.view(len(samples), -1, height, width),
+        "targets": [dict(zip(targets, one, strict=True)) for one in zip(*targets.values(), strict=True)],
         "image_ids": [sample["image_id"] for sample in samples],
         "image_sizes": sizes,
         "original_sizes": [sample["original_size"] for sample in samples],
     }
 
 
-def pad_and_stack(tensors: list[Tensor], height: int, width: int) -> Tensor:
-    """Tensors (..., h, w) in one of shape (len, ..., height, width), zero beyond each one's own size."""
-    stacked = tensors[0].new_zeros((len(tensors), *tensors[0].shape[:-2], height, width))
-    for target, tensor in zip(stacked, tensors, strict=True):
-        target[..., : tensor.shape[-2], : tensor.shape[-1]] = tensor
-    return stacked
+def pad_and_cat(tensors: list[Tensor], height: int, width: int) -> Tensor:
+    """Tensors (n, h, w) of several sizes as one of (sum of n, height, width), zero beyond each one's own."""
+    counts = [len(tensor) for tensor in tensors]
+    padded = tensors[0].new_zeros((sum(counts), height, width))
+    for target, tensor in zip(padded.split(counts), tensors, strict=True):
+        target[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    return padded
 
 
 def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
