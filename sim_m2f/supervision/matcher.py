@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from sim_m2f.errors import UserError
-from sim_m2f.supervision.targets import STRIDE, Targets
+from sim_m2f.supervision.box_geometry import boxes_of_profiles, generalized_iou
+from sim_m2f.supervision.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -102,34 +103,7 @@ def _padded(values: Tensor, targets: Targets) -> Tensor:
 
 def _box_cost(along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
     """(L, B, Q, N): L1 + (1 - GIoU) of the boxes around the masks and the annotated ones."""
-    (left, right), (top, bottom) = _extent(along_x), _extent(along_y)
-    predicted = torch.stack([left, top, right, bottom], dim=-1)[..., None, :]
-    height, width = targets.size
-    scale = targets.boxes.new_tensor([width, height, width, height]) * STRIDE
-    annotated = _padded(targets.boxes / scale, targets)[:, None]
+    predicted = boxes_of_profiles(along_x, along_y)[..., None, :]
+    annotated = _padded(targets.relative_boxes, targets)[:, None]
     distance = box_convert(predicted, "xyxy", "cxcywh") - box_convert(annotated, "xyxy", "cxcywh")
-    return distance.abs().sum(-1) + 1 - _generalized_iou(predicted, annotated)
-
-
-def _extent(profile: Tensor) -> tuple[Tensor, Tensor]:
-    """First and last position above one half in the last dimension, in shares of it; 0, 0 for none."""
-    above = profile > 0.5
-    length = profile.shape[-1]
-    first = above.int().argmax(-1)
-    end = length - above.flip(-1).int().argmax(-1)
-    some = above.any(-1)
-    return first * some / length, end * some / length
-
-
-def _generalized_iou(a: Tensor, b: Tensor) -> Tensor:
-    """GIoU of xyxy boxes, broadcast over the leading dimensions (https://arxiv.org/abs/1902.09630)."""
-
-    def area(corners: Tensor) -> Tensor:
-        return (corners[..., 2:] - corners[..., :2]).clamp(min=0).prod(-1)
-
-    overlap = area(
-        torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1)
-    )
-    hull = area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1))
-    union = area(a) + area(b) - overlap
-    return overlap / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+    return distance.abs().sum(-1) + 1 - generalized_iou(predicted, annotated)

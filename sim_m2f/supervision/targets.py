@@ -44,6 +44,12 @@ class Targets:
         return in_columns.float(), in_rows.float()
 
     @property
+    def relative_boxes(self) -> Tensor:
+        """(T, 4) xyxy in shares of the network's input."""
+        height, width = self.size
+        return self.boxes / self.boxes.new_tensor([width, height, width, height]) / STRIDE
+
+    @property
     def box_masks(self) -> Tensor:
         """(T, h, w): 1 inside the box, else 0."""
         columns, rows = self.projections
