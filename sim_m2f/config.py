@@ -59,8 +59,7 @@ class CfgNode(FvcoreNode):
             self._merge(nested, "command line")
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
-        checked = _checked(values, self, "", source)
-        super().merge_from_other_cfg(CfgNode(checked))
+        _assign(self, _checked(values, self, "", source))
 
 
 def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: str) -> dict[str, Any]:
@@ -80,6 +79,14 @@ def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: 
         else:
             checked[key] = _coerced(value, default, path, source)
     return checked
+
+
+def _assign(node: CfgNode, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _assign(node[key], value)
+        else:
+            setattr(node, key, value)
 
 
 def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
@@ -160,17 +167,10 @@ _C.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256  # Width of the pixel decoder.
 _C.MODEL.SEM_SEG_HEAD.MASK_DIM = 256  # Width of the mask features.
 _C.MODEL.SEM_SEG_HEAD.NORM = "GN"  # Norm of the pixel decoder's convolutions: "GN" or "".
 _C.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"  # The only one.
-_C.MODEL.SEM_SEG_HEAD.IN_FEATURES = [
-    "res2",
-    "res3",
-    "res4",
-    "res5",
-]  # Feature maps that the pixel decoder takes.
-_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = [
-    "res3",
-    "res4",
-    "res5",
-]  # ... and its encoder.
+# Feature maps that the pixel decoder takes.
+_C.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+# Feature maps that its encoder takes.
+_C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
 _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # Sampling points per head and level.
 _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8  # Attention heads of the encoder.
 _C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6  # Deformable encoder layers.
@@ -195,25 +195,49 @@ _C.MODEL.MASK_FORMER.SIZE_DIVISIBILITY = 32  # Pictures are padded to a multiple
 _C.MODEL.MASK_FORMER.DEC_LAYERS = 10  # Predictions: 1 from the queries alone + 1 after each decoder layer.
 _C.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544  # Points per mask at which mask supervision compares.
 _C.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0  # Candidates drawn per point kept.
-_C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = (
-    0.75  # Share of the points taken where the mask is least certain.
-)
+_C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points where the mask is least certain.
 
 # ------------------------------------------------------------------------------------------------ supervision
 _C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
-_node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL"])
+_node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL", "TEACHER", "PROTOTYPES"])
+_node(_C.MODEL.SIM, ["PSEUDO_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION", "POSITIVE_MASKS"])
 _C.MODEL.SIM.MATCHER.CLASS_WEIGHT = 2.0  # Weight of -(class probability) in the matching cost.
 _C.MODEL.SIM.MATCHER.PROJECTION_WEIGHT = 5.0  # Weight of the dice of both projections in the matching cost.
 _C.MODEL.SIM.MATCHER.BOX_WEIGHT = 0.0  # Weight of L1 + GIoU between the mask's box and the annotated box.
 _C.MODEL.SIM.PROJECTION.WEIGHT = 5.0  # Weight of loss_projection.
-_C.MODEL.SIM.PAIRWISE.WEIGHT = 5.0  # Weight of loss_pairwise.
+_C.MODEL.SIM.PAIRWISE.ENABLED = True  # Use loss_pairwise.
+_C.MODEL.SIM.PAIRWISE.WEIGHT = 2.0  # Weight of loss_pairwise.
 _C.MODEL.SIM.PAIRWISE.DILATION = 2  # Distance of a pixel's 8 neighbours, in pixels at stride 4.
 _C.MODEL.SIM.PAIRWISE.COLOR_THRESHOLD = 0.3  # Edges count where the colour affinity is at least this.
+_C.MODEL.SIM.PAIRWISE.FEATURE_AFFINITY = False  # Multiply by the affinity of the teacher's mask features.
+_C.MODEL.SIM.PAIRWISE.PRODUCT_THRESHOLD = 0.1  # Edges count where colour x feature affinity is at least this.
+_C.MODEL.SIM.PAIRWISE.START = 0.0  # First step (or fraction of the run) with loss_pairwise.
 _C.MODEL.SIM.PAIRWISE.WARMUP = 10000.0  # Steps (or fraction of the run) of the linear warm-up from 0.
-_C.MODEL.SIM.BOX_FILL.WEIGHT = (
-    0.0  # First weight of loss_box_fill (dice + cross-entropy towards the filled box).
-)
+_C.MODEL.SIM.BOX_FILL.WEIGHT = 0.0  # First weight of loss_box_fill, towards the filled box.
 _C.MODEL.SIM.BOX_FILL.STEPS = 0.1  # Steps (or fraction of the run) over which loss_box_fill fades to 0.
+_C.MODEL.SIM.TEACHER.ENABLED = False  # Keep a moving average of the network; the terms below need it.
+_C.MODEL.SIM.TEACHER.MOMENTUM = 0.9999  # Share of the old weights that an update keeps.
+_C.MODEL.SIM.PROTOTYPES.COUNT = 10  # Prototypes per class.
+_C.MODEL.SIM.PROTOTYPES.MOMENTUM = 0.999  # Share of the old prototype that an update keeps.
+_C.MODEL.SIM.PROTOTYPES.EPSILON = 0.05  # Weight of the entropy in the optimal transport.
+_C.MODEL.SIM.PROTOTYPES.ITERATIONS = 3  # Sinkhorn iterations.
+_C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = 512  # Most pixels of a class, per rank, that an update takes.
+_C.MODEL.SIM.PROTOTYPES.TEMPERATURE = 0.1  # Divides the similarity to the nearest prototype in M_S.
+_C.MODEL.SIM.PROTOTYPES.CONFIDENT = 0.7  # Pixels above this teacher probability belong to the object.
+_C.MODEL.SIM.POSITIVE_MASKS.WEIGHTING = False  # M_I is a weighted mean, not the last layer's mask.
+_C.MODEL.SIM.POSITIVE_MASKS.QUERIES = 3  # Most further queries per object whose masks count.
+_C.MODEL.SIM.POSITIVE_MASKS.MIN_IOU = 0.5  # ... if their box overlaps the annotated one so much.
+_C.MODEL.SIM.PSEUDO_MASKS.ALPHA = 0.5  # Share of M_S in the blend, M_I has the rest.
+_C.MODEL.SIM.PSEUDO_MASKS.POSITIVE = (0.7, 0.8)  # Range of the adaptive threshold of positive pixels.
+_C.MODEL.SIM.PSEUDO_MASKS.NEGATIVE = 0.4  # Pixels below are negative.
+_C.MODEL.SIM.PSEUDO_SEMANTIC.ENABLED = False  # Use loss_pseudo_semantic.
+_C.MODEL.SIM.PSEUDO_SEMANTIC.WEIGHT = 0.3  # Weight of loss_pseudo_semantic.
+_C.MODEL.SIM.PSEUDO_SEMANTIC.START = 10000.0  # First step (or fraction of the run) with it.
+_C.MODEL.SIM.PSEUDO_SEMANTIC.WARMUP = 10000.0  # Steps (or fraction of the run) of its linear warm-up.
+_C.MODEL.SIM.SELF_CORRECTION.ENABLED = False  # Use loss_self_correction.
+_C.MODEL.SIM.SELF_CORRECTION.WEIGHT = 0.3  # Weight of loss_self_correction.
+_C.MODEL.SIM.SELF_CORRECTION.START = 10000.0  # First step (or fraction of the run) with it.
+_C.MODEL.SIM.SELF_CORRECTION.WARMUP = 10000.0  # Steps (or fraction of the run) of its linear warm-up.
 
 # ------------------------------------------------------------------------------------------------ pictures
 _C.INPUT.FORMAT = "RGB"  # Order of the channels that the network sees; only "RGB".
@@ -243,7 +267,7 @@ _C.SOLVER.BACKBONE_MULTIPLIER = 0.1  # Learning rate of the backbone, in units o
 _C.SOLVER.WEIGHT_DECAY = 0.05  # Weight decay.
 _C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # Weight decay of norm layers.
 _C.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # Weight decay of embeddings.
-_C.SOLVER.MAX_ITER = 368750  # Steps.
+_C.SOLVER.MAX_ITER = 368750  # Steps of the run.
 _C.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # Or "WarmupPolyLR", "WarmupCosineLR".
 _C.SOLVER.STEPS = (327778, 355092)  # Steps at which the learning rate is multiplied by GAMMA.
 _C.SOLVER.GAMMA = 0.1  # Factor at each of STEPS.
@@ -266,6 +290,7 @@ _C.SOLVER.AMP.DTYPE = "auto"  # "bf16", "fp16", or "auto": bf16 where the GPU ha
 
 # ------------------------------------------------------------------------------------------------ evaluation
 _C.TEST.EVAL_PERIOD = 5000  # Steps between evaluations; 0 evaluates only at the end.
+_C.TEST.USE_TEACHER = False  # Evaluate the teacher's weights instead of the student's.
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # Detections kept per picture.
 
 

@@ -28,7 +28,7 @@ VERSION = "shapes-v1"
 SPLITS = {"train": 2000, "val": 200}
 CLASSES = tuple(paint.OUTLINES)
 
-DIAMETER = (26, 76)  # of the circle around an object, pixels
+DIAMETER = (36, 84)  # of the circle around an object, pixels
 CAMOUFLAGED = 0.16  # share of the objects that are placed freely
 SAME_CLASS_OVERLAP, SAME_COLOUR = 0.14, 0.16  # shares of the pictures; free placement adds to the first
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.35, 60
@@ -156,7 +156,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
     elif draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
         scene.add_alone("flat", may_hide=False)
         scene.add_same_colour()
-    for _ in range(rng.integers(1, 5) - len(scene.things)):
+    for _ in range(rng.integers(1, 4) - len(scene.things)):
         scene.add_alone()
     return scene
 

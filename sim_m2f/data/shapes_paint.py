@@ -98,7 +98,7 @@ LOOKS = {
     "cross": (270, "noise"),
     "heart": (315, "checks"),
 }
-USUAL_HUE, USUAL_TEXTURE = 0.8, 0.5  # shares of the objects that show their class's hue, its texture
+USUAL_HUE, USUAL_TEXTURE = 0.9, 0.7  # shares of the objects that show their class's hue, its texture
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -158,7 +158,7 @@ def class_colours(rng: np.random.Generator, name: str, count: int) -> np.ndarray
 
 
 def class_fill(rng: np.random.Generator, name: str) -> str:
-    """A kind of fill for a class: its usual texture, or, half the time, any."""
+    """A kind of fill for a class: its usual texture, or, now and then, any."""
     return LOOKS[name][1] if rng.random() < USUAL_TEXTURE else str(rng.choice(FILLS))
 
 

@@ -51,8 +51,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, teacher: bool = False) -> None:
     """Load the network's weights from a checkpoint, or its backbone's from timm (``timm://NAME``).
+
+    Args:
+        model: the network.
+        path: the file or address.
+        teacher: take the teacher's weights where the checkpoint has them.
 
     Raises:
         UserError: the file cannot be read, or belongs to another network.
@@ -62,6 +67,10 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
         return
     state = read_checkpoint(path)
     weights = state.get("model", state)
+    if teacher and state.get("teacher"):
+        prefix = "network."
+        named = state["teacher"].items()
+        weights = {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
     own = model.state_dict()
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
     reshaped = [

@@ -25,6 +25,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.modeling import build_model
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.teacher import Teacher
 from sim_m2f.tools.report import write_report
 
 
@@ -49,6 +50,17 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     return Accelerator(cpu=device == "cpu", mixed_precision=precision)
 
 
+def teaching_terms(cfg: CfgNode) -> list[str]:
+    """The keys of the losses in use that need the teacher's outputs."""
+    sim = cfg.MODEL.SIM
+    uses = {
+        "PAIRWISE.FEATURE_AFFINITY": sim.PAIRWISE.ENABLED and sim.PAIRWISE.FEATURE_AFFINITY,
+        "PSEUDO_SEMANTIC": sim.PSEUDO_SEMANTIC.ENABLED,
+        "SELF_CORRECTION": sim.SELF_CORRECTION.ENABLED,
+    }
+    return [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
+
+
 class Trainer:
     """One run in ``cfg.OUTPUT_DIR``.
 
@@ -64,12 +76,12 @@ class Trainer:
         self.cfg = cfg
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.accelerator = build_accelerator(cfg)
-        model = build_model(cfg)
+        model = build_model(cfg).to(memory_format=torch.channels_last)
         checkpoint = last_checkpoint(self.output_dir) if resume else None
         if checkpoint or cfg.MODEL.WEIGHTS:
-            load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS)
+            load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS, teacher=cfg.TEST.USE_TEACHER)
         self.criterion = build_criterion(cfg).to(self.accelerator.device)
-        model = model.to(memory_format=torch.channels_last)
+        self.teacher = self._build_teacher(model)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
@@ -112,8 +124,10 @@ class Trainer:
         torch.manual_seed(_step_seed(self.cfg.SEED, self.iteration, self.accelerator.process_index))
         self.model.train()
         self.criterion.train()
-        images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last, non_blocking=True)
-        losses = self.criterion(self.model(images), batch["targets"], images)
+        images = batch["images"].to(
+            self.accelerator.device, memory_format=torch.channels_last, non_blocking=True
+        )
+        losses = self.criterion(self.model(images), batch["targets"], images, self._taught(images))
         self.accelerator.backward(sum(losses.values()))
         clip = self.cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
@@ -121,8 +135,24 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()
+        if self.teacher:
+            self.teacher.update(self.accelerator.unwrap_model(self.model))
         self.iteration += 1
         return losses
+
+    def _build_teacher(self, model: torch.nn.Module) -> Teacher | None:
+        teacher = self.cfg.MODEL.SIM.TEACHER
+        needed_by = teaching_terms(self.cfg) + ["TEST.USE_TEACHER"] * self.cfg.TEST.USE_TEACHER
+        if needed_by and not teacher.ENABLED:
+            raise UserError(f"{needed_by[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")
+        return Teacher(model, teacher.MOMENTUM).to(self.accelerator.device) if teacher.ENABLED else None
+
+    def _taught(self, images: Tensor) -> dict[str, Any] | None:
+        """The teacher's outputs, where a loss needs them, in the same precision as the student's."""
+        if not teaching_terms(self.cfg):
+            return None
+        with self.accelerator.autocast():
+            return self.teacher(images)
 
     def evaluate(self, logger: MetricsLogger | None = None) -> dict[str, float]:
         """Score every test set; with a logger the values also go to metrics.jsonl."""
@@ -134,7 +164,7 @@ class Trainer:
             )
             folder = self.output_dir if source is sources[0] else self.output_dir / source.name
             scores = evaluate(
-                self.model,
+                self.teacher.network if self.cfg.TEST.USE_TEACHER else self.model,
                 loader,
                 folder,
                 accelerator=self.accelerator,
@@ -168,6 +198,7 @@ class Trainer:
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "criterion": self.criterion.state_dict(),
+            "teacher": self.teacher.state_dict() if self.teacher else {},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -177,6 +208,8 @@ class Trainer:
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         try:
             self.criterion.load_state_dict(state["criterion"])
+            if self.teacher:
+                self.teacher.load_state_dict(state["teacher"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.accelerator.scaler and state["scaler"]:

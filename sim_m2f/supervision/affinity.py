@@ -46,6 +46,21 @@ def color_affinity(images: Tensor, dilation: int) -> Tensor:
     return torch.exp(-torch.stack(distance, dim=1) / 2) * inside
 
 
+def feature_affinity(features: Tensor, dilation: int) -> Tensor:
+    """exp(-|z_i - z_j|) of unit features between each pixel and its four neighbours after it (SIM).
+
+    Args:
+        features: (B, d, h, w) mask features of any length.
+        dilation: distance of the neighbours in pixels at stride 4.
+
+    Returns:
+        (B, 4, h, w); without meaning where the neighbour lies outside.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    cosines = [(unit * _shifted(unit, offset)).sum(1) for offset in neighbour_offsets(dilation)]
+    return torch.exp(-(2 - 2 * torch.stack(cosines, dim=1)).clamp(min=0).sqrt())
+
+
 def edge_mask(valid: Tensor, dilation: int) -> Tensor:
     """(B, h, w) bool of usable pixels to (B, 4, h, w) bool: both ends are in the picture and usable."""
     return torch.stack([valid & _shifted(valid, offset) for offset in neighbour_offsets(dilation)], dim=1)

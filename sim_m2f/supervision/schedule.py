@@ -6,9 +6,14 @@ def resolve_steps(steps: float, max_iter: int) -> float:
     return steps * max_iter if steps < 1 else steps
 
 
-def ramp_up(step: int, steps: float) -> float:
+def ramp_up(step: float, steps: float) -> float:
     """0 at step 0, growing linearly to 1 at ``steps``."""
     return min(step / steps, 1.0) if steps > 0 else 1.0
+
+
+def started(step: int, start: float, warmup: float) -> float:
+    """0 before step ``start``, then growing linearly to 1 over ``warmup`` steps."""
+    return 0.0 if step < start else ramp_up(step - start, warmup)
 
 
 def fade_out(step: int, steps: float) -> float:

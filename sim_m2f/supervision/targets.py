@@ -19,6 +19,8 @@ class Targets:
         boxes: (T, 4) float xyxy in pixels of the network's input.
         ranges: (T, 4) int64 on the CPU: first column and row, and the ends (exclusive) of the box, stride 4.
         counts: objects per picture.
+        classes: (K,) int64, the classes that occur, in order.
+        class_index: (T,) int64, place of each object's class in ``classes``.
         size: (h, w) of the maps at stride 4.
     """
 
@@ -27,6 +29,8 @@ class Targets:
     boxes: Tensor
     ranges: Tensor
     counts: list[int]
+    classes: Tensor
+    class_index: Tensor
     size: tuple[int, int]
 
     def __len__(self) -> int:
@@ -78,6 +82,7 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
     counts = [len(target["labels"]) for target in targets]
     boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
     labels = torch.cat([target["labels"].reshape(-1) for target in targets])
+    classes, class_index = labels.cpu().unique(return_inverse=True)
     picture = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return Targets(
         labels=labels.to(device, non_blocking=True),
@@ -85,6 +90,8 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
         boxes=boxes.to(device, non_blocking=True),
         ranges=box_ranges(boxes.cpu(), size),
         counts=counts,
+        classes=classes.to(device, non_blocking=True),
+        class_index=class_index.to(device, non_blocking=True),
         size=size,
     )
 

@@ -1,0 +1,129 @@
+"""Prototypes: a few unit vectors per class in the space of the mask features (SIM, section 3.2).
+
+Optimal transport assigns pixels to them. The pixels of all classes are one flat list; what belongs to a class
+is summed by its number, without a loop over classes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sim_m2f.distributed import max_over_ranks, sum_over_ranks
+
+
+class Prototypes(nn.Module):
+    """L unit vectors per class, following the centroids of the pixels that optimal transport assigns to them.
+
+    Args:
+        classes, count, width: C classes, L prototypes each, of the width of the mask features.
+        momentum: share of the old vector that an update keeps.
+        epsilon: weight of the entropy in the transport problem.
+        iterations: Sinkhorn iterations.
+        limit: most pixels per class and rank that one update takes.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        count: int,
+        width: int,
+        momentum: float,
+        epsilon: float,
+        iterations: int,
+        limit: int,
+    ) -> None:
+        super().__init__()
+        self.momentum, self.epsilon, self.iterations, self.limit = momentum, epsilon, iterations, limit
+        self.register_buffer("vectors", F.normalize(torch.randn(classes, count, width), dim=-1))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor, confident: Tensor) -> None:
+        """Move the prototypes towards the centroids of their pixels; one that received none stays.
+
+        Args:
+            features: (N, d) the teacher's features of N pixels, of any length.
+            labels: (N,) int64, the classes of their objects.
+            confident: (N,) bool, whether the pixel surely belongs to its object; only these count.
+        """
+        chosen = sample_per_class(labels, confident, self.limit)
+        features, labels = F.normalize(features[chosen].float(), dim=-1), labels[chosen]
+        classes, count, width = self.vectors.shape
+        scores = torch.einsum("nd,nld->nl", features, self.vectors[labels])
+        plan = sinkhorn(scores, labels, classes, self.epsilon, self.iterations)
+        slot = labels * count + plan.argmax(1)
+        sums = features.new_zeros(classes * count, width).index_add(0, slot, features)
+        numbers = features.new_zeros(classes * count).index_add(0, slot, features.new_ones(len(slot)))
+        sums, numbers = sum_over_ranks(sums), sum_over_ranks(numbers).view(classes, count, 1)
+        centroid = sums.view(classes, count, width) / numbers.clamp(min=1)
+        moved = F.normalize(self.momentum * self.vectors + (1 - self.momentum) * centroid, dim=-1)
+        self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors))
+
+    @torch.no_grad()
+    def similarity(self, features: Tensor, classes: Tensor, class_index: Tensor) -> Tensor:
+        """The largest inner product of a pixel's unit feature with the prototypes of its class.
+
+        Args:
+            features: (N, d) features of any length.
+            classes: (K,) the classes that occur.
+            class_index: (N,) place of each pixel's class in ``classes``.
+
+        Returns:
+            (N,), -1 to 1.
+        """
+        count = self.vectors.shape[1]
+        scores = F.normalize(features.float(), dim=-1) @ self.vectors[classes].flatten(0, 1).T
+        own = class_index[:, None] * count + torch.arange(count, device=features.device)
+        return scores.gather(1, own).amax(1)
+
+
+def sample_per_class(labels: Tensor, allowed: Tensor, limit: int) -> Tensor:
+    """Indices of at most ``limit`` allowed pixels of every class, each of a class with the same probability.
+
+    Args:
+        labels: (N,) int64.
+        allowed: (N,) bool.
+        limit: most per class.
+    """
+    shuffled = torch.randperm(len(labels), device=labels.device)
+    key = torch.where(allowed, labels, -1)[shuffled]
+    key, order = key.sort(stable=True)
+    rank = torch.arange(len(labels), device=labels.device) - torch.searchsorted(key, key)
+    return shuffled[order[(rank < limit) & (key >= 0)]]
+
+
+def sinkhorn(scores: Tensor, labels: Tensor, classes: int, epsilon: float, iterations: int) -> Tensor:
+    """Entropic optimal transport of every class's pixels to its prototypes, in the log domain.
+
+    Per class, max over Q of Tr(Q^T S) + epsilon H(Q), with the same mass on each of the L prototypes and on
+    each of the class's pixels; the pixels of all ranks count.
+
+    Args:
+        scores: (N, L) float32, inner product of each pixel with the prototypes of its class.
+        labels: (N,) int64, class of each pixel.
+        classes: C.
+        epsilon: weight of the entropy.
+        iterations: of the alternating normalisation, that of the pixels coming last.
+
+    Returns:
+        (N, L) log Q: a row of Q sums to 1 / N_c, a column, over the N_c pixels of a class, to 1 / L once
+        converged.
+    """
+    count = scores.shape[1]
+    pixels = sum_over_ranks(scores.new_zeros(classes).index_add(0, labels, scores.new_ones(len(labels))))
+    log_pixels = pixels.clamp(min=1).log()[labels][:, None]
+    plan = scores / epsilon
+    for _ in range(iterations):
+        plan = plan - _logsumexp_per_class(plan, labels, classes)[labels] - math.log(count)
+        plan = plan - plan.logsumexp(1, keepdim=True) - log_pixels
+    return plan
+
+
+def _logsumexp_per_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """(N, L) to (C, L): log of the sum of exp over the pixels of a class on all ranks."""
+    index = labels[:, None].expand_as(values)
+    lowest = values.new_full((classes, values.shape[1]), -torch.inf)
+    largest = max_over_ranks(lowest.scatter_reduce(0, index, values, "amax"))
+    sums = torch.zeros_like(largest).index_add(0, labels, (values - largest[labels]).exp())
+    return largest + sum_over_ranks(sums).log()

@@ -1,0 +1,243 @@
+"""Pseudo masks: where prototypes see the class, corrected by where the teacher sees the object (SIM, 3.3).
+
+Everything is computed once per step, for the pixels inside the boxes only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sim_m2f.config import CfgNode
+from sim_m2f.supervision.base import mask_profiles
+from sim_m2f.supervision.box_geometry import boxes_of_profiles, iou
+from sim_m2f.supervision.matcher import BoxMatcher, Match
+from sim_m2f.supervision.prototypes import Prototypes
+from sim_m2f.supervision.targets import BoxPixels, Targets
+
+IGNORED = -1
+
+
+@dataclass(frozen=True)
+class PositiveMasks:
+    """K masks of every object that the teacher offers.
+
+    Attributes:
+        layer: decoder layer of each of the K masks.
+        query: (K, T) int64, its query.
+        weight: (K, T), 0 for a mask that does not count.
+    """
+
+    layer: list[int]
+    query: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Labels of P pixels: 1 positive, 0 negative, -1 ignored.
+
+    Attributes:
+        final: (P,) labels of the blended mask.
+        semantic: (P,) labels that the semantic mask alone would give.
+    """
+
+    final: Tensor
+    semantic: Tensor
+
+
+class PseudoMasks(nn.Module):
+    """Makes the labels of a step from the teacher's outputs; keeps the prototypes (in ``state_dict``)."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        self.sim = cfg.MODEL.SIM
+        prototypes = self.sim.PROTOTYPES
+        self.prototypes = Prototypes(
+            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            prototypes.COUNT,
+            cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+            prototypes.MOMENTUM,
+            prototypes.EPSILON,
+            prototypes.ITERATIONS,
+            prototypes.PIXELS_PER_CLASS,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        layers: list[dict[str, Tensor]],
+        features: Tensor,
+        targets: Targets,
+        pixels: BoxPixels,
+        matcher: BoxMatcher,
+    ) -> PseudoLabels:
+        """In training the prototypes learn from the same pixels, after the labels are made.
+
+        Args:
+            layers: the teacher's "pred_logits" (B, Q, C+1) and "pred_masks" (B, Q, h, w), the last one last.
+            features: (B, d, h, w) its mask features.
+            targets: the T objects.
+            pixels: the P pixels of their boxes.
+            matcher: finds the teacher's queries of the objects.
+        """
+        prototypes, pseudo = self.sim.PROTOTYPES, self.sim.PSEUDO_MASKS
+        own = features[targets.picture[pixels.target], :, pixels.y, pixels.x]
+        similarity = self.prototypes.similarity(own, targets.classes, targets.class_index[pixels.target])
+        semantic = (similarity / prototypes.TEMPERATURE).sigmoid()
+        instance = self._instance(layers, targets, pixels, matcher)
+        if self.training:
+            self.prototypes.update(own, targets.labels[pixels.target], instance > prototypes.CONFIDENT)
+        bounds, count = pseudo.POSITIVE, len(targets)
+        return pseudo_labels(semantic, instance, pixels.target, count, pseudo.ALPHA, bounds, pseudo.NEGATIVE)
+
+    def _instance(
+        self, layers: list[dict[str, Tensor]], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
+    ) -> Tensor:
+        """M_I: the last mask of each object's query alone, or the weighted mean of its positive masks."""
+        positive = self.sim.POSITIVE_MASKS
+        layers = layers if positive.WEIGHTING else layers[-1:]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        mask_logits = [layer["pred_masks"] for layer in layers]
+        profiles = mask_profiles(mask_logits)
+        match = matcher(logits, *profiles, targets)
+        further = positive.QUERIES if positive.WEIGHTING else 0
+        masks = positive_masks(logits, *profiles, match, targets, further, positive.MIN_IOU)
+        return instance_probability(mask_logits, masks, targets, pixels)
+
+
+def positive_masks(
+    logits: Tensor,
+    along_x: Tensor,
+    along_y: Tensor,
+    match: Match,
+    targets: Targets,
+    queries: int,
+    min_iou: float,
+) -> PositiveMasks:
+    """The object's query in every decoder layer, and further queries of the last that claim the same object.
+
+    A mask weighs its probability of the object's class times the IoU of its own box and the annotated box.
+
+    Args:
+        logits: (L, B, Q, C+1) the teacher's class logits.
+        along_x, along_y: (L, B, Q, w) and (L, B, Q, h), largest mask probability per column and row.
+        match: the teacher's queries of the objects.
+        targets: the T objects.
+        queries: most further queries per object.
+        min_iou: least IoU of a further query.
+
+    Returns:
+        K = L + ``queries`` masks (fewer when there are fewer queries).
+    """
+    layers, _, count, _ = logits.shape
+    probability = logits.softmax(-1)[:, targets.picture, :, targets.labels].transpose(0, 1)
+    boxes = boxes_of_profiles(along_x, along_y)[:, targets.picture]
+    overlap = iou(boxes, targets.relative_boxes[:, None])
+    weight = probability * overlap
+    matched = weight.gather(2, match.query[..., None])[..., 0] * match.matched
+    claims = torch.where(overlap[-1] >= min_iou, weight[-1], 0.0)
+    claims = claims.scatter(1, match.query[-1][:, None], 0.0)
+    further, further_query = claims.topk(min(queries, count), dim=1)
+    return PositiveMasks(
+        layer=[*range(layers), *[layers - 1] * further.shape[1]],
+        query=torch.cat([match.query, further_query.T]),
+        weight=torch.cat([matched + 1e-6, further.T]),
+    )
+
+
+def instance_probability(
+    mask_logits: list[Tensor], masks: PositiveMasks, targets: Targets, pixels: BoxPixels
+) -> Tensor:
+    """M_I: the weighted mean of the object's positive masks at the pixels of its box.
+
+    Args:
+        mask_logits: per decoder layer (B, Q, h, w), stride 4.
+        masks: which of them are the object's, and their weights.
+        targets: the T objects.
+        pixels: the P pixels.
+
+    Returns:
+        (P,) probabilities.
+    """
+    picture = targets.picture[pixels.target]
+    total = torch.zeros(len(picture), device=picture.device)
+    for layer, query, weight in zip(masks.layer, masks.query, masks.weight, strict=True):
+        values = mask_logits[layer][picture, query[pixels.target], pixels.y, pixels.x].float().sigmoid()
+        total = total + values * weight[pixels.target]
+    return total / masks.weight.sum(0)[pixels.target]
+
+
+def positive_thresholds(
+    blend: Tensor, instance: Tensor, target: Tensor, objects: int, bounds: tuple[float, float]
+) -> Tensor:
+    """t_pos per object: the value of M at rank n_pos, its number of pixels with M_I > 0.7, within ``bounds``.
+
+    Args:
+        blend, instance: (P,) M and M_I at the pixels of the boxes.
+        target: (P,) int64, the object of each pixel, ascending.
+        objects: T.
+        bounds: least and largest threshold; the largest where n_pos is 0.
+
+    Returns:
+        (T,).
+    """
+    empty = torch.zeros(objects, dtype=torch.int64, device=target.device)
+    positives = empty.index_add(0, target, (instance > 0.7).long())
+    areas = empty.index_add(0, target, torch.ones_like(target))
+    descending = (2 * target.double() - blend.double()).argsort()
+    rank = areas.cumsum(0) - areas + (positives - 1).clamp(min=0)
+    value = blend[descending[rank]].clamp(*bounds)
+    return torch.where(positives > 0, value, torch.full_like(value, bounds[1]))
+
+
+def pseudo_labels(
+    semantic: Tensor,
+    instance: Tensor,
+    target: Tensor,
+    objects: int,
+    alpha: float,
+    positive: tuple[float, float],
+    negative: float,
+) -> PseudoLabels:
+    """M = alpha M_S + (1 - alpha) M_I: positive from t_pos on, negative below t_neg, ignored between.
+
+    Args:
+        semantic, instance: (P,) M_S and M_I at the pixels of the boxes.
+        target: (P,) int64, the object of each pixel, ascending.
+        objects: T.
+        alpha: weight of the semantic mask.
+        positive: least and largest value of the adaptive t_pos.
+        negative: t_neg.
+    """
+    blend = alpha * semantic + (1 - alpha) * instance
+    threshold = positive_thresholds(blend, instance, target, objects, positive)[target]
+
+    def label(mask: Tensor) -> Tensor:
+        undecided = torch.full_like(target, IGNORED)
+        return torch.where(mask >= threshold, 1, torch.where(mask < negative, 0, undecided))
+
+    return PseudoLabels(label(blend), label(semantic))
+
+
+def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """-alpha_t (1 - p_t)^gamma log p_t of logits (L, P) and labels (P,) of 0, 1 (https://arxiv.org/abs/1708.02002)."""
+    against = torch.where(labels == 1, -logits, logits)
+    weight = torch.where(labels == 1, alpha, 1 - alpha)
+    return weight * against.sigmoid() ** gamma * F.softplus(against)
+
+
+def pseudo_losses(logits: Tensor, labels: PseudoLabels) -> tuple[Tensor, Tensor]:
+    """Focal loss of the pixels that keep their semantic label, and of those that the correction changed.
+
+    Args:
+        logits: (L, P), per decoder layer the matched mask of each pixel's object.
+        labels: of the P pixels.
+
+    Returns:
+        two (L, P) losses, zero on the other's pixels and on ignored ones.
+    """
+    loss = focal_loss(logits, labels.final) * (labels.final != IGNORED)
+    kept = labels.final == labels.semantic
+    return loss * kept, loss * ~kept

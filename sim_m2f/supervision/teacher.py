@@ -1,0 +1,51 @@
+"""The teacher: an exponential moving average of the whole network (mean teacher, https://arxiv.org/abs/1703.01780)."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Teacher(nn.Module):
+    """Weights follow the student's: teacher <- m teacher + (1 - m) student.
+
+    At the n-th update m = min(momentum, (1 + n) / (10 + n)), so that the first steps are forgotten quickly.
+    Buffers are copied.
+
+    It computes without gradient and in evaluation mode, whatever the student's mode.
+
+    Args:
+        student: the network; a copy of it is kept.
+        momentum: m after the ramp, 0 to 1.
+    """
+
+    def __init__(self, student: nn.Module, momentum: float) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student).requires_grad_(False).eval()
+        self.momentum = momentum
+        self.updates = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"updates": self.updates}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.updates = state["updates"]
+
+    def train(self, mode: bool = True) -> "Teacher":
+        return self
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        """Move a step towards the student's weights, all tensors in one fused call."""
+        momentum = min(self.momentum, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.network.parameters()), list(student.parameters()), 1 - momentum)
+        buffers = list(self.network.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(student.buffers()))
+        self.updates += 1
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        """The network's outputs for (B, 3, H, W) pictures."""
+        return self.network(images)

@@ -1,0 +1,277 @@
+"""Teacher, prototypes, pseudo masks and their losses against definitions written out in float64, and POT."""
+
+import itertools
+import math
+
+import numpy as np
+import ot
+import pytest
+import torch
+from conftest import ROOT
+from torchvision.ops import sigmoid_focal_loss
+
+import sim_m2f
+from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
+from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.matcher import Match
+from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
+from sim_m2f.supervision.pseudo_masks import (
+    IGNORED,
+    PseudoLabels,
+    instance_probability,
+    positive_masks,
+    positive_thresholds,
+    pseudo_labels,
+    pseudo_losses,
+)
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
+from sim_m2f.supervision.teacher import Teacher
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+def test_teacher_is_the_exponential_average_of_the_students():
+    student = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    teacher = Teacher(student, momentum=0.6)
+    histories = [[parameter.detach().double().clone()] for parameter in student.parameters()]
+    for step in range(9):
+        with torch.no_grad():
+            for parameter, history in zip(student.parameters(), histories, strict=True):
+                parameter.add_(torch.randn_like(parameter))
+                history.append(parameter.detach().double().clone())
+        student(torch.randn(4, 2))
+        teacher.update(student)
+        momenta = [min(0.6, (1 + n) / (10 + n)) for n in range(step + 1)]
+        shares = [math.prod(momenta)] + [(1 - m) * math.prod(momenta[n + 1 :]) for n, m in enumerate(momenta)]
+        for parameter, history in zip(teacher.network.parameters(), histories, strict=True):
+            expected = sum(share * value for share, value in zip(shares, history, strict=True))
+            torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(teacher.network[1].running_mean, student[1].running_mean)
+    assert not teacher.train().network.training
+    assert not teacher(torch.randn(4, 2)).requires_grad
+
+
+def test_sinkhorn_converges_to_pots_transport_plan(generator):
+    count, pixels = 4, [9, 1, 16]
+    labels = torch.repeat_interleave(torch.tensor([0, 2, 3]), torch.tensor(pixels))
+    shuffled = torch.randperm(len(labels), generator=generator)
+    labels = labels[shuffled]
+    scores = torch.rand(len(labels), count, generator=generator, dtype=torch.float64) * 2 - 1
+    plan = sinkhorn(scores, labels, classes=5, epsilon=0.1, iterations=2000).exp()
+    for label, number in zip((0, 2, 3), pixels, strict=True):
+        cost = -scores[labels == label].T.numpy()
+        uniform = np.full(count, 1 / count), np.full(number, 1 / number)
+        expected = ot.sinkhorn(
+            *uniform, cost, reg=0.1, method="sinkhorn_log", numItermax=20000, stopThr=1e-14
+        )
+        np.testing.assert_allclose(plan[labels == label].T.numpy(), expected, atol=1e-9)
+
+
+def test_one_sinkhorn_iteration_is_the_written_out_normalisation(generator):
+    labels = torch.tensor([1, 0, 1, 1, 0])
+    scores = torch.rand(5, 3, generator=generator, dtype=torch.float64)
+    plan = sinkhorn(scores, labels, classes=2, epsilon=0.05, iterations=1).exp()
+    for label in (0, 1):
+        members = [i for i in range(5) if labels[i] == label]
+        q = {(i, k): math.exp(scores[i, k].item() / 0.05) for i in members for k in range(3)}
+        for k in range(3):
+            total = sum(q[i, k] for i in members)
+            for i in members:
+                q[i, k] /= 3 * total
+        for i in members:
+            total = sum(q[i, k] for k in range(3))
+            for k in range(3):
+                assert plan[i, k].item() == pytest.approx(q[i, k] / (len(members) * total), rel=1e-10)
+
+
+def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
+    prototypes = Prototypes(3, 2, 4, momentum=0.9, epsilon=0.05, iterations=3, limit=100)
+    before = prototypes.vectors.clone()
+    features = torch.randn(30, 4, generator=generator) * 5
+    labels = torch.tensor([0, 2]).repeat(15)
+    confident = torch.arange(30) % 5 != 0
+    prototypes.update(features, labels, confident)
+    unit = (features / features.norm(dim=1, keepdim=True))[confident]
+    kept = labels[confident]
+    scores = (unit[:, None] * before[kept]).sum(-1)
+    assigned = sinkhorn(scores, kept, 3, 0.05, 3).argmax(1)
+    for label, slot in itertools.product(range(3), range(2)):
+        members = unit[(kept == label) & (assigned == slot)]
+        expected = before[label, slot]
+        if len(members):
+            expected = 0.9 * expected + 0.1 * members.mean(0)
+            expected = expected / expected.norm()
+        torch.testing.assert_close(prototypes.vectors[label, slot], expected)
+    assert torch.equal(prototypes.vectors[1], before[1])
+    prototypes.update(features[:0], labels[:0], confident[:0])
+
+
+def test_similarity_is_that_of_the_nearest_prototype_of_the_class(generator):
+    prototypes = Prototypes(5, 3, 4, 0.9, 0.05, 3, 10)
+    features = torch.randn(20, 4, generator=generator)
+    classes, index = torch.tensor([1, 4]), torch.randint(2, (20,), generator=generator)
+    similarity = prototypes.similarity(features, classes, index)
+    for i in range(20):
+        z = features[i] / features[i].norm()
+        expected = max(float(z @ p) for p in prototypes.vectors[classes[index[i]]])
+        assert similarity[i].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
+    labels = torch.tensor([0] * 40 + [1] * 5 + [2] * 40)
+    allowed = torch.ones(85, dtype=torch.bool)
+    allowed[60:] = False
+    drawn = torch.zeros(85)
+    for _ in range(400):
+        chosen = sample_per_class(labels, allowed, 10)
+        assert len(chosen.unique()) == len(chosen)
+        assert labels[chosen].bincount(minlength=3).tolist() == [10, 5, 10]
+        drawn[chosen] += 1
+    assert drawn[60:].sum() == 0
+    assert (drawn[40:45] == 400).all()
+    assert (drawn[:40] - 100).abs().max() < 5 * math.sqrt(400 * 0.25 * 0.75)
+
+
+def two_pictures(generator):
+    """Targets of two pictures at stride 4 (6 x 8), teacher outputs of 2 layers, 5 queries, 3 classes."""
+    boxes = [[0.0, 0, 20, 12], [8, 8, 32, 24]], [[4, 0, 12, 24]]
+    targets = [{"boxes": torch.tensor(each), "labels": torch.arange(len(each))} for each in boxes]
+    objects = flatten_targets(targets, (6, 8), torch.device("cpu"))
+    logits = torch.randn(2, 2, 5, 4, generator=generator)
+    masks = torch.randn(2, 2, 5, 6, 8, generator=generator) * 2
+    return objects, logits, masks
+
+
+def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generator):
+    objects, logits, masks = two_pictures(generator)
+    match = Match(torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.ones(2, 3, dtype=torch.bool))
+    pixels = box_pixels(objects)
+    profiles = masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid()
+    chosen = positive_masks(logits, *profiles, match, objects, queries=2, min_iou=0.2)
+    mean = instance_probability(list(masks), chosen, objects, pixels)
+
+    def weight(layer, t, query):
+        p = logits[layer, objects.picture[t], query].softmax(0)[objects.labels[t]].item()
+        ys, xs = np.nonzero(masks[layer, objects.picture[t], query].numpy() > 0)
+        a = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * 4.0
+        b = objects.boxes[t].numpy()
+        sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
+        overlap = sides.prod()
+        return p, overlap / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - overlap)
+
+    for i, (t, y, x) in enumerate(
+        zip(pixels.target.tolist(), pixels.y.tolist(), pixels.x.tolist(), strict=True)
+    ):
+        positives = [
+            (math.prod(weight(layer, t, match.query[layer, t])) + 1e-6, layer, match.query[layer, t])
+            for layer in (0, 1)
+        ]
+        further = [(weight(1, t, q), q) for q in range(5) if q != match.query[1, t]]
+        claims = sorted(((p * o, 1, q) for (p, o), q in further if o >= 0.2), key=lambda claim: -claim[0])[:2]
+        values = [
+            (w, masks[layer, objects.picture[t], q, y, x].sigmoid().item())
+            for w, layer, q in positives + claims
+        ]
+        expected = sum(w * value for w, value in values) / sum(w for w, _ in values)
+        assert mean[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_thresholds_and_labels_pixel_by_pixel(generator):
+    areas = [7, 1, 20, 4]
+    target = torch.repeat_interleave(torch.arange(4), torch.tensor(areas))
+    semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
+    instance[target == 3] = 0.2  # no confident pixel at all
+    labels = pseudo_labels(semantic, instance, target, 4, 0.5, (0.6, 0.8), 0.4)
+    thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
+    for t in range(4):
+        members = [i for i in range(len(target)) if target[i] == t]
+        blend = {i: 0.5 * semantic[i].item() + 0.5 * instance[i].item() for i in members}
+        number = sum(instance[i].item() > 0.7 for i in members)
+        threshold = min(max(sorted(blend.values(), reverse=True)[number - 1], 0.6), 0.8) if number else 0.8
+        assert thresholds[t].item() == pytest.approx(threshold)
+        for i in members:
+            for mask, label in ((blend[i], labels.final[i]), (semantic[i].item(), labels.semantic[i])):
+                assert label.item() == (1 if mask >= threshold else 0 if mask < 0.4 else IGNORED)
+
+
+def test_the_two_pseudo_losses_sum_to_the_focal_loss_of_all_labelled_pixels(generator):
+    logits = torch.randn(3, 50, generator=generator, dtype=torch.float64)
+    final, semantic = (torch.randint(3, (2, 50), generator=generator) - 1).unbind(0)
+    kept, changed = pseudo_losses(logits, PseudoLabels(final, semantic))
+    labelled = final != IGNORED
+    wanted = final.clamp(min=0).double().expand_as(logits)
+    expected = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2) * labelled
+    torch.testing.assert_close(kept + changed, expected)
+    assert (kept[:, final != semantic] == 0).all()
+    assert (changed[:, final == semantic] == 0).all()
+
+
+def test_feature_affinity_of_every_pair_of_neighbours(generator):
+    features = torch.randn(1, 3, 5, 6, generator=generator)
+    affinity = feature_affinity(features, 2)
+    unit = features / features.norm(dim=1, keepdim=True)
+    for direction, (dy, dx) in enumerate(neighbour_offsets(2)):
+        for y, x in itertools.product(range(5 - dy), range(6)):
+            if 0 <= x + dx < 6:
+                distance = (unit[0, :, y, x] - unit[0, :, y + dy, x + dx]).norm().item()
+                assert affinity[0, direction, y, x].item() == pytest.approx(math.exp(-distance), abs=1e-5)
+
+
+FULL = [
+    *("MODEL.SIM.TEACHER.ENABLED", "True", "MODEL.SIM.PAIRWISE.FEATURE_AFFINITY", "True"),
+    *("MODEL.SIM.PSEUDO_SEMANTIC.ENABLED", "True", "MODEL.SIM.PSEUDO_SEMANTIC.START", "0"),
+    *("MODEL.SIM.SELF_CORRECTION.ENABLED", "True", "MODEL.SIM.SELF_CORRECTION.START", "0"),
+    *("MODEL.SIM.PSEUDO_SEMANTIC.WARMUP", "0", "MODEL.SIM.SELF_CORRECTION.WARMUP", "0"),
+    *("MODEL.SIM.POSITIVE_MASKS.WEIGHTING", "True", "MODEL.SIM.PAIRWISE.WARMUP", "0"),
+    *("MODEL.SIM.PROTOTYPES.TEMPERATURE", "1.0"),
+    *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SEM_SEG_HEAD.MASK_DIM", "6"),
+]
+
+
+def losses_with(overrides: list[str], generator) -> dict[str, torch.Tensor]:
+    """The criterion's losses on fixed outputs of student and teacher."""
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    cfg.merge_from_list([*FULL, *overrides])
+    objects, logits, masks = two_pictures(generator)
+    counts = objects.counts
+    targets = [
+        {"boxes": boxes, "labels": labels}
+        for boxes, labels in zip(objects.boxes.split(counts), objects.labels.split(counts), strict=True)
+    ]
+    outputs = [
+        {
+            "pred_logits": logits[1] * scale,
+            "pred_masks": masks[1] * scale,
+            "mask_features": torch.randn(2, 6, 6, 8, generator=generator),
+            "aux_outputs": [{"pred_logits": logits[0] * scale, "pred_masks": masks[0] * scale}],
+        }
+        for scale in (1.0, 1.5)
+    ]
+    images = torch.randn(2, 3, 24, 32, generator=generator) * 0.05
+    return build_criterion(cfg)(outputs[0], targets, images, outputs[1])
+
+
+@pytest.mark.parametrize(
+    ("term", "loss"),
+    [
+        ("PSEUDO_SEMANTIC", "loss_pseudo_semantic"),
+        ("SELF_CORRECTION", "loss_self_correction"),
+        ("PAIRWISE", "loss_pairwise"),
+    ],
+)
+def test_a_weight_of_zero_equals_leaving_the_term_out(term, loss):
+    def run(*overrides):
+        return losses_with(list(overrides), torch.Generator().manual_seed(7))
+
+    everything = run()
+    weightless = run(f"MODEL.SIM.{term}.WEIGHT", "0")
+    without = run(f"MODEL.SIM.{term}.ENABLED", "False")
+    assert everything[loss] > 0
+    assert weightless.pop(loss) == 0
+    assert weightless == without
+    everything.pop(loss)
+    assert everything == without
