@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).parent / "ops"))
-from build import EXTENSION, BuildOperator  # noqa: E402
+from extension import EXTENSION, BuildOperator
 
 setup(
     ext_modules=[EXTENSION],

@@ -1,7 +1,8 @@
-"""Builds the operator: one shared library for every PyTorch from 2.10 on and every Python (LibTorch Stable ABI).
+"""Builds the operator: one shared library for every PyTorch from 2.10 on and every Python (Stable ABI).
 
-`setup.py` uses `BuildOperator` as its `build_ext`. The CPU part needs a C++ compiler (GCC or Clang), the CUDA part nvcc, no GPU.
-Environment:
+`setup.py` builds with it (`extension.py`), `python ops/build.py` does without setuptools. The CPU part needs
+a C++ compiler (GCC or Clang), the CUDA part nvcc as well, but no GPU. Environment:
+
     SIM_M2F_OPERATOR      auto (default): what the machine can build; none; cpu; cuda: both parts, or fail.
     TORCH_CUDA_ARCH_LIST  compute capabilities, such as "8.0;9.0+PTX".
     CXX, CUDA_HOME        the compilers, where they are not found.
@@ -15,12 +16,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from setuptools import Extension
-from setuptools.command.build_ext import build_ext
 
 SOURCES = Path(__file__).parent
 TARGET_VERSION = "0x020a000000000000"  # PyTorch 2.10
@@ -50,9 +49,7 @@ class Toolchain:
 def find_torch() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        raise BuildError(
-            "PyTorch is not installed where the package is built (pip install --no-build-isolation uses yours)"
-        )
+        raise BuildError("PyTorch is not installed where the package is built (try --no-build-isolation)")
     return Path(spec.origin).parent
 
 
@@ -91,7 +88,7 @@ def find_toolchain() -> Toolchain | None:
 
 
 def cuda_architectures(nvcc: str) -> tuple[list[str], str]:
-    """nvcc's flags and a readable list, from TORCH_CUDA_ARCH_LIST or the default, which ends with PTX for later cards."""
+    """nvcc's flags and a readable list: TORCH_CUDA_ARCH_LIST, or a default with PTX for later cards."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if not listed:
         output = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
@@ -102,9 +99,7 @@ def cuda_architectures(nvcc: str) -> tuple[list[str], str]:
     for item in listed:
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
         if match is None:
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST: {item}: expected a compute capability such as 8.0 or 9.0+PTX"
-            )
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {item}: expected a capability such as 8.0 or 9.0+PTX")
         number = match[1] + match[2] + match[3]
         flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if match[4]:
@@ -142,8 +137,8 @@ def nvcc_command(tools: Toolchain, arguments: list[str]) -> list[str]:
 def link_command(tools: Toolchain, objects: list[str], library: Path) -> list[str]:
     """The linker; with CUDA it is nvcc, which adds its runtime library, statically.
 
-    libtorch is named as a dependency, so that the library finds in it, and where there is one in libtorch_cuda, what it needs:
-    whoever loads it has loaded PyTorch before.
+    libtorch is named as a dependency, so that symbols are found in it and, where there is one, in
+    libtorch_cuda. It needs no path: whoever loads the operator has loaded PyTorch before.
     """
     if sys.platform == "darwin":
         return [*tools.cxx, "-shared", "-undefined", "dynamic_lookup", *objects, "-o", str(library)]
@@ -176,25 +171,16 @@ def build(tools: Toolchain, folder: Path, library: Path) -> str:
     return summary
 
 
-class BuildOperator(build_ext):
-    """`build_ext` that compiles the operator, or says in one line why plain PyTorch will serve."""
-
-    def get_ext_filename(self, fullname: str) -> str:
-        return str(Path(*fullname.split(".")).with_suffix(".so"))
-
-    def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            tools = find_toolchain()
-        except BuildError as error:
-            if os.environ.get("SIM_M2F_OPERATOR", "auto") != "auto":
-                raise SystemExit(str(error)) from None
-            self.warn(f"MultiScaleDeformableAttention is not compiled, plain PyTorch serves: {error}")
-            return
-        if tools is not None:
-            built = build(tools, folder, Path(self.get_ext_fullpath(ext.name)))
-            self.announce(f"MultiScaleDeformableAttention: {built}", level=2)
+def main() -> None:
+    """Builds beside the Python files, for those who run from a checkout without installing it."""
+    try:
+        tools = find_toolchain()
+    except BuildError as error:
+        raise SystemExit(str(error)) from None
+    if tools is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            print(build(tools, Path(folder), SOURCES / "MultiScaleDeformableAttention" / "_C.so"))
 
 
-EXTENSION = Extension("MultiScaleDeformableAttention._C", sources=[], optional=True)
+if __name__ == "__main__":
+    main()

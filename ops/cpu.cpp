@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <string>
 
 #include "cpu_kernels.h"
 
@@ -14,10 +15,14 @@ namespace {
 
 using KernelsOf = const Kernels& (*)(bool f64);
 
+// The best that the processor has, and not more than ATEN_CPU_CAPABILITY allows, PyTorch's own variable for its kernels.
 KernelsOf choose_kernels() {
 #if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string most = variable != nullptr ? variable : "avx512";
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+  if (most == "default") return baseline_kernels;
+  if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
     return avx512_kernels;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels;

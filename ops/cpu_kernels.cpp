@@ -3,6 +3,7 @@
 // linkage could be the copy that the linker keeps for all instruction sets.
 #include "cpu_kernels.h"
 
+#include <cstring>
 #include <initializer_list>
 
 #include "cpu_numbers.h"
@@ -11,23 +12,28 @@
 namespace msda {
 namespace {
 
-template <typename A>
+template <typename A, int Bytes = MSDA_VECTOR_BYTES>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(MSDA_VECTOR_BYTES), may_alias));
-  static constexpr int64_t lanes = MSDA_VECTOR_BYTES / sizeof(A);
+  typedef A type __attribute__((vector_size(Bytes), may_alias));
+  static constexpr int64_t lanes = Bytes / sizeof(A);
 };
 
 template <typename A>
 using Vector = typename VectorOf<A>::type;
 
-template <typename A>
-inline A sum(const Vector<A>& vector) {
-  constexpr int64_t lanes = VectorOf<A>::lanes;
-  A part[lanes];
-  for (int64_t i = 0; i < lanes; ++i) part[i] = vector[i];
-  for (int64_t half = lanes / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) part[i] += part[i + half];
-  return part[0];
+// Sum of the lanes: halves are added until 16 bytes are left.
+template <typename A, int Bytes = MSDA_VECTOR_BYTES>
+inline A sum(const typename VectorOf<A, Bytes>::type& vector) {
+  if constexpr (Bytes > 16) {
+    typename VectorOf<A, Bytes / 2>::type low, high;
+    std::memcpy(&low, &vector, Bytes / 2);
+    std::memcpy(&high, reinterpret_cast<const char*>(&vector) + Bytes / 2, Bytes / 2);
+    return sum<A, Bytes / 2>(low + high);
+  } else if constexpr (VectorOf<A, Bytes>::lanes == 4) {
+    return (vector[0] + vector[2]) + (vector[1] + vector[3]);
+  } else {
+    return vector[0] + vector[1];
+  }
 }
 
 int64_t round_up(int64_t number, int64_t unit) { return (number + unit - 1) / unit * unit; }

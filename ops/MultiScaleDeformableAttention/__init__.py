@@ -1,7 +1,8 @@
-"""Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159), compiled for CPU and CUDA.
+# ruff: noqa: N999 (the name is the original extension's)
+"""Multi-scale deformable attention (Deformable DETR, https://arxiv.org/abs/2010.04159) for CPU and CUDA.
 
-`ms_deform_attn` and `ms_deform_attn_fused` are differentiable and run on every device: through the compiled operators
-`torch.ops.msda.*` where there is a kernel, in plain PyTorch elsewhere. `ms_deform_attn_forward` and
+`ms_deform_attn` and `ms_deform_attn_fused` are differentiable and run on every device: through the compiled
+operators `torch.ops.msda.*` where there is a kernel, in plain PyTorch elsewhere. `ms_deform_attn_forward` and
 `ms_deform_attn_backward` are those of the original extension of this name, for code that imports it.
 """
 
@@ -29,7 +30,7 @@ Shapes = Tensor | Sequence[Sequence[int]]
 def _levels(
     spatial_shapes: Shapes, level_start_index: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and first positions of the levels as tensors on ``device``; numbers travel there without a wait."""
+    """Shapes and first positions of the levels on ``device``; numbers travel there without a wait."""
     if not isinstance(spatial_shapes, Tensor):
         spatial_shapes = (
             torch.tensor(spatial_shapes, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
@@ -57,16 +58,16 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """out[n, q, m] = sum over l, p of weight[n, q, m, l, p] * bilinear(value of level l and head m at location[n, q, m, l, p]).
+    """out[n, q, m] = sum over l, p of weight[n, q, m, l, p] * value[l, m] at location[n, q, m, l, p].
 
-    What lies outside a level is zero; a location that is not finite samples nothing.
+    Between pixels the value is bilinear; outside a level it is zero, and where a location is not finite.
 
     Args:
         value: (N, S, M, D), the levels one after the other; float32, float64, float16 or bfloat16.
         spatial_shapes: (L, 2) int64, height and width; or the same as numbers.
-        level_start_index: (L,) int64, where each level begins in S; None where they follow each other.
-        sampling_locations: (N, Q, M, L, P, 2), x and y from 0 to 1, border to border; the type of value, or float32.
-        attention_weights: (N, Q, M, L, P); the type of value, or float32.
+        level_start_index: (L,) int64, where each level begins in S; None: one after the other.
+        sampling_locations: (N, Q, M, L, P, 2), x and y, 0 to 1, border to border; value's type or float32.
+        attention_weights: (N, Q, M, L, P); value's type or float32.
 
     Returns:
         (N, Q, M * D) in the type of value. Sums are taken in float32 (float64 for float64).
@@ -98,7 +99,7 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """`ms_deform_attn` with what precedes it: locations = reference + offsets / (width, height), weights = softmax of logits.
+    """`ms_deform_attn` at reference + offsets / (width, height) with the softmax of logits.
 
     Neither locations nor weights are written to memory.
 

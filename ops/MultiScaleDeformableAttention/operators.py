@@ -1,8 +1,8 @@
-"""The compiled operators `torch.ops.msda.*`: loading, and what PyTorch needs to know besides the kernels.
+"""The compiled operators `torch.ops.msda.*`: loading, and what PyTorch needs besides the kernels.
 
-Autograd, fake tensors (torch.compile, torch.export, the meta device) and autocast. There is no vmap rule: batch by N.
-The forward is deterministic on every device. So is the backward on the CPU; on CUDA it adds atomically, unless
-`torch.use_deterministic_algorithms(True)` is set, and then every number is summed in a fixed order.
+Autograd, fake tensors (torch.compile, torch.export, the meta device), autocast. There is no vmap rule: N is
+the batch. The forward is deterministic on every device. So is the backward on the CPU; on CUDA it adds
+atomically, unless `torch.use_deterministic_algorithms(True)` is set: then sums are taken in a fixed order.
 """
 
 from pathlib import Path
@@ -49,7 +49,7 @@ def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_shapes(value: Tensor, levels: int, **points: Tensor) -> None:
-    """Checks shapes as the kernels do; ``points`` are the arguments with samples, by name, the locations first.
+    """Checks shapes as the kernels do; ``points`` are the arguments with samples, by name, locations first.
 
     Raises:
         RuntimeError: names the argument.
@@ -139,7 +139,8 @@ def _fused_backward(ctx, grad_output):
         sizes = shapes.flip(-1)[
             :, None
         ]  # an offset of one pixel is a step of 1 / size of the reference point
-        grad_reference = (grad_offsets.float() * sizes).sum((2, 4)).to(reference.dtype)
+        wide = torch.promote_types(grad_offsets.dtype, torch.float32)
+        grad_reference = (grad_offsets.to(wide) * sizes).sum((2, 4)).to(reference.dtype)
     return grad_value, None, None, grad_reference, grad_offsets, grad_logits
 
 
@@ -148,7 +149,7 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _autocast(name: str, device_type: str):
-    """Under autocast value takes the lower precision; positions and weights keep float32, as their small steps matter."""
+    """Under autocast value is lowered; locations and weights stay in float32, because small steps matter."""
     operator = getattr(torch.ops.msda, name)
 
     def rule(value, shapes, starts, *points):

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention in plain PyTorch, for every device that has no compiled kernel.
 
-The definition in terms of `grid_sample` (Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3); autograd does the rest.
+The definition in terms of `grid_sample` (Deformable DETR, https://arxiv.org/abs/2010.04159, equation 3).
 """
 
 from collections.abc import Sequence
