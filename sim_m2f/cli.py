@@ -7,7 +7,7 @@ from types import ModuleType
 
 from sim_m2f.errors import UserError
 
-COMMANDS = ("train", "report", "check", "shapes")
+COMMANDS = ("train", "report", "check", "shapes", "doctor", "ablate")
 
 
 def main(arguments: list[str] | None = None) -> int:
