@@ -81,9 +81,8 @@ def _detect(
     )  # DDP would synchronise buffers, but ranks differ in number of batches
     seen: list[int] = []
     results: list[dict[str, Any]] = []
-    progress = tqdm(
-        loader, "evaluate", unit="picture", disable=not accelerator.is_local_main_process, leave=False
-    )
+    shown = accelerator.is_local_main_process
+    progress = tqdm(loader, "evaluate", unit="picture", mininterval=1.0, disable=not shown, leave=False)
     with torch.no_grad(), _evaluation_mode(network):
         for batch in progress:
             with accelerator.autocast():

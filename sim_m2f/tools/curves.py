@@ -1,8 +1,8 @@
 """Draws a run's losses and average precision over its steps, from OUTPUT_DIR/metrics.jsonl."""
 
+import io
 import json
 import math
-import re
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +15,7 @@ PRECISION = {
     "bbox/AP": ("boxes", "#e08a1e"),
     "boxfill/AP": ("box fill", "#8a94a0"),
 }
-LOSS_COLOUR, LAYER_COLOUR = "#2f7fd6", "#8a94a0"
+LOSS_COLOUR = "#2f7fd6"
 SMOOTHED_PART = 1 / 15  # of the logged steps, over which the bold line is a mean
 COLUMNS = 3
 
@@ -40,37 +40,31 @@ def read_series(metrics_file: Path) -> Series:
     return {key: dict(sorted(values.items())) for key, values in series.items()}
 
 
-def draw_curves(series: Series, dark: bool = False) -> Figure | None:
-    """One panel for average precision and one per loss; None when the series hold neither.
+def draw_curves(series: Series, dark: bool = False) -> bytes | None:
+    """A PNG with one panel for average precision and one per loss; None when the series hold neither.
 
-    In a loss panel the faint line is what was logged, the bold one its running mean; thin grey lines are the
-    running means of the same loss after the earlier decoder layers (``<name>_<layer>``).
+    In a loss panel the faint line is what was logged, the bold one its running mean.
     """
-    losses = ["total_loss"] if "total_loss" in series else []
-    losses += [key for key in series if key.startswith("loss_") and not _is_earlier_layer(key, series)]
-    precision = [key for key in PRECISION if key in series]
+    losses = [key for key in series if key == "total_loss" or key.startswith("loss_")]
+    precision = {key: series[key] for key in PRECISION if key in series}
     panels = bool(precision) + len(losses)
     if not panels:
         return None
-    rows = math.ceil(panels / COLUMNS)
+    rows, columns = math.ceil(panels / COLUMNS), min(COLUMNS, panels)
     with matplotlib.rc_context({**_STYLE, **(_DARK if dark else {})}):
-        figure = Figure(figsize=(4 * min(COLUMNS, panels), 2.7 * rows), layout="constrained")
+        figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)  # inches
-        axes = iter(figure.subplots(rows, COLUMNS if rows > 1 else panels, squeeze=False).flat)
+        axes = iter(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
         if precision:
-            _draw_precision(next(axes), {key: series[key] for key in precision})
+            _draw_precision(next(axes), precision)
         for name in losses:
-            layers = [key for key in series if re.fullmatch(rf"{re.escape(name)}_\d+", key)]
-            _draw_loss(next(axes), name, series[name], [series[key] for key in layers])
+            _draw_loss(next(axes), name, series[name])
         for unused in axes:
             unused.set_axis_off()
         figure.supxlabel("step", fontsize=9)
-    return figure
-
-
-def _is_earlier_layer(key: str, series: Series) -> bool:
-    name, _, layer = key.rpartition("_")
-    return layer.isdigit() and name in series
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _draw_precision(axes: Axes, series: Series) -> None:
@@ -78,30 +72,21 @@ def _draw_precision(axes: Axes, series: Series) -> None:
         name, colour = PRECISION[key]
         steps, precision = list(values), list(values.values())
         style = "o--" if key == "boxfill/AP" else "o-"
-        axes.plot(
-            steps,
-            precision,
-            style,
-            color=colour,
-            markersize=4,
-            linewidth=2,
-            label=f"{name} {precision[-1]:.1f}",
-        )
+        label = f"{name} {precision[-1]:.1f}"
+        axes.plot(steps, precision, style, color=colour, markersize=4, linewidth=2, label=label)
     axes.set_title("average precision, %")
     axes.set_ylim(bottom=0)
+    axes.tick_params(labelbottom=True)
     axes.legend(frameon=False, fontsize=8, loc="best")
 
 
-def _draw_loss(axes: Axes, name: str, values: dict[int, float], layers: list[dict[int, float]]) -> None:
-    for layer in layers:
-        axes.plot(
-            list(layer), _running_mean(list(layer.values())), color=LAYER_COLOUR, linewidth=0.7, alpha=0.6
-        )
+def _draw_loss(axes: Axes, name: str, values: dict[int, float]) -> None:
     steps, logged = list(values), list(values.values())
     axes.plot(steps, logged, color=LOSS_COLOUR, linewidth=0.8, alpha=0.35)
     axes.plot(steps, _running_mean(logged), color=LOSS_COLOUR, linewidth=2)
     axes.set_title(name)
     axes.set_ylim(0, 1.1 * float(np.percentile(logged, 99)) or 1)
+    axes.tick_params(labelbottom=True)
 
 
 def _running_mean(values: list[float]) -> np.ndarray:

@@ -155,5 +155,5 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(
-        font_manager.findfont(font_manager.FontProperties("DejaVu Sans", weight=weight)), size
+        font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), size
     )

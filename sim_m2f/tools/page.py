@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from sim_m2f.engine.coco_metrics import KINDS, SUMMARY
@@ -29,8 +28,8 @@ class Example:
 class Page:
     """What the page shows; empty parts are left out.
 
-    ``metrics`` are in percent (NaN where unknown), ``curves`` are the figures for light and for dark screens,
-    ``config`` is YAML text.
+    ``metrics`` are in percent (NaN where unknown), ``curves`` are two PNG files, for light and for dark
+    screens, ``config`` is YAML text.
     """
 
     title: str
@@ -38,7 +37,7 @@ class Page:
     metrics: dict[str, float]
     class_names: Sequence[str]
     examples: Sequence[Example]
-    curves: tuple[Figure, Figure] | None = None
+    curves: tuple[bytes, bytes] | None = None
     config: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -165,24 +164,22 @@ def _class_row(name: str, metrics: dict[str, float], kinds: Sequence[str]) -> st
     return f"<tr><th>{escape(name)}</th><td>{bar}</td>{cells}</tr>"
 
 
-def _curves(light: Figure, dark: Figure) -> str:
+def _curves(light: bytes, dark: bytes) -> str:
     return (
-        f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{_png(dark)}">'
-        f'<img class="curves" src="{_png(light)}" alt="average precision and losses"></picture>'
-        "<p>Faint: as logged; bold: running mean; grey: the same loss after earlier decoder layers.</p>"
+        f'<picture><source media="screen and (prefers-color-scheme: dark)" srcset="{_data("png", dark)}">'
+        f'<img class="curves" src="{_data("png", light)}" alt="average precision and losses"></picture>'
+        "<p>Faint: as logged; bold: running mean.</p>"
     )
 
 
 def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _data("jpeg", buffer.getvalue())
 
 
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=figure.get_facecolor())
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _data(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 _STYLE = """

@@ -90,7 +90,7 @@ def write_report(
     curves = draw_curves(series)
     if curves:
         with atomic_write(output_dir / "report" / "loss_curves.png", "wb") as file:
-            curves.savefig(file, format="png")
+            file.write(curves)
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     page = Page(
         title=f"Instance masks on {data.name}",
