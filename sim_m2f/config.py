@@ -200,7 +200,7 @@ _C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points where
 # ------------------------------------------------------------------------------------------------ supervision
 _C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
 _node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL", "TEACHER", "PROTOTYPES"])
-_node(_C.MODEL.SIM, ["PSEUDO_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION", "POSITIVE_MASKS"])
+_node(_C.MODEL.SIM, ["PSEUDO_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION", "POSITIVE_MASKS", "COPY_PASTE"])
 _C.MODEL.SIM.MATCHER.CLASS_WEIGHT = 2.0  # Weight of -(class probability) in the matching cost.
 _C.MODEL.SIM.MATCHER.PROJECTION_WEIGHT = 5.0  # Weight of the dice of both projections in the matching cost.
 _C.MODEL.SIM.MATCHER.BOX_WEIGHT = 0.0  # Weight of L1 + GIoU between the mask's box and the annotated box.
@@ -238,6 +238,16 @@ _C.MODEL.SIM.SELF_CORRECTION.ENABLED = False  # Use loss_self_correction.
 _C.MODEL.SIM.SELF_CORRECTION.WEIGHT = 0.3  # Weight of loss_self_correction.
 _C.MODEL.SIM.SELF_CORRECTION.START = 10000.0  # First step (or fraction of the run) with it.
 _C.MODEL.SIM.SELF_CORRECTION.WARMUP = 10000.0  # Steps (or fraction of the run) of its linear warm-up.
+_C.MODEL.SIM.COPY_PASTE.ENABLED = False  # Paste objects of recent pictures, and use loss_copy_paste.
+_C.MODEL.SIM.COPY_PASTE.WEIGHT = 1.0  # Weight of loss_copy_paste (focal + dice of the pasted objects).
+_C.MODEL.SIM.COPY_PASTE.START = 10000.0  # First step (or fraction of the run) that pastes.
+_C.MODEL.SIM.COPY_PASTE.WARMUP = 0.0  # Steps (or fraction of the run) of its linear warm-up.
+_C.MODEL.SIM.COPY_PASTE.PICTURES = 50  # Recent pictures to draw objects from.
+_C.MODEL.SIM.COPY_PASTE.PROBABILITY = 0.5  # Share of the pictures that receive objects.
+_C.MODEL.SIM.COPY_PASTE.OBJECTS = 3  # Most objects that a picture receives.
+_C.MODEL.SIM.COPY_PASTE.SCORE_POWER = 3.0  # Objects are drawn in proportion to score^this.
+_C.MODEL.SIM.COPY_PASTE.SHIFT = 0.0  # Farthest an object is moved, in shares of the picture.
+_C.MODEL.SIM.COPY_PASTE.SCALE = (1.0, 1.0)  # Least and largest factor of an object's size.
 
 # ------------------------------------------------------------------------------------------------ pictures
 _C.INPUT.FORMAT = "RGB"  # Order of the channels that the network sees; only "RGB".

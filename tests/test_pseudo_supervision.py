@@ -24,7 +24,7 @@ from sim_m2f.supervision.pseudo_masks import (
     pseudo_labels,
     pseudo_losses,
 )
-from sim_m2f.supervision.targets import box_pixels, flatten_targets
+from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
 from sim_m2f.supervision.teacher import Teacher
 
 
@@ -184,7 +184,8 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     target = torch.repeat_interleave(torch.arange(4), torch.tensor(areas))
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
-    labels = pseudo_labels(semantic, instance, target, 4, 0.5, (0.6, 0.8), 0.4)
+    pixels = BoxPixels(target, target, target)
+    labels = pseudo_labels(semantic, instance, pixels, 4, 0.5, (0.6, 0.8), 0.4)
     thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
     for t in range(4):
         members = [i for i in range(len(target)) if target[i] == t]
@@ -200,7 +201,9 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
 def test_the_two_pseudo_losses_sum_to_the_focal_loss_of_all_labelled_pixels(generator):
     logits = torch.randn(3, 50, generator=generator, dtype=torch.float64)
     final, semantic = (torch.randint(3, (2, 50), generator=generator) - 1).unbind(0)
-    kept, changed = pseudo_losses(logits, PseudoLabels(final, semantic))
+    kept, changed = pseudo_losses(
+        logits, PseudoLabels(final, semantic, logits[0], BoxPixels(final, final, final))
+    )
     labelled = final != IGNORED
     wanted = final.clamp(min=0).double().expand_as(logits)
     expected = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2) * labelled

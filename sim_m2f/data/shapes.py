@@ -29,7 +29,7 @@ SPLITS = {"train": 2000, "val": 200}
 CLASSES = tuple(paint.OUTLINES)
 
 DIAMETER = (36, 84)  # of the circle around an object, pixels
-CAMOUFLAGED = 0.16  # share of the objects that are placed freely
+CAMOUFLAGED = 0.1  # share of the objects that are placed freely
 SAME_CLASS_OVERLAP, SAME_COLOUR = 0.14, 0.16  # shares of the pictures; free placement adds to the first
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.35, 60
 TRIES = 40  # placements that are tried before an object is left out

@@ -87,7 +87,7 @@ OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
 TEXTURES = ("stripes", "checks", "noise", "dots")
 FILLS = ("flat", "gradient", *TEXTURES)
 
-# What a class usually looks like, as zebras have stripes: its hue in degrees and its texture.
+# What a class looks like, as zebras have stripes: its hue in degrees and its usual texture.
 LOOKS = {
     "disc": (0, "dots"),
     "triangle": (45, "stripes"),
@@ -98,7 +98,7 @@ LOOKS = {
     "cross": (270, "noise"),
     "heart": (315, "checks"),
 }
-USUAL_HUE, USUAL_TEXTURE = 0.9, 0.7  # shares of the objects that show their class's hue, its texture
+USUAL_TEXTURE = 0.75  # share of the objects that show their class's texture
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -150,9 +150,8 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def class_colours(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
-    """Colours (count, 3) of a class: around its usual hue, or, now and then, of any."""
-    hue = LOOKS[name][0] if rng.random() < USUAL_HUE else rng.uniform(0, 360)
-    hues = (hue + rng.normal(0, 12, count)) % 360 / 360
+    """Colours (count, 3) of a class, around its hue."""
+    hues = (LOOKS[name][0] + rng.normal(0, 12, count)) % 360 / 360
     hsv = np.stack([hues, rng.uniform(0.45, 0.95, count), rng.uniform(0.45, 0.92, count)], axis=1)
     return (255 * hsv_to_rgb(hsv)).astype(np.float32)
 

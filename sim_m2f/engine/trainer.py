@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import test_sources
+from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
 from sim_m2f.data.loader import test_loader, train_loader
 from sim_m2f.engine.checkpoint import (
     last_checkpoint,
@@ -25,6 +26,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.modeling import build_model
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.teacher import Teacher
 from sim_m2f.tools.report import write_report
 
@@ -57,6 +59,7 @@ def teaching_terms(cfg: CfgNode) -> list[str]:
         "PAIRWISE.FEATURE_AFFINITY": sim.PAIRWISE.ENABLED and sim.PAIRWISE.FEATURE_AFFINITY,
         "PSEUDO_SEMANTIC": sim.PSEUDO_SEMANTIC.ENABLED,
         "SELF_CORRECTION": sim.SELF_CORRECTION.ENABLED,
+        "COPY_PASTE": sim.COPY_PASTE.ENABLED,
     }
     return [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
 
@@ -82,6 +85,7 @@ class Trainer:
             load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS, teacher=cfg.TEST.USE_TEACHER)
         self.criterion = build_criterion(cfg).to(self.accelerator.device)
         self.teacher = self._build_teacher(model)
+        self.bank = self._build_bank()
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
@@ -127,7 +131,8 @@ class Trainer:
         images = batch["images"].to(
             self.accelerator.device, memory_format=torch.channels_last, non_blocking=True
         )
-        losses = self.criterion(self.model(images), batch["targets"], images, self._taught(images))
+        images, targets = self._pasted(images, batch["targets"])
+        losses = self.criterion(self.model(images), targets, images, self._taught(images), self.bank)
         self.accelerator.backward(sum(losses.values()))
         clip = self.cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
@@ -146,6 +151,23 @@ class Trainer:
         if needed_by and not teacher.ENABLED:
             raise UserError(f"{needed_by[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")
         return Teacher(model, teacher.MOMENTUM).to(self.accelerator.device) if teacher.ENABLED else None
+
+    def _build_bank(self) -> PasteBank | None:
+        sim = self.cfg.MODEL.SIM
+        if not sim.COPY_PASTE.ENABLED or sim.SUPERVISION != "box":
+            return None
+        return PasteBank(sim.COPY_PASTE.PICTURES, self.accelerator.device, sim.COPY_PASTE.SCORE_POWER)
+
+    def _pasted(
+        self, images: Tensor, targets: list[dict[str, Tensor]]
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The batch with objects of recent pictures on it, once copy-paste has started."""
+        keys = self.cfg.MODEL.SIM.COPY_PASTE
+        if self.bank is None or self.iteration < resolve_steps(keys.START, self.cfg.SOLVER.MAX_ITER):
+            return images, targets
+        moved = keys.SHIFT > 0 or keys.SCALE != (1.0, 1.0)
+        jitter = Jitter(keys.SHIFT, keys.SCALE) if moved else None
+        return paste(images, targets, self.bank, keys.PROBABILITY, keys.OBJECTS, jitter)
 
     def _taught(self, images: Tensor) -> dict[str, Any] | None:
         """The teacher's outputs, where a loss needs them, in the same precision as the student's."""
@@ -199,6 +221,7 @@ class Trainer:
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "criterion": self.criterion.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else {},
+            "bank": self.bank.state_dict() if self.bank is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
@@ -210,6 +233,8 @@ class Trainer:
             self.criterion.load_state_dict(state["criterion"])
             if self.teacher:
                 self.teacher.load_state_dict(state["teacher"])
+            if self.bank is not None:
+                self.bank.load_state_dict(state["bank"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.accelerator.scaler and state["scaler"]:

@@ -17,8 +17,8 @@ Outputs = dict[str, Any]
 class Criterion(nn.Module):
     """Base of both criteria: deep supervision, classification, the step counter (part of ``state_dict``).
 
-    ``criterion(outputs, targets, images, teacher_outputs=None)`` returns weighted scalars by name, each the
-    sum over the decoder layers and normalised over all ranks; their sum is the training loss.
+    ``criterion(outputs, targets, images, teacher_outputs=None, bank=None)`` returns weighted scalars by name,
+    each the sum over the decoder layers and normalised over all ranks; their sum is the training loss.
 
     Args of the call:
         outputs: {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w) logits at stride 4, "mask_features",
@@ -28,6 +28,7 @@ class Criterion(nn.Module):
             "masks": (N, H, W), only for mask supervision}.
         images: (B, 3, H, W), as the network got them.
         teacher_outputs: the teacher's outputs for the same pictures.
+        bank: of copy-paste; the pictures enter it with their pseudo masks.
     """
 
     def __init__(self, cfg: CfgNode) -> None:

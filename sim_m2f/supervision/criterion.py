@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.data.copy_paste import PasteBank
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.errors import UserError
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity
@@ -13,10 +14,10 @@ from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.pairwise import pairwise_loss
-from sim_m2f.supervision.projection import projection_loss
-from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoMasks, pseudo_losses
+from sim_m2f.supervision.projection import dice_loss, projection_loss
+from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels, PseudoMasks, focal_loss, pseudo_losses
 from sim_m2f.supervision.schedule import fade_out, resolve_steps, started
-from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, flatten_targets
+from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets
 
 
 class SIMCriterion(Criterion):
@@ -37,6 +38,7 @@ class SIMCriterion(Criterion):
         targets: list[dict[str, Tensor]],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
+        bank: PasteBank | None = None,
     ) -> dict[str, Tensor]:
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
@@ -46,17 +48,25 @@ class SIMCriterion(Criterion):
 
             match = self.matcher(logits, *mask_profiles(mask_logits), objects)
             masks = matched_masks(mask_logits, match, objects)
+            annotated = Match(match.query, match.matched & ~objects.pasted)
             losses = {
                 "loss_ce": self.former.CLASS_WEIGHT * self.classification(logits, objects, match),
-                "loss_projection": self._projection(masks, objects, match),
+                "loss_projection": self._projection(masks, objects, annotated),
             }
             if self.sim.PAIRWISE.ENABLED:
                 edges = self._edges(images, targets, teacher_outputs)
-                losses["loss_pairwise"] = self._pairwise(masks, objects, match, edges)
+                losses["loss_pairwise"] = self._pairwise(masks, objects, annotated, edges)
             if self._box_fill_weight() > 0:
-                losses["loss_box_fill"] = self._box_fill(masks, objects, match)
+                losses["loss_box_fill"] = self._box_fill(masks, objects, annotated)
             if teacher_outputs is not None:
-                losses |= self._pseudo(masks, objects, match, teacher_outputs)
+                teacher = self.layers(teacher_outputs), teacher_outputs["mask_features"]
+                labels = self.pseudo_masks(*teacher, objects, self.matcher)
+                losses |= self._pseudo(masks, objects, annotated, labels)
+                if bank is not None:
+                    pseudo, scores = labels.masks(objects)
+                    bank.add(images, objects, pseudo, scores * ~objects.pasted)
+            if self.sim.COPY_PASTE.ENABLED:
+                losses["loss_copy_paste"] = self._copy_paste(masks, objects, match)
         self.step += self.training
         return losses
 
@@ -93,13 +103,11 @@ class SIMCriterion(Criterion):
         loss = box_fill_loss(masks, objects.box_masks)
         return self._box_fill_weight() * per_object(loss, match, objects)
 
-    def _pseudo(self, masks: Tensor, objects: Targets, match: Match, teacher: Outputs) -> dict[str, Tensor]:
-        """Both losses towards the pseudo masks, which the teacher's outputs and the prototypes make."""
-        pixels = box_pixels(objects)
-        labels = self.pseudo_masks(
-            self.layers(teacher), teacher["mask_features"], objects, pixels, self.matcher
-        )
-        height, width = objects.size
+    def _pseudo(
+        self, masks: Tensor, objects: Targets, match: Match, labels: PseudoLabels
+    ) -> dict[str, Tensor]:
+        """Both losses towards the pseudo masks."""
+        pixels, (height, width) = labels.pixels, objects.size
         position = (pixels.target * height + pixels.y) * width + pixels.x
         matched = match.matched[:, pixels.target]
         kept, changed = pseudo_losses(masks.flatten(1).index_select(1, position), labels)
@@ -112,6 +120,15 @@ class SIMCriterion(Criterion):
             correction = ((changed * matched).sum(1) / labelled).sum()
             losses["loss_self_correction"] = self._weight(self.sim.SELF_CORRECTION) * correction
         return losses
+
+    def _copy_paste(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
+        """Focal loss per positive pixel and dice, towards the masks of the pasted objects."""
+        pasted = objects.pasted_index
+        logits, wanted = masks.index_select(1, pasted).flatten(2), objects.pasted_masks.flatten(1)
+        focal = focal_loss(logits, wanted.long()).sum(-1) / wanted.sum(-1).clamp(min=1)
+        loss = (focal + dice_loss(logits.sigmoid(), wanted.float())) * match.matched.index_select(1, pasted)
+        number = mean_over_ranks(loss.new_tensor(float(len(pasted)))).clamp(min=1)
+        return self._weight(self.sim.COPY_PASTE) * loss.sum() / number
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

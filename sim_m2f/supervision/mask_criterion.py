@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.data.copy_paste import PasteBank
 from sim_m2f.supervision.base import Criterion, Outputs, matched_masks, per_object
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.targets import flatten_targets
@@ -25,6 +26,7 @@ class MaskCriterion(Criterion):
         targets: list[dict[str, Tensor]],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
+        bank: PasteBank | None = None,
     ) -> dict[str, Tensor]:
         former = self.former
         with torch.autocast(images.device.type, enabled=False):

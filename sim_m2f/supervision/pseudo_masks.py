@@ -14,7 +14,7 @@ from sim_m2f.supervision.base import mask_profiles
 from sim_m2f.supervision.box_geometry import boxes_of_profiles, iou
 from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.prototypes import Prototypes
-from sim_m2f.supervision.targets import BoxPixels, Targets
+from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
 IGNORED = -1
 
@@ -41,10 +41,23 @@ class PseudoLabels:
     Attributes:
         final: (P,) labels of the blended mask.
         semantic: (P,) labels that the semantic mask alone would give.
+        blend: (P,) M, the probability from which the final labels come.
+        pixels: the P pixels.
     """
 
     final: Tensor
     semantic: Tensor
+    blend: Tensor
+    pixels: BoxPixels
+
+    def masks(self, targets: Targets) -> tuple[Tensor, Tensor]:
+        """(T, h, w) bool: the positive pixels of each object; (T,): their mean M, 0 where there is none."""
+        positive, target = self.final == 1, self.pixels.target
+        masks = torch.zeros(len(targets), *targets.size, dtype=torch.bool, device=positive.device)
+        masks[target, self.pixels.y, self.pixels.x] = positive
+        empty = torch.zeros(len(targets), device=positive.device)
+        total = empty.index_add(0, target, self.blend.float() * positive)
+        return masks, total / empty.index_add(0, target, positive.float()).clamp(min=1)
 
 
 class PseudoMasks(nn.Module):
@@ -70,7 +83,6 @@ class PseudoMasks(nn.Module):
         layers: list[dict[str, Tensor]],
         features: Tensor,
         targets: Targets,
-        pixels: BoxPixels,
         matcher: BoxMatcher,
     ) -> PseudoLabels:
         """In training the prototypes learn from the same pixels, after the labels are made.
@@ -79,10 +91,10 @@ class PseudoMasks(nn.Module):
             layers: the teacher's "pred_logits" (B, Q, C+1) and "pred_masks" (B, Q, h, w), the last one last.
             features: (B, d, h, w) its mask features.
             targets: the T objects.
-            pixels: the P pixels of their boxes.
             matcher: finds the teacher's queries of the objects.
         """
         prototypes, pseudo = self.sim.PROTOTYPES, self.sim.PSEUDO_MASKS
+        pixels = box_pixels(targets)
         own = features[targets.picture[pixels.target], :, pixels.y, pixels.x]
         similarity = self.prototypes.similarity(own, targets.classes, targets.class_index[pixels.target])
         semantic = (similarity / prototypes.TEMPERATURE).sigmoid()
@@ -90,7 +102,7 @@ class PseudoMasks(nn.Module):
         if self.training:
             self.prototypes.update(own, targets.labels[pixels.target], instance > prototypes.CONFIDENT)
         bounds, count = pseudo.POSITIVE, len(targets)
-        return pseudo_labels(semantic, instance, pixels.target, count, pseudo.ALPHA, bounds, pseudo.NEGATIVE)
+        return pseudo_labels(semantic, instance, pixels, count, pseudo.ALPHA, bounds, pseudo.NEGATIVE)
 
     def _instance(
         self, layers: list[dict[str, Tensor]], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
@@ -195,7 +207,7 @@ def positive_thresholds(
 def pseudo_labels(
     semantic: Tensor,
     instance: Tensor,
-    target: Tensor,
+    pixels: BoxPixels,
     objects: int,
     alpha: float,
     positive: tuple[float, float],
@@ -205,20 +217,20 @@ def pseudo_labels(
 
     Args:
         semantic, instance: (P,) M_S and M_I at the pixels of the boxes.
-        target: (P,) int64, the object of each pixel, ascending.
+        pixels: the P pixels, one object's after the other's.
         objects: T.
         alpha: weight of the semantic mask.
         positive: least and largest value of the adaptive t_pos.
         negative: t_neg.
     """
     blend = alpha * semantic + (1 - alpha) * instance
-    threshold = positive_thresholds(blend, instance, target, objects, positive)[target]
+    threshold = positive_thresholds(blend, instance, pixels.target, objects, positive)[pixels.target]
 
     def label(mask: Tensor) -> Tensor:
-        undecided = torch.full_like(target, IGNORED)
+        undecided = torch.full_like(pixels.target, IGNORED)
         return torch.where(mask >= threshold, 1, torch.where(mask < negative, 0, undecided))
 
-    return PseudoLabels(label(blend), label(semantic))
+    return PseudoLabels(label(blend), label(semantic), blend, pixels)
 
 
 def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -21,6 +21,9 @@ class Targets:
         counts: objects per picture.
         classes: (K,) int64, the classes that occur, in order.
         class_index: (T,) int64, place of each object's class in ``classes``.
+        pasted: (T,) bool, objects of other pictures with a pseudo mask.
+        pasted_index: (S,) int64, which objects these are.
+        pasted_masks: (S, h, w) bool, their masks at stride 4.
         size: (h, w) of the maps at stride 4.
     """
 
@@ -31,6 +34,9 @@ class Targets:
     counts: list[int]
     classes: Tensor
     class_index: Tensor
+    pasted: Tensor
+    pasted_index: Tensor
+    pasted_masks: Tensor
     size: tuple[int, int]
 
     def __len__(self) -> int:
@@ -77,11 +83,14 @@ class BoxPixels:
 def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device) -> Targets:
     """The targets of the contract ({"labels", "boxes", ...} per picture) as one ``Targets`` on ``device``.
 
+    "pasted" (N,) bool and "pasted_masks" (N, h, w) bool are there where copy-paste has been at work.
+
     Boxes are needed on the CPU as well; a batch whose targets are on the CPU costs no transfer back.
     """
     counts = [len(target["labels"]) for target in targets]
     boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
     labels = torch.cat([target["labels"].reshape(-1) for target in targets])
+    pasted, pasted_index, pasted_masks = _pasted(targets, size, device)
     classes, class_index = labels.cpu().unique(return_inverse=True)
     picture = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return Targets(
@@ -92,8 +101,27 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
         counts=counts,
         classes=classes.to(device, non_blocking=True),
         class_index=class_index.to(device, non_blocking=True),
+        pasted=pasted,
+        pasted_index=pasted_index,
+        pasted_masks=pasted_masks,
         size=size,
     )
+
+
+def _pasted(
+    targets: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T,) flags, (S,) indices and (S, h, w) masks of the pasted objects."""
+    none = (torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets)
+    flags = torch.cat(
+        [target.get("pasted", other).cpu() for target, other in zip(targets, none, strict=True)]
+    )
+    index = flags.nonzero().flatten().to(device, non_blocking=True)
+    if not len(index):
+        nothing = torch.zeros(0, *size, dtype=torch.bool, device=device)
+        return flags.to(device, non_blocking=True), index, nothing
+    masks = torch.cat([target["pasted_masks"].to(device, non_blocking=True) for target in targets])
+    return flags.to(device, non_blocking=True), index, masks.index_select(0, index)
 
 
 def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
