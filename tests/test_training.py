@@ -79,9 +79,22 @@ def test_a_run_on_shapes_learns_and_writes_everything(few):
     assert [line["iteration"] for line in evaluations] == [19, 24]
 
 
-@pytest.mark.parametrize("supervision", ["box", "mask"])
+SUPERVISIONS = {
+    "boxes": [],
+    "masks": ["MODEL.SIM.SUPERVISION", "mask"],
+    "everything": [
+        *("MODEL.SIM.TEACHER.ENABLED", True, "MODEL.SIM.PAIRWISE.FEATURE_AFFINITY", True),
+        *("MODEL.SIM.PSEUDO_SEMANTIC.ENABLED", True, "MODEL.SIM.PSEUDO_SEMANTIC.START", 0),
+        *("MODEL.SIM.SELF_CORRECTION.ENABLED", True, "MODEL.SIM.SELF_CORRECTION.START", 0),
+        *("MODEL.SIM.POSITIVE_MASKS.WEIGHTING", True, "MODEL.SIM.PSEUDO_MASKS.POSITIVE", "(0.3, 0.4)"),
+        *("MODEL.SIM.COPY_PASTE.ENABLED", True, "MODEL.SIM.COPY_PASTE.START", 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("supervision", SUPERVISIONS)
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, tmp_path, supervision):
-    settings = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, "MODEL.SIM.SUPERVISION", supervision)
+    settings = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, *SUPERVISIONS[supervision])
     whole = train(few, *settings, "SOLVER.KEEP_CHECKPOINTS", "True", "OUTPUT_DIR", tmp_path / "whole")
     resumed = tmp_path / "resumed"
     resumed.mkdir()

@@ -122,10 +122,10 @@ class SIMCriterion(Criterion):
         return losses
 
     def _copy_paste(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
-        """Focal loss per positive pixel and dice, towards the masks of the pasted objects."""
+        """Mean focal loss and dice, towards the masks of the pasted objects."""
         pasted = objects.pasted_index
         logits, wanted = masks.index_select(1, pasted).flatten(2), objects.pasted_masks.flatten(1)
-        focal = focal_loss(logits, wanted.long()).sum(-1) / wanted.sum(-1).clamp(min=1)
+        focal = focal_loss(logits, wanted.long()).mean(-1)
         loss = (focal + dice_loss(logits.sigmoid(), wanted.float())) * match.matched.index_select(1, pasted)
         number = mean_over_ranks(loss.new_tensor(float(len(pasted)))).clamp(min=1)
         return self._weight(self.sim.COPY_PASTE) * loss.sum() / number
