@@ -1,0 +1,419 @@
+"""Copy-paste against a painter that goes over every pixel, and the bank against lists."""
+
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+from scipy.stats import chisquare
+
+from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.targets import flatten_targets
+
+HEIGHT, WIDTH = 32, 64
+CPU = torch.device("cpu")
+
+
+def make_target(boxes, first_label=0, **fields):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.arange(first_label, first_label + len(boxes)),
+        **fields,
+    }
+
+
+def random_boxes(number, height=HEIGHT, width=WIDTH):
+    """Boxes of all sizes, some between two pixel centres, some up to the border."""
+    corners = torch.rand(number, 2, 2) * torch.tensor([width, height])
+    low, high = corners.amin(1), corners.amax(1)
+    thin = torch.rand(number, 1) < 0.2
+    boxes = torch.cat([low, torch.where(thin, low + 0.05, high)], 1)
+    on_border = torch.rand(number, 4) < 0.15
+    return torch.where(on_border, torch.tensor([0.0, 0.0, width, height]), boxes).tolist()
+
+
+def random_pictures(number, height=HEIGHT, width=WIDTH):
+    """Normalised pixels that float16 holds exactly."""
+    return torch.randint(-2000, 2000, (number, 3, height, width)) / 1024
+
+
+def enter(bank, images, targets, masks, scores=None):
+    """Put a batch in the bank; returns its objects."""
+    size = images.shape[-2] // 4, images.shape[-1] // 4
+    objects = flatten_targets(targets, size, CPU)
+    bank.add(images, objects, masks, torch.ones(len(objects)) if scores is None else scores)
+    return objects
+
+
+def random_bank(*sizes, capacity=50, objects=4):
+    """A bank of pictures of the given sizes; every object has a label of its own, from 100 on.
+
+    Returns:
+        the bank, and by label (pixels (3, H, W), mask (h, w), box).
+    """
+    bank, by_label = PasteBank(capacity, CPU), {}
+    for number, (height, width) in enumerate(sizes):
+        image = random_pictures(1, height, width)
+        target = make_target(random_boxes(objects, height, width), 100 + objects * number)
+        masks = torch.rand(objects, height // 4, width // 4) < torch.rand(objects, 1, 1)
+        enter(bank, image, [target], masks)
+        for i, label in enumerate(target["labels"].tolist()):
+            by_label[label] = image[0].numpy(), masks[i].numpy(), target["boxes"][i].tolist()
+    return bank, by_label
+
+
+def owned_pixels(box, height, width):
+    """First and last column and row of a box: a pixel is its own when its centre is, at least one."""
+    columns = [k for k in range(width) if box[0] <= k + 0.5 < box[2]]
+    rows = [k for k in range(height) if box[1] <= k + 0.5 < box[3]]
+    columns = columns or [min(max(math.floor((box[0] + box[2]) / 2), 0), width - 1)]
+    rows = rows or [min(max(math.floor((box[1] + box[3]) / 2), 0), height - 1)]
+    return columns, rows
+
+
+def painter(image, target, pasted, by_label):
+    """Paint the objects with the labels ``pasted``, in order, pixel by pixel; then look what is left of each.
+
+    Returns:
+        the picture, {label: box} of the annotated and of the pasted objects, {label: visible pixels}, and all
+        painted pixels.
+    """
+    image, (height, width) = image.numpy().copy(), image.shape[1:]
+    owner = np.full((height, width), -1)
+    for label in pasted:
+        pixels, mask, _ = by_label[label]
+        for y, x in itertools.product(range(height), range(width)):
+            if y // 4 < mask.shape[0] and x // 4 < mask.shape[1] and mask[y // 4, x // 4]:
+                image[:, y, x] = pixels[:, y, x]
+                owner[y, x] = label
+    boxes = {}
+    for label, box in zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True):
+        columns, rows = owned_pixels(box, height, width)
+        left = [(x, y) for x in columns for y in rows if owner[y, x] < 0]
+        if left:
+            low, high = np.min(left, 0), np.max(left, 0)
+            boxes[label] = [
+                box[0] if low[0] == columns[0] else low[0],
+                box[1] if low[1] == rows[0] else low[1],
+                box[2] if high[0] == columns[-1] else high[0] + 1,
+                box[3] if high[1] == rows[-1] else high[1] + 1,
+            ]
+    visible = {label: owner == label for label in pasted}
+    for label, mask in visible.items():
+        y, x = mask.nonzero()
+        boxes[label] = [x.min(), y.min(), x.max() + 1, y.max() + 1]
+    return image, boxes, visible, owner >= 0
+
+
+def assert_painted(image, target, new_image, new, by_label):
+    """A picture after pasting is what the painter makes of it; returns how many objects it received."""
+    pasted = new["labels"][new["pasted"]].tolist()
+    painted, boxes, visible, covered = painter(image, target, pasted, by_label)
+    np.testing.assert_array_equal(new_image.numpy(), painted)
+    assert new["labels"].tolist() == list(boxes)
+    assert new["boxes"].tolist() == [[float(side) for side in box] for box in boxes.values()]
+    for label, mask in zip(new["labels"].tolist(), new["pasted_masks"], strict=True):
+        pixels = np.kron(mask.numpy(), np.ones((4, 4), dtype=bool))
+        np.testing.assert_array_equal(pixels, visible.get(label, np.zeros_like(pixels)))
+    if "valid" in target:
+        np.testing.assert_array_equal(new["valid"].numpy(), target["valid"].numpy() | covered)
+    return len(pasted)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_paste_is_what_a_painter_makes(seed):
+    torch.manual_seed(seed)
+    bank, by_label = random_bank((32, 64), (32, 32), (64, 32))
+    images = random_pictures(4)
+    targets = [
+        make_target(random_boxes(number), valid=torch.rand(HEIGHT, WIDTH) < 0.5) for number in (5, 0, 1, 8)
+    ]
+    new_images, new_targets = paste(images, targets, bank, 0.8, 3)
+    received = [
+        assert_painted(*picture, by_label)
+        for picture in zip(images, targets, new_images, new_targets, strict=True)
+    ]
+    assert 0 < max(received) <= 3
+
+
+def test_a_picture_that_receives_nothing_stays_as_it_is():
+    bank, _ = random_bank((32, 64))
+    images, targets = random_pictures(8), [make_target(random_boxes(3)) for _ in range(8)]
+    new_images, new = paste(images, targets, bank, 0.5, 3)
+    spared = [i for i in range(8) if not new[i]["pasted"].any()]
+    assert 0 < len(spared) < 8
+    for i in spared:
+        assert torch.equal(new_images[i], images[i])
+        assert torch.equal(new[i]["boxes"], targets[i]["boxes"])
+        assert torch.equal(new[i]["labels"], targets[i]["labels"])
+
+
+@pytest.mark.parametrize(("probability", "filled"), [(0.0, True), (1.0, False)])
+def test_without_receiver_or_bank_nothing_changes(probability, filled):
+    bank = random_bank((32, 64))[0] if filled else PasteBank(50, CPU)
+    images = torch.randn(2, 3, HEIGHT, WIDTH)
+    targets = [make_target(random_boxes(3), valid=torch.rand(HEIGHT, WIDTH) < 0.5), make_target([])]
+    new_images, new = paste(images, targets, bank, probability, 3)
+    assert torch.equal(new_images, images)
+    for old, target in zip(targets, new, strict=True):
+        assert all(torch.equal(target[name], old[name]) for name in old)
+        assert target["pasted"].tolist() == [False] * len(old["labels"])
+        assert target["pasted_masks"].shape == (len(old["labels"]), HEIGHT // 4, WIDTH // 4)
+        assert not target["pasted_masks"].any()
+
+
+def bank_of(*masks, scores=None):
+    """A bank of one picture of nines, an object with labels 100, 101, ... for each mask."""
+    bank = PasteBank(50, CPU)
+    target = make_target([[0.0, 0.0, WIDTH, HEIGHT]] * len(masks), 100)
+    enter(bank, torch.full((1, 3, HEIGHT, WIDTH), 9.0), [target], torch.stack(masks), scores)
+    return bank
+
+
+def cells(rows, columns):
+    mask = torch.zeros(HEIGHT // 4, WIDTH // 4, dtype=torch.bool)
+    mask[rows, columns] = True
+    return mask
+
+
+def test_boxes_are_refitted_or_dropped():
+    left_half = bank_of(cells(slice(None), slice(0, 8)))
+    boxes = {
+        "on the right": [40.3, 3.1, 60.2, 20.7],
+        "cut": [20.4, 3.1, 60.2, 20.7],
+        "a column remains": [20.0, 0.0, 33.0, 32.0],
+        "no pixel centre remains": [20.0, 0.0, 32.4, 32.0],
+        "covered": [1.0, 1.0, 31.0, 31.0],
+        "covered on three sides": [0.0, 0.0, 64.0, 32.0],
+    }
+    image, target = torch.zeros(1, 3, HEIGHT, WIDTH), make_target(list(boxes.values()))
+    _, (new,) = paste(image, [target], left_half, 1.0, 3)
+    assert new["labels"].tolist() == [0, 1, 2, 5, 100]
+    expected = [
+        [40.3, 3.1, 60.2, 20.7],
+        [32, 3.1, 60.2, 20.7],
+        [32, 0, 33, 32],
+        [32, 0, 64, 32],
+        [0, 0, 32, 32],
+    ]
+    assert torch.equal(new["boxes"], torch.tensor(expected))
+    assert new["pasted"].tolist() == [False] * 4 + [True]
+
+
+def test_a_picture_covered_wholly_has_the_pasted_object_alone():
+    bank = bank_of(cells(slice(None), slice(None)))
+    targets = [make_target(random_boxes(5)), make_target([])]
+    images, new = paste(random_pictures(2), targets, bank, 1.0, 3)
+    assert images.unique().tolist() == [9.0]
+    for target in new:
+        assert target["labels"].tolist() == [100]
+        assert target["boxes"].tolist() == [[0, 0, WIDTH, HEIGHT]]
+
+
+def test_a_pasted_object_covers_earlier_ones():
+    same = cells(slice(2, 5), slice(3, 9))
+    bank = bank_of(same, same)
+    seen = set()
+    for _ in range(20):
+        _, (new,) = paste(torch.zeros(1, 3, HEIGHT, WIDTH), [make_target([])], bank, 1.0, 2)
+        assert new["boxes"].tolist() == [[12, 8, 36, 20]]
+        seen.update(new["labels"].tolist())
+    assert seen == {100, 101}
+
+
+def test_an_object_outside_a_smaller_picture_is_dropped_and_one_on_its_border_cut():
+    bank = bank_of(cells(slice(0, 2), slice(14, 16)), cells(slice(1, 8), slice(6, 16)))
+    for _ in range(10):
+        images, (new,) = paste(torch.zeros(1, 3, 16, 32), [make_target([])], bank, 1.0, 2)
+        assert new["labels"].tolist() in ([], [101])
+        assert all(box == [24, 4, 32, 16] for box in new["boxes"].tolist())
+        assert (images == 9).sum() == len(new["labels"]) * 3 * 8 * 12
+
+
+def test_as_many_objects_of_each_number():
+    bank = bank_of(*(cells(slice(None), k) for k in range(6)))
+    images = torch.zeros(900, 3, HEIGHT, WIDTH)
+    _, new = paste(images, [make_target([])] * 900, bank, 0.5, 3)
+    numbers = np.bincount([len(target["labels"]) for target in new], minlength=4)
+    assert chisquare(numbers, [450, 150, 150, 150]).pvalue > 0.01
+    assert all(len(target["labels"].unique()) == len(target["labels"]) for target in new)
+
+
+def test_objects_are_drawn_by_the_cube_of_their_score():
+    scores = torch.tensor([0.9, 0.3, 0.0, 0.6, 0.7, 1.0])
+    masks = [cells(0, 0)] * 5 + [cells([], [])]
+    bank = bank_of(*masks, scores=scores)
+    drawn, exist = bank.draw(20000, 6)
+    assert exist.all(0).tolist() == exist.any(0).tolist() == [True] * 4 + [False] * 2
+    share = scores[[0, 1, 3, 4]].double().numpy() ** 3
+    share /= share.sum()
+    first, second = (np.array([(drawn[:, k] == i).sum() for i in (0, 1, 3, 4)]) for k in (0, 1))
+    after = [sum(share[j] * share[i] / (1 - share[j]) for j in range(4) if j != i) for i in range(4)]
+    assert chisquare(first, 20000 * share).pvalue > 0.01
+    assert chisquare(second, 20000 * np.array(after)).pvalue > 0.01
+    assert all(len(set(row)) == 4 for row in drawn[:100, :4].tolist())
+
+
+def contents(bank):
+    """Per object, in order: (a pixel of its picture, label, score, box, mask)."""
+    columns = bank.pictures[bank.slots, 0, 0, 0], bank.labels, bank.scores, bank.boxes, bank.masks
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+def test_bank_holds_the_last_pictures_with_objects_each_once(batch):
+    bank, expected, number = PasteBank(4, CPU), [], 0
+    for _ in range(10):
+        counts = torch.randint(0, 3, (batch,)).tolist()
+        images = torch.arange(number, number + batch).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 64
+        targets = [make_target(random_boxes(count, 8, 8), 10 * k) for k, count in enumerate(counts)]
+        scores, masks = torch.rand(sum(counts)), torch.rand(sum(counts), 2, 2) < 0.5
+        masks[:, 0, 0] = True
+        objects = enter(bank, images, targets, masks, scores)
+        columns = (number + objects.picture) / 64, objects.labels, scores, objects.boxes, masks
+        new = list(zip(*(column.tolist() for column in columns), strict=True))
+        expected += [[row for row in new if row[0] == (number + k) / 64] for k in range(batch) if counts[k]]
+        number += batch
+        assert contents(bank) == list(itertools.chain(*expected[-4:]))
+        assert len(bank) == len(expected[-4:])
+    assert len(expected) > 4
+
+
+def test_soft_masks_are_positive_above_one_half():
+    bank, soft = PasteBank(2, CPU), torch.rand(2, HEIGHT // 4, WIDTH // 4)
+    enter(bank, random_pictures(1), [make_target(random_boxes(2))], soft)
+    assert torch.equal(bank.masks, soft > 0.5)
+
+
+def test_pixels_are_kept_to_a_fraction_of_a_grey_level():
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    grey = torch.arange(256.0)[None, :, None]
+    images = ((grey - mean[:, None, None]) / std[:, None, None]).view(1, 3, 16, 16)
+    bank = PasteBank(1, CPU)
+    enter(bank, images, [make_target(random_boxes(1))], torch.ones(1, 4, 4))
+    restored = bank.pictures[0].float() * std[:, None, None] + mean[:, None, None]
+    assert (restored.view(3, 256) - grey[..., 0]).abs().max() < 1 / 17
+
+
+def save_and_load(bank, capacity):
+    file = io.BytesIO()
+    torch.save(bank.state_dict(), file)
+    file.seek(0)
+    loaded = PasteBank(capacity, CPU)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    return loaded
+
+
+def test_a_loaded_bank_goes_on_bit_for_bit():
+    bank, _ = random_bank((32, 64), (64, 32), (32, 32), (32, 32), capacity=3)
+    loaded = save_and_load(bank, capacity=3)
+    image, target, masks = random_pictures(1), make_target(random_boxes(2)), torch.rand(2, 8, 16)
+    for one in (bank, loaded):
+        enter(one, image, [target], masks)
+    assert contents(loaded) == contents(bank)
+    results = []
+    for one in (bank, loaded):
+        torch.manual_seed(7)
+        results.append(paste(image, [target], one, 1.0, 3))
+    (first, (old,)), (second, (new,)) = results
+    assert torch.equal(first, second)
+    assert old["pasted"].any()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    for name, value in bank.state_dict().items():
+        other = loaded.state_dict()[name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+
+
+def test_a_loaded_bank_shares_nothing():
+    bank, _ = random_bank((32, 64), (64, 32), capacity=2)
+    loaded = PasteBank(2, CPU)
+    loaded.load_state_dict(bank.state_dict())
+    before = contents(loaded)
+    enter(bank, random_pictures(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
+    assert contents(loaded) == before != contents(bank)
+
+
+def test_an_empty_bank_can_be_saved_and_filled():
+    loaded = save_and_load(PasteBank(3, CPU), capacity=3)
+    enter(loaded, random_pictures(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
+    assert len(loaded) == 1
+
+
+def test_a_bank_of_another_capacity_is_refused():
+    with pytest.raises(ValueError, match="holds 3 pictures, this one 4"):
+        save_and_load(random_bank((32, 64), capacity=3)[0], capacity=4)
+
+
+def test_paste_depends_on_the_random_state_alone_and_leaves_its_arguments():
+    bank, _ = random_bank((32, 64), (64, 64))
+    images = random_pictures(3).to(memory_format=torch.channels_last)
+    targets = [make_target(random_boxes(3), valid=torch.rand(HEIGHT, WIDTH) < 0.5) for _ in range(3)]
+    before = [images.clone(), *(value.clone() for target in targets for value in target.values())]
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(paste(images, targets, bank, 1.0, 3)[0])
+    after = [images, *(value for target in targets for value in target.values())]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert results[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_jitter_of_nothing_changes_nothing():
+    bank, by_label = random_bank((32, 64), (64, 32))
+    images, targets = random_pictures(3), [make_target(random_boxes(3)) for _ in range(3)]
+    new_images, new_targets = paste(images, targets, bank, 1.0, 3, Jitter())
+    plain = new_images.mul(1024).round() / 1024
+    assert torch.allclose(plain, new_images, atol=1e-5)
+    for picture in zip(images, targets, plain, new_targets, strict=True):
+        assert assert_painted(*picture, by_label)
+
+
+def test_jitter_moves_an_object_by_whole_cells():
+    image, mask = random_pictures(1), cells(slice(2, 5), slice(6, 10))
+    bank = PasteBank(50, CPU)
+    enter(bank, image, [make_target([[24.0, 8.0, 40.0, 20.0]])], mask[None])
+    images, targets = torch.zeros(40, 3, HEIGHT, WIDTH), [make_target([])] * 40
+    images, new = paste(images, targets, bank, 1.0, 1, Jitter(shift=0.1))
+    moves = set()
+    for picture, target in zip(images, new, strict=True):
+        left, top, right, bottom = (int(side) for side in target["boxes"][0])
+        assert (right - left, bottom - top) == (16, 12)
+        moves.add((left - 24, top - 8))
+        expected = torch.zeros(3, HEIGHT, WIDTH)
+        expected[:, top:bottom, left:right] = image[0, :, 8:20, 24:40]
+        assert torch.allclose(picture, expected, atol=1e-4)
+    assert moves <= set(itertools.product((-8, -4, 0, 4, 8), (-4, 0, 4)))
+    assert len(moves) > 5
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.6])
+def test_jitter_scales_an_object_around_its_box(scale):
+    rows, columns = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    mask = (rows - 6) ** 2 + (columns - 8) ** 2 < 16
+    image = torch.randn(1, 3, 64, 64).cumsum(2).cumsum(3) / 100
+    bank = PasteBank(50, CPU)
+    enter(bank, image, [make_target([[20.0, 12.0, 48.0, 40.0]])], mask[None])
+    new_image, (new,) = paste(
+        torch.full((1, 3, 64, 64), 99.0), [make_target([])], bank, 1.0, 1, Jitter(scale=(scale, scale))
+    )
+
+    def resampled(source, stride):
+        y, x = np.mgrid[: 64 // stride, : 64 // stride] * stride + stride / 2
+        source_y, source_x = 26 + (y - 26) / scale, 34 + (x - 34) / scale
+        where = [source_y / stride - 0.5, source_x / stride - 0.5]
+        return map_coordinates(source, where, order=1, mode="grid-constant")
+
+    soft = resampled(mask.double().numpy(), 4)
+    sure = abs(soft - 0.5) > 1e-4
+    visible = new["pasted_masks"][0].numpy()
+    np.testing.assert_array_equal(visible[sure], soft[sure] > 0.5)
+    inside = np.kron(visible, np.ones((4, 4), dtype=bool))
+    for channel in range(3):
+        expected = resampled(bank.pictures[0, channel].double().numpy(), 1)
+        np.testing.assert_allclose(new_image[0, channel].numpy()[inside], expected[inside], atol=1e-4)
+    assert (new_image[0].numpy()[:, ~inside] == 99).all()
