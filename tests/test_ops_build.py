@@ -35,11 +35,11 @@ nvcc = build.find_nvcc()
 
 
 def install(folder, **environment):
-    """Builds the whole package into ``folder`` as pip does, without compilers in reach unless they are named."""
+    """Builds the whole package into ``folder`` as pip does; compilers are in reach only where they are named."""
     tools = folder / "bin"
     tools.mkdir()
     (tools / "python").symlink_to(sys.executable)
-    variables = {name: text for name, text in os.environ.items() if name not in ("CXX", "CUDA_HOME")}
+    variables = {name: os.environ[name] for name in os.environ.keys() - {"CXX", "CUDA_HOME"}}
     variables |= {"PATH": str(tools)} | environment
     command = [sys.executable, "setup.py", "build", "--build-base", str(folder / "build")]
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
