@@ -29,8 +29,8 @@ SPLITS = {"train": 2000, "val": 200}
 CLASSES = tuple(paint.OUTLINES)
 
 DIAMETER = (36, 84)  # of the circle around an object, pixels
-CAMOUFLAGED = 0.1  # share of the objects that are placed freely
-SAME_CLASS_OVERLAP, SAME_COLOUR = 0.14, 0.16  # shares of the pictures; free placement adds to the first
+CAMOUFLAGED = 0.08  # share of the objects that are placed freely
+SAME_CLASS_OVERLAP, SAME_COLOUR = 0.1, 0.1  # shares of the pictures; free placement adds to the first
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.35, 60
 TRIES = 40  # placements that are tried before an object is left out
 
@@ -96,7 +96,7 @@ class Scene:
         centre = other.centre + distance * np.array([math.cos(angle), math.sin(angle)])
         return make_thing(self.rng, label, centre, diameter)
 
-    def add_alone(self, kind: str | None = None, may_hide: bool = True) -> None:
+    def add_alone(self, may_hide: bool = True) -> None:
         """A thing that stands out from what lies under it, or a camouflaged one that overlaps no other."""
         hide = may_hide and self.rng.random() < CAMOUFLAGED
         for _ in range(TRIES):
@@ -107,9 +107,8 @@ class Scene:
             if hide:
                 return self.add(thing, paint.camouflage(self.rng, thing.name, self.canvas, thing.mask))
             thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
-            return self.add(
-                thing, paint.fill(self.rng, kind or paint.class_fill(self.rng, thing.name), thing.colour)
-            )
+            kind = paint.class_fill(self.rng, thing.name)
+            return self.add(thing, paint.fill(self.rng, kind, thing.colour))
 
     def add_same_class_overlap(self) -> None:
         """Over the first thing, a second of its class: half the time of a similar colour."""
@@ -126,7 +125,7 @@ class Scene:
                 )
 
     def add_same_colour(self) -> None:
-        """Beside the first thing, one of another class and of the same flat colour, at most 3 pixels away."""
+        """Beside the first thing, one of another class and of the same mean colour, at most 3 pixels away."""
         first = self.things[0]
         reach = binary_dilation(first.mask, iterations=3)
         label = (first.label + self.rng.integers(1, len(CLASSES))) % len(CLASSES)
@@ -135,7 +134,7 @@ class Scene:
             overlap = (thing.mask & first.mask).sum()
             if (thing.mask & reach).any() and overlap <= 0.08 * thing.area and self.fits(thing):
                 thing.colour = first.colour
-                return self.add(thing, paint.fill(self.rng, "flat", thing.colour))
+                return self.add(thing, paint.fill(self.rng, paint.LOOKS[thing.name][1], thing.colour))
 
     def tags(self) -> list[str]:
         pairs = [(a, b) for i, a in enumerate(self.things) for b in self.things[:i]]
@@ -154,7 +153,7 @@ def make_scene(rng: np.random.Generator) -> Scene:
         scene.add_alone(may_hide=False)
         scene.add_same_class_overlap()
     elif draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
-        scene.add_alone("flat", may_hide=False)
+        scene.add_alone(may_hide=False)
         scene.add_same_colour()
     for _ in range(rng.integers(1, 4) - len(scene.things)):
         scene.add_alone()
