@@ -51,13 +51,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, teacher: bool = False) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Load the network's weights from a checkpoint, or its backbone's from timm (``timm://NAME``).
 
-    Args:
-        model: the network.
-        path: the file or address.
-        teacher: take the teacher's weights where the checkpoint has them.
+    Of a run that evaluated its teacher (TEST.USE_TEACHER) these are the teacher's weights.
 
     Raises:
         UserError: the file cannot be read, or belongs to another network.
@@ -67,17 +64,22 @@ def load_checkpoint(model: nn.Module, path: str | Path, teacher: bool = False) -
         return
     state = read_checkpoint(path)
     weights = state.get("model", state)
-    if teacher and state.get("teacher"):
-        prefix = "network."
-        named = state["teacher"].items()
+    if state.get("use_teacher"):
+        prefix, named = "network.", state["teacher"].items()
         weights = {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
+    load_weights(model, weights, path)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
+    """Load all weights of the network by name; ``path`` is where they come from.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape.
+    """
     own = model.state_dict()
     missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
-    reshaped = [
-        name
-        for name in own.keys() & weights.keys()
-        if own[name].shape != getattr(weights[name], "shape", None)
-    ]
+    common = own.keys() & weights.keys()
+    reshaped = [name for name in common if own[name].shape != getattr(weights[name], "shape", None)]
     if missing or unknown or reshaped:
         example = sorted(reshaped or missing or unknown)[0]
         raise UserError(

@@ -15,6 +15,7 @@ from sim_m2f.data.loader import test_loader, train_loader
 from sim_m2f.engine.checkpoint import (
     last_checkpoint,
     load_checkpoint,
+    load_weights,
     point_to,
     read_checkpoint,
     save_checkpoint,
@@ -80,17 +81,20 @@ class Trainer:
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.accelerator = build_accelerator(cfg)
         model = build_model(cfg).to(memory_format=torch.channels_last)
-        checkpoint = last_checkpoint(self.output_dir) if resume else None
-        if checkpoint or cfg.MODEL.WEIGHTS:
-            load_checkpoint(model, checkpoint or cfg.MODEL.WEIGHTS, teacher=cfg.TEST.USE_TEACHER)
+        self.checkpoint = last_checkpoint(self.output_dir) if resume else None
+        state = read_checkpoint(self.checkpoint) if self.checkpoint else {}
+        if self.checkpoint:
+            load_weights(model, state.get("model", {}), self.checkpoint)
+        elif cfg.MODEL.WEIGHTS:
+            load_checkpoint(model, cfg.MODEL.WEIGHTS)
         self.criterion = build_criterion(cfg).to(self.accelerator.device)
         self.teacher = self._build_teacher(model)
         self.bank = self._build_bank()
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
-        if checkpoint:
-            self._load_state(read_checkpoint(checkpoint), checkpoint)
+        if self.checkpoint:
+            self._load_state(state, self.checkpoint)
 
     def train(self) -> None:
         """Train to SOLVER.MAX_ITER, with evaluations and checkpoints; SIGINT and SIGTERM stop it in order."""
@@ -205,22 +209,23 @@ class Trainer:
         print(f"Report: {page}")
 
     def save(self) -> None:
-        """Write a checkpoint of everything that training changes."""
+        """Write a checkpoint of everything that training changes; the run's former one goes."""
         if not self.accelerator.is_main_process:
             return
         final = self.iteration == self.cfg.SOLVER.MAX_ITER
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
-        former = last_checkpoint(self.output_dir)
         save_checkpoint(path, self._state())
         point_to(path)
-        if former and former != path and not self.cfg.SOLVER.KEEP_CHECKPOINTS:
-            former.unlink(missing_ok=True)
+        if self.checkpoint not in (None, path) and not self.cfg.SOLVER.KEEP_CHECKPOINTS:
+            self.checkpoint.unlink(missing_ok=True)
+        self.checkpoint = path
 
     def _state(self) -> dict[str, Any]:
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             "criterion": self.criterion.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else {},
+            "use_teacher": self.cfg.TEST.USE_TEACHER,
             "bank": self.bank.state_dict() if self.bank is not None else {},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
