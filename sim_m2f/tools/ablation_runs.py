@@ -141,7 +141,7 @@ class _Training:
         minutes = self.run.minutes() + (time.monotonic() - self.start) / 60
         with atomic_write(self.run.minutes_file) as file:
             json.dump(minutes, file)
-        if self.run.is_finished():
+        if status == 0:
             return ""
         log = self.run.log_file.read_text(encoding="utf-8", errors="replace").rstrip()
         return f"{log.splitlines()[-1] if log else 'nothing in its log'} (exit status {status})"
