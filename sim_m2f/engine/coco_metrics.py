@@ -37,7 +37,7 @@ def load_truth(annotations_file: str | Path) -> COCO:
     Raises:
         UserError: a segmentation cannot be read, or is not of its picture's size; names file and annotation.
     """
-    dataset = json.loads(Path(annotations_file).read_text(encoding="utf-8"))
+    dataset = json.loads(Path(annotations_file).read_bytes())
     truth = _coco(dataset)
     for number, annotation in enumerate(dataset["annotations"], start=1):
         if annotation.get("segmentation"):
@@ -74,9 +74,8 @@ def score(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
     detections = _detections(truth, results)
     if has_masks(truth):
         metrics |= _average_precision(truth, detections, "segm", "segm")
-        metrics |= _average_precision(
-            truth, _detections(truth, fill_boxes(truth, results)), "segm", "boxfill"
-        )
+        filled = _detections(truth, fill_boxes(truth, results))
+        metrics |= _average_precision(truth, filled, "segm", "boxfill")
     return metrics | _average_precision(truth, detections, "bbox", "bbox")
 
 
@@ -154,9 +153,8 @@ def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) 
         evaluation.summarize()
     metrics = dict(zip((f"{kind}/{name}" for name in SUMMARY), evaluation.stats[:6], strict=True))
     for index, category_id in enumerate(evaluation.params.catIds):
-        precision = evaluation.eval["precision"][
-            :, :, index, 0, -1
-        ]  # (IoU, recall), all sizes, 100 detections
+        # (IoU, recall) of this class for objects of all sizes and 100 detections per picture
+        precision = evaluation.eval["precision"][:, :, index, 0, -1]
         known = precision[precision > -1]
         metrics[f"{kind}/AP-{truth.cats[category_id]['name']}"] = known.mean() if known.size else -1
     return {name: math.nan if value < 0 else 100 * float(value) for name, value in metrics.items()}

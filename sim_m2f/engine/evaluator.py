@@ -63,9 +63,7 @@ def evaluate(
             json.dump(results, file)
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
         if truth is None:
-            tqdm.write(
-                f"{data.name} has no annotations: detections without scores in {output_dir / RESULTS_FILE}"
-            )
+            tqdm.write(f"{data.name} has no annotations; its detections are in {output_dir / RESULTS_FILE}")
         else:
             metrics = coco_metrics.score(truth, results)
             _report(metrics, data, output_dir)
@@ -76,9 +74,8 @@ def _detect(
     model: nn.Module, loader: DataLoader, category_ids: list[int], accelerator: Accelerator, top_k: int
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """This rank's picture ids and detections."""
-    network = accelerator.unwrap_model(
-        model
-    )  # DDP would synchronise buffers, but ranks differ in number of batches
+    # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
+    network = accelerator.unwrap_model(model)
     seen: list[int] = []
     results: list[dict[str, Any]] = []
     shown = accelerator.is_local_main_process

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 from PIL import Image
@@ -39,21 +39,17 @@ class Page:
     examples: Sequence[Example]
     curves: tuple[bytes, bytes] | None = None
     config: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)
 
 
 def render(page: Page) -> str:
     """The page as self-contained HTML."""
     sections = [
         _headline(page.metrics),
-        "".join(f'<p class="note">{escape(note)}</p>' for note in page.notes),
         _section("Pictures", _pictures(page.examples)) if page.examples else "",
         _section("Average precision", _summary(page.metrics)) if page.metrics else "",
         _section("Average precision by class", _classes(page)) if page.metrics else "",
         _section("Training", _curves(*page.curves)) if page.curves else "",
-        f"<details><summary>Configuration</summary><pre>{escape(page.config)}</pre></details>"
-        if page.config
-        else "",
+        _configuration(page.config) if page.config else "",
     ]
     return f"""<!doctype html>
 <html lang="en">
@@ -74,6 +70,10 @@ def render(page: Page) -> str:
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>\n"
+
+
+def _configuration(text: str) -> str:
+    return f"<details><summary>Configuration</summary><pre>{escape(text)}</pre></details>\n"
 
 
 def _number(value: float | None) -> str:
@@ -200,7 +200,7 @@ body {
 h1 { font-size: clamp(1.4rem, 4vw, 2rem); line-height: 1.2; margin: 0; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .4rem 0; }
-header p, section > p, .note { color: var(--soft); font-size: .92rem; }
+header p, section > p { color: var(--soft); font-size: .92rem; }
 .cards {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .8rem; margin: 1.2rem 0;
 }
