@@ -110,7 +110,8 @@ def cuda_architectures(nvcc: str) -> tuple[list[str], str]:
 def run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+        hint = "SIM_M2F_OPERATOR=cpu builds without the CUDA part, SIM_M2F_OPERATOR=none without the operator"
+        raise SystemExit(f"{shlex.join(command)}\n{done.stdout}{done.stderr}\n{hint}")
 
 
 def kernel_commands(compile_cxx: list[str], folder: Path) -> list[list[str]]:

@@ -35,7 +35,7 @@ nvcc = build.find_nvcc()
 
 
 def install(folder, **environment):
-    """Builds the whole package into ``folder`` as pip does; compilers are in reach only where they are named."""
+    """Builds the whole package into ``folder`` as pip does; only compilers that are named are in reach."""
     tools = folder / "bin"
     tools.mkdir()
     (tools / "python").symlink_to(sys.executable)
