@@ -171,7 +171,7 @@ def test_two_processes_learn_what_one_does(few, tmp_path):
 
 def test_a_short_run_of_the_coco_recipe_on_real_pictures(coco_root, tmp_path):
     overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "INPUT.IMAGE_SIZE", "128", "INPUT.MIN_SIZE_TEST", "128"]
-    overrides += ["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
+    overrides += ["MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
     command = [
         sys.executable,
         "train_net.py",
