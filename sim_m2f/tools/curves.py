@@ -16,7 +16,7 @@ PRECISION = {
     "boxfill/AP": ("box fill", "#8a94a0"),
 }
 LOSS_COLOUR = "#2f7fd6"
-SMOOTHED_PART = 1 / 15  # of the logged steps, over which the bold line is a mean
+SMOOTHED_PART = 1 / 25  # of the logged steps, over which the bold line is a mean
 COLUMNS = 3
 
 Series = dict[str, dict[int, float]]
