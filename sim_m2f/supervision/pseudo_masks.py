@@ -35,6 +35,25 @@ class PositiveMasks:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the labels of P pixels are made from.
+
+    Attributes:
+        pixels: the P pixels.
+        features: (P, d) the teacher's mask features there.
+        semantic: (P,) M_S.
+        instance: (P,) M_I.
+        positive: the masks whose weighted mean M_I is.
+    """
+
+    pixels: BoxPixels
+    features: Tensor
+    semantic: Tensor
+    instance: Tensor
+    positive: PositiveMasks
+
+
+@dataclass(frozen=True)
 class PseudoLabels:
     """Labels of P pixels: 1 positive, 0 negative, -1 ignored.
 
@@ -85,7 +104,23 @@ class PseudoMasks(nn.Module):
         targets: Targets,
         matcher: BoxMatcher,
     ) -> PseudoLabels:
-        """In training the prototypes learn from the same pixels, after the labels are made.
+        """In training the prototypes learn from the same pixels, after the labels are made."""
+        evidence = self.evidence(layers, features, targets, matcher)
+        labels = self.labels(evidence, len(targets))
+        if self.training:
+            confident = evidence.instance > self.sim.PROTOTYPES.CONFIDENT
+            self.prototypes.update(evidence.features, targets.labels[evidence.pixels.target], confident)
+        return labels
+
+    @torch.no_grad()
+    def evidence(
+        self,
+        layers: list[dict[str, Tensor]],
+        features: Tensor,
+        targets: Targets,
+        matcher: BoxMatcher,
+    ) -> Evidence:
+        """M_S and M_I at the pixels of the boxes.
 
         Args:
             layers: the teacher's "pred_logits" (B, Q, C+1) and "pred_masks" (B, Q, h, w), the last one last.
@@ -93,20 +128,21 @@ class PseudoMasks(nn.Module):
             targets: the T objects.
             matcher: finds the teacher's queries of the objects.
         """
-        prototypes, pseudo = self.sim.PROTOTYPES, self.sim.PSEUDO_MASKS
         pixels = box_pixels(targets)
         own = features[targets.picture[pixels.target], :, pixels.y, pixels.x]
         similarity = self.prototypes.similarity(own, targets.classes, targets.class_index[pixels.target])
-        semantic = (similarity / prototypes.TEMPERATURE).sigmoid()
-        instance = self._instance(layers, targets, pixels, matcher)
-        if self.training:
-            self.prototypes.update(own, targets.labels[pixels.target], instance > prototypes.CONFIDENT)
-        bounds, count = pseudo.POSITIVE, len(targets)
-        return pseudo_labels(semantic, instance, pixels, count, pseudo.ALPHA, bounds, pseudo.NEGATIVE)
+        semantic = (similarity / self.sim.PROTOTYPES.TEMPERATURE).sigmoid()
+        return Evidence(pixels, own, semantic, *self._instance(layers, targets, pixels, matcher))
+
+    def labels(self, evidence: Evidence, objects: int) -> PseudoLabels:
+        """The labels of the pixels of so many objects."""
+        pseudo = self.sim.PSEUDO_MASKS
+        masks = evidence.semantic, evidence.instance
+        return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, pseudo.POSITIVE, pseudo.NEGATIVE)
 
     def _instance(
         self, layers: list[dict[str, Tensor]], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
-    ) -> Tensor:
+    ) -> tuple[Tensor, PositiveMasks]:
         """M_I: the last mask of each object's query alone, or the weighted mean of its positive masks."""
         positive = self.sim.POSITIVE_MASKS
         layers = layers if positive.WEIGHTING else layers[-1:]
@@ -116,7 +152,7 @@ class PseudoMasks(nn.Module):
         match = matcher(logits, *profiles, targets)
         further = positive.QUERIES if positive.WEIGHTING else 0
         masks = positive_masks(logits, *profiles, match, targets, further, positive.MIN_IOU)
-        return instance_probability(mask_logits, masks, targets, pixels)
+        return instance_probability(mask_logits, masks, targets, pixels), masks
 
 
 def positive_masks(
