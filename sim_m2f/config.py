@@ -201,6 +201,7 @@ _C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points where
 _C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
 _node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL", "TEACHER", "PROTOTYPES"])
 _node(_C.MODEL.SIM, ["PSEUDO_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION", "POSITIVE_MASKS", "COPY_PASTE"])
+_node(_C.MODEL.SIM, ["SHOW"])
 _C.MODEL.SIM.MATCHER.CLASS_WEIGHT = 2.0  # Weight of -(class probability) in the matching cost.
 _C.MODEL.SIM.MATCHER.PROJECTION_WEIGHT = 5.0  # Weight of the dice of both projections in the matching cost.
 _C.MODEL.SIM.MATCHER.BOX_WEIGHT = 0.0  # Weight of L1 + GIoU between the mask's box and the annotated box.
@@ -248,6 +249,8 @@ _C.MODEL.SIM.COPY_PASTE.OBJECTS = 3  # Most objects that a picture receives.
 _C.MODEL.SIM.COPY_PASTE.SCORE_POWER = 3.0  # Objects are drawn in proportion to score^this.
 _C.MODEL.SIM.COPY_PASTE.SHIFT = 0.0  # Farthest an object is moved, in shares of the picture.
 _C.MODEL.SIM.COPY_PASTE.SCALE = (1.0, 1.0)  # Least and largest factor of an object's size.
+_C.MODEL.SIM.SHOW.PERIOD = 0.1  # Steps (or fraction of the run) between pictures of the method; 0 draws none.
+_C.MODEL.SIM.SHOW.PICTURES = 4  # Training pictures that are shown: the first ones that have an object.
 
 # ------------------------------------------------------------------------------------------------ pictures
 _C.INPUT.FORMAT = "RGB"  # Order of the channels that the network sees; only "RGB".

@@ -21,6 +21,8 @@ SMALL = [
     *("SOLVER.IMS_PER_BATCH", "2"),
     *("SOLVER.LOG_PERIOD", "1"),
     *("DATALOADER.NUM_WORKERS", "0"),
+    *("MODEL.SIM.SHOW.PERIOD", "3"),
+    *("MODEL.SIM.SHOW.PICTURES", "1"),
 ]
 
 

@@ -65,9 +65,14 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     state = read_checkpoint(path)
     weights = state.get("model", state)
     if state.get("use_teacher"):
-        prefix, named = "network.", state["teacher"].items()
-        weights = {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
+        weights = teacher_weights(state)
     load_weights(model, weights, path)
+
+
+def teacher_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights of the teacher's network in a checkpoint of ours; empty where it has none."""
+    prefix, named = "network.", state.get("teacher", {}).items()
+    return {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:

@@ -80,7 +80,7 @@ def _detect(
     results: list[dict[str, Any]] = []
     shown = accelerator.is_local_main_process
     progress = tqdm(loader, "evaluate", unit="picture", mininterval=1.0, disable=not shown, leave=False)
-    with torch.no_grad(), _evaluation_mode(network):
+    with torch.no_grad(), evaluation_mode(network):
         for batch in progress:
             with accelerator.autocast():
                 outputs = network(batch["images"].to(accelerator.device, non_blocking=True))
@@ -138,7 +138,8 @@ def encode(
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the block; afterwards every module is in the mode it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -5,8 +5,10 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -39,6 +41,10 @@ class MetricsLogger:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+
+    def write_picture(self, iteration: int, name: str, picture: Image.Image) -> None:
+        """A picture for TensorBoard alone."""
+        self.writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()

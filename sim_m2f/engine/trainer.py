@@ -11,6 +11,7 @@ from torch import Tensor
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import test_sources
 from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.data.dataset import TrainDataset
 from sim_m2f.data.loader import test_loader, train_loader
 from sim_m2f.engine.checkpoint import (
     last_checkpoint,
@@ -22,6 +23,7 @@ from sim_m2f.engine.checkpoint import (
 )
 from sim_m2f.engine.evaluator import evaluate
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib, progress_bar
+from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
@@ -29,6 +31,7 @@ from sim_m2f.modeling import build_model
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.teacher import Teacher
+from sim_m2f.tools.method_pictures import FOLDER, drop_later_steps, write_method
 from sim_m2f.tools.report import write_report
 
 
@@ -103,6 +106,8 @@ class Trainer:
         loader = train_loader(cfg, self.iteration, *ranks)
         self._write_config()
         logger = MetricsLogger(self.output_dir, self.iteration) if self.accelerator.is_main_process else None
+        view = self._build_view(loader.dataset)
+        show_period = max(1, round(resolve_steps(cfg.MODEL.SIM.SHOW.PERIOD, solver.MAX_ITER)))
         average = LossAverage()
         with progress_bar(self.iteration, solver.MAX_ITER, logger is not None) as bar, StopSignal() as stop:
             batches = iter(loader)
@@ -112,6 +117,8 @@ class Trainer:
                 last = self.iteration == solver.MAX_ITER
                 if last or self.iteration % solver.LOG_PERIOD == 0:
                     self._log(logger, bar, average.take())
+                if view and (last or _due(self.iteration, show_period)):
+                    self._show(view, logger)
                 if last or _due(self.iteration, solver.CHECKPOINT_PERIOD):
                     self.save()
                 if not last and _due(self.iteration, cfg.TEST.EVAL_PERIOD):
@@ -179,6 +186,21 @@ class Trainer:
             return None
         with self.accelerator.autocast():
             return self.teacher(images)
+
+    def _build_view(self, dataset: TrainDataset) -> MethodView | None:
+        """On the first rank, where there are pseudo masks to see; a former run's pictures of them go."""
+        show = self.cfg.MODEL.SIM.SHOW
+        if not self.accelerator.is_main_process:
+            return None
+        drop_later_steps(self.output_dir / FOLDER, self.iteration)
+        wanted = show.PERIOD > 0 and show.PICTURES > 0 and teaching_terms(self.cfg)
+        return MethodView(self.cfg, dataset, show.PICTURES, self.accelerator) if wanted else None
+
+    def _show(self, view: MethodView, logger: MetricsLogger) -> None:
+        """Draw what the method makes of some pictures; nothing that training uses changes."""
+        maps = view.maps(self.model, self.teacher.network, self.criterion)
+        for name, figure in write_method(self.output_dir / FOLDER, self.iteration, maps):
+            logger.write_picture(self.iteration - 1, f"{FOLDER}/{name}", figure)
 
     def evaluate(self, logger: MetricsLogger | None = None) -> dict[str, float]:
         """Score every test set; with a logger the values also go to metrics.jsonl."""

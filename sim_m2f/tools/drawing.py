@@ -79,10 +79,10 @@ def _block(
     block = Image.new("RGB", (width * len(titles) - GAP, line + sum(heights)), PAPER)
     pen = ImageDraw.Draw(block)
     for column, title in enumerate(titles):
-        pen.text((column * width, 0), title, INK, _font(TITLE_SIZE, "bold"))
+        pen.text((column * width, 0), title, INK, text_font(TITLE_SIZE, "bold"))
     top = line
     for (caption, panels), height in zip(rows, heights, strict=True):
-        pen.text((0, top + line - GAP), caption, "#667078", _font(TEXT_SIZE), anchor="ls")
+        pen.text((0, top + line - GAP), caption, "#667078", text_font(TEXT_SIZE), anchor="ls")
         for column, panel in enumerate(panels):
             block.paste(panel, (column * width, top + line))
         top += height
@@ -117,7 +117,7 @@ def _draw_box(canvas: Image.Image, box: Sequence[float], colour: str) -> None:
 
 def _draw_texts(canvas: Image.Image, shapes: Sequence[Shape], zoom: float) -> None:
     pen = ImageDraw.Draw(canvas)
-    font = _font(TEXT_SIZE * SCALE)
+    font = text_font(TEXT_SIZE * SCALE)
     pad = 2 * SCALE
     taken: list[tuple[float, float, float, float]] = []
     for shape in shapes:
@@ -153,7 +153,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
+def text_font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(
         font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), size
     )

@@ -25,6 +25,15 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Evolution:
+    """How the method sees a training picture: (step, figure) in order, and the last step's single objects."""
+
+    caption: str
+    rows: Sequence[tuple[str, Image.Image]]
+    objects: Image.Image
+
+
+@dataclass(frozen=True)
 class Page:
     """What the page shows; empty parts are left out.
 
@@ -38,6 +47,7 @@ class Page:
     class_names: Sequence[str]
     examples: Sequence[Example]
     curves: tuple[bytes, bytes] | None = None
+    evolutions: Sequence[Evolution] = ()
     config: str = ""
 
 
@@ -49,6 +59,7 @@ def render(page: Page) -> str:
         _section("Average precision", _summary(page.metrics)) if page.metrics else "",
         _section("Average precision by class", _classes(page)) if page.metrics else "",
         _section("Training", _curves(*page.curves)) if page.curves else "",
+        _section("The method", _method(page.evolutions)) if page.evolutions else "",
         _configuration(page.config) if page.config else "",
     ]
     return f"""<!doctype html>
@@ -172,6 +183,19 @@ def _curves(light: bytes, dark: bytes) -> str:
     )
 
 
+def _method(evolutions: Sequence[Evolution]) -> str:
+    return _METHOD + "".join(map(_evolution, evolutions))
+
+
+def _evolution(evolution: Evolution) -> str:
+    caption = escape(evolution.caption)
+    figures = [*evolution.rows, (f"objects, {evolution.rows[-1][0]}", evolution.objects)]
+    images = "".join(
+        f'<img src="{_jpeg(figure)}" alt="{caption}, {escape(text)}">' for text, figure in figures
+    )
+    return f'<div class="method wide"><h3>{caption}</h3>{images}</div>'
+
+
 def _jpeg(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90, subsampling=0)
@@ -182,6 +206,14 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+_METHOD = """
+<p>Some training pictures as the method sees them, from the first steps to the last. The prototypes of the
+annotated class give the semantic mask M<sub>S</sub>, which cannot tell objects of one class apart. The
+teacher's masks of an object, weighted by class probability times the IoU of their box and the annotated one,
+give its instance mask M<sub>I</sub>. Their blend M becomes the labels that the student learns. L0, L1 ... are
+the masks of the object's query after each decoder layer, +1, +2 ... those of further queries that claim the
+same object.</p>
+"""
 _STYLE = """
 :root {
   --ink: #1c2024; --soft: #667078; --line: #dfe3e7; --paper: #fff; --card: #f4f6f8; --accent: #2f7fd6;
@@ -243,6 +275,8 @@ table.classes td:nth-child(2) { width: 60%; min-width: 6rem; }
   print-color-adjust: exact; -webkit-print-color-adjust: exact;
 }
 .curves { width: 100%; max-width: 1200px; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+.method img { width: 100%; min-width: 46rem; display: block; border-radius: 6px; margin-bottom: 6px; }
 details { margin-top: 2.2rem; } summary { cursor: pointer; font-weight: 600; }
 pre { background: var(--card); border-radius: 8px; padding: .8rem 1rem; overflow-x: auto; font-size: .8rem; }
 @media (max-width: 40rem) { figure:has(:checked) .panels { grid-auto-flow: row; } }

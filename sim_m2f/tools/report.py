@@ -23,6 +23,8 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.tools.curves import draw_curves, read_series
 from sim_m2f.tools.drawing import PALETTE, Shape, contact_sheet, draw
+from sim_m2f.tools.method_pictures import FOLDER as METHOD_FOLDER
+from sim_m2f.tools.method_pictures import read_method
 from sim_m2f.tools.page import Example, Page, render
 
 PANEL_SIDE = 400  # pixels of a panel's longer side
@@ -58,9 +60,9 @@ def write_report(
 ) -> Path:
     """Show what a run learned, from the files that training and evaluation left behind.
 
-    Reads ``output_dir``/inference/ (results and metrics), metrics.jsonl and config.yaml (only the results
-    must be there), the annotation file and the pictures of ``data``. Writes report/contact_sheet.png,
-    report/loss_curves.png and index.html, a page that needs no other file.
+    Reads ``output_dir``/inference/ (results and metrics), metrics.jsonl, method/ and config.yaml (only
+    the results must be there), the annotation file and the pictures of ``data``. Writes
+    report/contact_sheet.png, report/loss_curves.png and index.html, a page that needs no other file.
 
     Args:
         output_dir: folder of the run.
@@ -99,6 +101,7 @@ def write_report(
         class_names=data.class_names,
         examples=examples,
         curves=(curves, draw_curves(series, dark=True)) if curves else None,
+        evolutions=read_method(output_dir / METHOD_FOLDER),
         config=config,
     )
     with atomic_write(output_dir / "index.html") as file:

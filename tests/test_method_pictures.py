@@ -1,0 +1,269 @@
+"""Seeing the method: the maps and what is drawn of them, pixel by pixel; training does not notice it."""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, SMALL
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_report import Reader
+from test_training import SUPERVISIONS, as_data_set, few_pictures, train
+from torch import Tensor, nn
+
+from sim_m2f.cli import main
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.data.loader import train_loader
+from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
+from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
+from sim_m2f.supervision.pseudo_masks import IGNORED
+from sim_m2f.tools.method_pictures import (
+    IGNORED_COLOUR,
+    NEGATIVE_COLOUR,
+    drop_later_steps,
+    heat_picture,
+    label_picture,
+    read_method,
+    write_method,
+)
+
+LAYERS, QUERIES, SIDE = 3, 8, 32  # of the network of SMALL on shapes, maps at stride 4
+
+
+class FixedNetwork(nn.Module):
+    """Gives the same random outputs for every picture."""
+
+    def __init__(self, seed: int, classes: int, width: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = torch.randn(LAYERS, 1, QUERIES, classes + 1, generator=generator)
+        coarse = torch.randn(LAYERS, QUERIES, 4, 4, generator=generator) * 4
+        self.masks = nn.functional.interpolate(coarse, SIDE, mode="bilinear")[:, None]
+        self.features = torch.randn(1, width, SIDE, SIDE, generator=generator)
+
+    def forward(self, images: Tensor) -> dict:
+        layers = [
+            {"pred_logits": logits, "pred_masks": masks}
+            for logits, masks in zip(self.logits, self.masks, strict=True)
+        ]
+        return {**layers[-1], "mask_features": self.features, "aux_outputs": layers[:-1]}
+
+
+def everything(folder: Path, *overrides: str) -> CfgNode:
+    """The small network with every term on, on 6 training and 2 test shapes."""
+    cfg = get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    cfg.merge_from_list([*SMALL, *SUPERVISIONS["everything"]])
+    for split, name, count in (("train", "train", 6), ("test", "val", 2)):
+        data = few_pictures(folder, name, count)
+        cfg.merge_from_list(as_data_set(data, folder / f"{split}.json", split))
+    cfg.merge_from_list(["OUTPUT_DIR", str(folder / "output"), *overrides])
+    return cfg
+
+
+@pytest.fixture
+def explained(tmp_path) -> tuple[MethodMaps, SIMCriterion, FixedNetwork, FixedNetwork]:
+    """The maps of a picture with several objects, and what they come from."""
+    cfg = everything(tmp_path, "MODEL.SIM.PSEUDO_MASKS.POSITIVE", "(0.5, 0.6)")
+    cfg.merge_from_list(["MODEL.SIM.POSITIVE_MASKS.MIN_IOU", "0.1"])
+    criterion = build_criterion(cfg)
+    networks = [FixedNetwork(seed, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, 32) for seed in (1, 2)]
+    view = MethodView(cfg, train_loader(cfg).dataset, 6, Accelerator(cpu=True))
+    maps = max(view.maps(*networks, criterion), key=lambda maps: len(maps.boxes))
+    assert len(maps.boxes) > 1
+    return maps, criterion, *networks
+
+
+def cells(maps: MethodMaps, index: int) -> list[tuple[int, int]]:
+    """The cells whose centres lie in the object's box."""
+    x1, y1, x2, y2 = maps.boxes[index]
+    centres = [4 * (place + 0.5) for place in range(SIDE)]
+    return [
+        (y, x) for y in range(SIDE) for x in range(SIDE) if x1 <= centres[x] < x2 and y1 <= centres[y] < y2
+    ]
+
+
+def test_maps_hold_the_values_of_their_definitions_in_every_pixel(explained):
+    maps, criterion, _, teacher = explained
+    class_names = sorted({*maps.classes})
+    assert class_names
+    labels = [train_classes().index(name) for name in maps.classes]
+    for index, label in enumerate(labels):
+        inside = cells(maps, index)
+        weights = maps.weights[:, index]
+        for y, x in inside:
+            feature = teacher.features[0, :, y, x].double()
+            prototypes = criterion.pseudo_masks.prototypes.vectors[label].double()
+            nearest = max(float(feature @ vector / feature.norm()) for vector in prototypes)
+            semantic = 1 / (1 + math.exp(-nearest / criterion.sim.PROTOTYPES.TEMPERATURE))
+            assert maps.semantic[index, y, x] == pytest.approx(semantic, abs=1e-5)
+            mean = sum(w * p for w, p in zip(weights, maps.positives[:, index, y, x], strict=True))
+            assert maps.instance[index, y, x] == pytest.approx(mean / weights.sum(), abs=1e-5)
+            blend = 0.5 * maps.semantic[index, y, x] + 0.5 * maps.instance[index, y, x]
+            assert maps.blend[index, y, x] == pytest.approx(blend, abs=1e-6)
+            wanted = 1 if maps.blend[index, y, x] >= maps.thresholds[index] else IGNORED
+            assert maps.labels[index, y, x] == (0 if maps.blend[index, y, x] < 0.4 else wanted)
+        outside = np.ones((SIDE, SIDE), bool)
+        outside[tuple(np.transpose(inside))] = False
+        for each in (maps.semantic, maps.instance, maps.blend, *maps.positives):
+            assert (np.isnan(each[index]) == outside).all()
+        assert ((maps.labels[index] == OUTSIDE) == outside).all()
+
+
+def train_classes() -> list[str]:
+    from sim_m2f.data.shapes import CLASSES
+
+    return list(CLASSES)
+
+
+def test_positive_masks_are_those_of_the_layers_they_are_named_after(explained):
+    maps, _, _, teacher = explained
+    assert maps.sources == ["L0", "L1", "L2", "+1", "+2", "+3"]
+    for place, layer in enumerate([0, 1, 2, 2, 2, 2]):
+        for index in range(len(maps.boxes)):
+            inside = tuple(np.transpose(cells(maps, index)))
+            offered = teacher.masks[layer, 0].sigmoid().numpy()
+            assert any(np.allclose(maps.positives[place, index][inside], mask[inside]) for mask in offered)
+    assert (maps.weights[:3] > 0).all()
+    assert (maps.weights <= 1).all()
+
+
+def test_student_masks_are_different_queries_of_the_last_layer(explained):
+    maps, _, student, _ = explained
+    full = nn.functional.interpolate(student.masks[-1], scale_factor=4, mode="bilinear")[0] > 0
+    queries = [[q for q in range(QUERIES) if np.array_equal(full[q].numpy(), own)] for own in maps.student]
+    assert all(len(found) == 1 for found in queries)
+    assert len({found[0] for found in queries}) == len(maps.boxes)
+
+
+def rgb(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_drawn_colours_pixel_by_pixel(explained):
+    maps, *_ = explained
+    colours = [f"#{40 * index:02x}80ff" for index in range(len(maps.boxes))]
+    heat = heat_picture(maps.picture, maps.blend)
+    labels = label_picture(maps.picture, maps.labels, colours)
+    assert heat.shape == labels.shape == maps.picture.shape
+    viridis = matplotlib.colormaps["viridis"]
+    owners = [set(cells(maps, index)) for index in range(len(maps.boxes))]
+    for y, x in np.ndindex(SIDE, SIDE):
+        corner = slice(4 * y, 4 * y + 4), slice(4 * x, 4 * x + 4)
+        owning = [index for index, own in enumerate(owners) if (y, x) in own]
+        if not owning:
+            grey = maps.picture[corner].mean(-1, keepdims=True)
+            for drawn in (heat, labels):
+                assert np.abs(drawn[corner] - (0.7 * 255 + 0.3 * grey)).max() <= 1
+            continue
+        largest = max(maps.blend[index, y, x] for index in owning)
+        wanted = 255 * np.array(viridis(round(255 * float(largest)))[:3])
+        assert np.abs(heat[corner] - wanted).max() <= 1
+        found = {int(maps.labels[index, y, x]): colours[index] for index in owning}
+        colour = found.get(1) or (IGNORED_COLOUR if IGNORED in found else NEGATIVE_COLOUR)
+        assert (labels[corner] == rgb(colour)).all()
+
+
+def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
+    maps, *_ = explained
+    folder = tmp_path / "method"
+    for step in range(0, 1500, 100):
+        names = [name for name, _ in write_method(folder, step, [maps])]
+    stem = Path(maps.name).stem
+    assert names == [f"01_{stem}/whole", f"01_{stem}/objects"]
+    (evolution,) = read_method(folder, most=5)
+    assert evolution.caption == stem
+    steps = [text for text, _ in evolution.rows]
+    assert len(steps) == 5
+    assert (steps[0], steps[-1]) == ("step 0", "step 1,400")
+    drop_later_steps(folder, 700)
+    assert sorted(path.name for path in folder.iterdir()) == [f"{step:07d}" for step in range(0, 800, 100)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[CfgNode, Path, Path]:
+    """Configuration and folder of a run that shows the method every second step; folder of a silent one."""
+    folder = tmp_path_factory.mktemp("runs")
+    cfg = everything(folder, "SOLVER.MAX_ITER", "4", "MODEL.SIM.SHOW.PERIOD", "2")
+    cfg.merge_from_list(["MODEL.SIM.SHOW.PICTURES", "2"])
+    silent = train(cfg, "MODEL.SIM.SHOW.PERIOD", 0, "OUTPUT_DIR", folder / "silent")
+    return cfg, train(cfg), silent
+
+
+def state_of(output: Path) -> dict:
+    return torch.load(output / "model_final.pth", weights_only=True)
+
+
+def assert_same(one, other, where: str) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where} {key}")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, other), where
+
+
+def test_training_does_not_notice_that_it_is_watched(runs):
+    _, shown, silent = runs
+    assert len(list((shown / "method").rglob("*.png"))) == 2 * 2 * 2
+    assert not (silent / "method").exists()
+    assert_same(state_of(shown), state_of(silent), "checkpoint")
+
+
+def test_page_and_tensorboard_show_the_method(runs):
+    _, shown, silent = runs
+    page = Reader((shown / "index.html").read_text())
+    assert {"The method", "Training"} <= set(page.text)
+    assert len(page.pictures()) - len(Reader((silent / "index.html").read_text()).pictures()) == 2 * (2 + 1)
+    assert "The method" not in Reader((silent / "index.html").read_text()).text
+    events = EventAccumulator(str(shown), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()["images"]
+    assert len(tags) == 2 * 2
+    assert all([event.step for event in events.Images(tag)] == [1, 3] for tag in tags)
+
+
+def test_command_draws_from_a_checkpoint_what_training_drew(runs, capsys, tmp_path):
+    _, shown, _ = runs
+    command = ["explain", "--config-file", str(shown / "config.yaml"), "--pictures", "2"]
+    assert main([*command, "--folder", str(tmp_path / "look")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "look/index.html")
+    drawn = sorted((shown / "method/0000004").iterdir())
+    again = sorted((tmp_path / "look/0000004").iterdir())
+    assert [file.name for file in drawn] == [file.name for file in again]
+    for one, other in zip(drawn, again, strict=True):
+        with Image.open(one) as first, Image.open(other) as second:
+            assert np.array_equal(np.asarray(first), np.asarray(second))
+    assert len(Reader((tmp_path / "look/index.html").read_text()).pictures()) == 2 * 2
+
+
+def with_prototypes(state: dict, prototypes: Tensor) -> dict:
+    return {**state, "criterion": {**state["criterion"], "pseudo_masks.prototypes.vectors": prototypes}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pictures", "0"], "give a number of at least 1"),
+        (["MODEL.SIM.SUPERVISION", "mask"], "no pseudo masks to explain"),
+        (["OUTPUT_DIR", "empty"], "holds no checkpoint"),
+        (["MODEL.WEIGHTS", "missing.pth"], "missing.pth: No such file"),
+        (["MODEL.WEIGHTS", "foreign.pth"], "holds no prototypes"),
+        (["MODEL.WEIGHTS", "untrained.pth"], "prototypes never learned"),
+        (["MODEL.SIM.PROTOTYPES.COUNT", "7"], "prototypes of shape (8, 10, 32)"),
+        (["DATASETS.TRAIN_ANNOTATIONS", "missing.json"], "missing.json: no such file"),
+    ],
+)
+def test_mistakes_give_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
+    cfg, shown, _ = runs
+    monkeypatch.chdir(tmp_path)
+    state = state_of(shown)
+    torch.save(state["model"], "foreign.pth")
+    untrained = build_criterion(cfg).state_dict()["pseudo_masks.prototypes.vectors"]
+    torch.save(with_prototypes(state, untrained), "untrained.pth")
+    assert main(["explain", "--config-file", str(shown / "config.yaml"), *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
