@@ -7,6 +7,8 @@ types of the defaults.
 
 import copy
 import difflib
+import functools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,11 @@ def _leaf_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
+def value_of(node: CfgNode, path: str) -> Any:
+    """The value of a key such as "SOLVER.BASE_LR"."""
+    return functools.reduce(operator.getitem, path.split("."), node)
+
+
 def _suggestion(path: str) -> str:
     known = list(_leaf_keys(_C))
     nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.0)
@@ -149,7 +156,10 @@ _C.MODEL.RESNETS.DEPTH = 50  # 18, 34, 50, 101 or 152.
 # Channels at stride 4, doubled by each later stage: 64 for the depths 18 and 34, 256 for the deeper ones.
 _C.MODEL.RESNETS.RES2_OUT_CHANNELS = 256
 _C.MODEL.RESNETS.NORM = "FrozenBN"  # "FrozenBN", "BN", "SyncBN" or "GN"; from scratch use "BN" or "GN".
+_C.MODEL.RESNETS.STRIDE_IN_1X1 = False  # The first 1x1 convolution has the stride (MSRA), not the 3x3.
 _C.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
+_C.MODEL.RESNETS.STEM_TYPE = "basic"  # The only one.
+_C.MODEL.RESNETS.STEM_OUT_CHANNELS = 64  # The only width of the stem.
 
 _C.MODEL.SWIN.EMBED_DIM = 96  # Channels after the patch embedding.
 _C.MODEL.SWIN.DEPTHS = [2, 2, 6, 2]  # Blocks per stage.
@@ -160,6 +170,9 @@ _C.MODEL.SWIN.PATCH_SIZE = 4  # Side of a patch in pixels.
 _C.MODEL.SWIN.MLP_RATIO = 4.0  # Hidden width of the MLPs, in units of the channels.
 _C.MODEL.SWIN.DROP_PATH_RATE = 0.3  # Stochastic depth of the last block, growing linearly from 0.
 _C.MODEL.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]  # Feature maps of strides 4, 8, 16, 32.
+_C.MODEL.SWIN.QKV_BIAS = True  # Biases in queries, keys and values; the only choice.
+_C.MODEL.SWIN.APE = False  # Absolute position embedding; the only choice.
+_C.MODEL.SWIN.PATCH_NORM = True  # Layer norm after the patch embedding; the only choice.
 
 _C.MODEL.SEM_SEG_HEAD.NAME = "MaskFormerHead"  # The only one; kept for Mask2Former's files.
 _C.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80  # Classes of the data set, without "no object".
@@ -198,7 +211,8 @@ _C.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0  # Candidates drawn per point kept.
 _C.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75  # Share of the points where the mask is least certain.
 
 # ------------------------------------------------------------------------------------------------ supervision
-_C.MODEL.SIM.SUPERVISION = "box"  # "box" (segmentations are never read) or "mask" (the original's losses).
+# "box" (segmentations are never read) or "mask", which is what Mask2Former's own files mean.
+_C.MODEL.SIM.SUPERVISION = "mask"
 _node(_C.MODEL.SIM, ["MATCHER", "PROJECTION", "PAIRWISE", "BOX_FILL", "TEACHER", "PROTOTYPES"])
 _node(_C.MODEL.SIM, ["PSEUDO_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION", "POSITIVE_MASKS", "COPY_PASTE"])
 _node(_C.MODEL.SIM, ["SHOW"])
@@ -305,6 +319,39 @@ _C.SOLVER.AMP.DTYPE = "auto"  # "bf16", "fp16", or "auto": bf16 where the GPU ha
 _C.TEST.EVAL_PERIOD = 5000  # Steps between evaluations; 0 evaluates only at the end.
 _C.TEST.USE_TEACHER = False  # Evaluate the teacher's weights instead of the student's.
 _C.TEST.DETECTIONS_PER_IMAGE = 100  # Detections kept per picture.
+
+# ------------------------------------------------------------------------------------------------ no effect
+# Keys of Mask2Former's files that change nothing here. The defaults say what happens, whatever a file says;
+# ``without_effect`` names those that ask for something else.
+_EFFECTIVE = frozenset(_leaf_keys(_C))
+_node(_C.MODEL.MASK_FORMER, ["TEST"])
+_node(_C.INPUT, ["CROP"])
+_C.MODEL.RESNETS.RES5_MULTI_GRID = [1, 1, 1]  # Dilations in res5; the original does not use it either.
+_C.MODEL.SWIN.QK_SCALE = None  # Factor of the attention's logits; always 1 / sqrt(channels of a head).
+_C.MODEL.SWIN.DROP_RATE = 0.0  # Dropout in the backbone.
+_C.MODEL.SWIN.ATTN_DROP_RATE = 0.0  # Dropout of the backbone's attention.
+_C.MODEL.SWIN.USE_CHECKPOINT = False  # Activation checkpointing of the backbone.
+_C.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 255  # Label of ignored pixels in semantic segmentation.
+_C.MODEL.SEM_SEG_HEAD.LOSS_WEIGHT = 1.0  # Weight of detectron2's semantic loss; the original ignores it too.
+_C.MODEL.MASK_FORMER.ENC_LAYERS = 0  # Encoder layers in the mask decoder.
+_C.MODEL.MASK_FORMER.TEST.INSTANCE_ON = True  # Instance segmentation.
+_C.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False  # Semantic segmentation.
+_C.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False  # Panoptic segmentation.
+_C.MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD = 0.8  # Of panoptic segmentation.
+_C.MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD = 0.8  # Of panoptic segmentation.
+_C.MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False  # Of semantic segmentation.
+_C.INPUT.COLOR_AUG_SSD = False  # Augmentation of colours.
+_C.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0  # Of semantic segmentation.
+_C.INPUT.SIZE_DIVISIBILITY = -1  # Padding of training pictures; IMAGE_SIZE is their size.
+_C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # Leave pictures without objects out of training.
+WITHOUT_EFFECT = tuple(
+    key for key in _leaf_keys(_C) if key not in _EFFECTIVE and not isinstance(value_of(_C, key), CfgNode)
+)
+
+
+def without_effect(cfg: CfgNode) -> list[str]:
+    """The keys that ask for something that does not happen here."""
+    return [key for key in WITHOUT_EFFECT if value_of(cfg, key) != value_of(_C, key)]
 
 
 def get_cfg() -> CfgNode:

@@ -25,7 +25,8 @@ def config(source, *overrides):
     cfg.merge_from_list(
         ["INPUT.IMAGE_SIZE", 96, "INPUT.MIN_SIZE_TEST", 64, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3]
     )
-    cfg.merge_from_list(["SOLVER.IMS_PER_BATCH", 4, "DATALOADER.NUM_WORKERS", 0, *overrides])
+    cfg.merge_from_list(["MODEL.SIM.SUPERVISION", "box", "SOLVER.IMS_PER_BATCH", 4])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, *overrides])
     for split in ("TRAIN", "TEST"):
         cfg.DATASETS[f"{split}_ANNOTATIONS"] = str(source.annotations)
         cfg.DATASETS[f"{split}_IMAGES"] = str(source.images)

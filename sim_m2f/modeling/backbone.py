@@ -6,10 +6,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.errors import UserError
+from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
@@ -73,7 +75,7 @@ class TimmBackbone(nn.Module):
         self.body.load_state_dict({key: weights[key] for key in own})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps = self.body(images)
+        maps = self.body(images.contiguous(memory_format=torch.channels_last))
         if self.channels_last:
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return dict(zip(STRIDES, maps, strict=True))
@@ -123,8 +125,18 @@ def _resnet(cfg: CfgNode) -> TimmBackbone:
     backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS[norm], channels=channels)
     if norm == "FrozenBN":
         freeze_batch_norm_2d(backbone.body)
+        fold_frozen_norms(backbone.body)
+    if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
+        _stride_in_1x1(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]
     for stage in stages[: cfg.MODEL.BACKBONE.FREEZE_AT]:
         for module in stage:
             getattr(backbone.body, module).requires_grad_(False)
     return backbone
+
+
+def _stride_in_1x1(body: nn.Module) -> None:
+    """Move the stride of every bottleneck to its first convolution, where MSRA's ResNets have it."""
+    for block in body.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride

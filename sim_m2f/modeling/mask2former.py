@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from sim_m2f.config import CfgNode
+from sim_m2f.config import CfgNode, value_of
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.mask_decoder import MaskDecoder
@@ -11,6 +11,11 @@ from sim_m2f.modeling.pixel_decoder import PixelDecoder
 
 # Keys of Mask2Former's files that choose among implementations, and the one that exists here.
 ONLY_CHOICE = {
+    "RESNETS.STEM_TYPE": "basic",
+    "RESNETS.STEM_OUT_CHANNELS": 64,
+    "SWIN.QKV_BIAS": True,
+    "SWIN.APE": False,
+    "SWIN.PATCH_NORM": True,
     "META_ARCHITECTURE": "MaskFormer",
     "SEM_SEG_HEAD.NAME": "MaskFormerHead",
     "SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
@@ -61,9 +66,7 @@ def build_model(cfg: CfgNode) -> Mask2Former:
         UserError: a key asks for something that does not exist.
     """
     for key, only in ONLY_CHOICE.items():
-        value = cfg.MODEL
-        for part in key.split("."):
-            value = value[part]
+        value = value_of(cfg.MODEL, key)
         if value != only:
             raise UserError(f"MODEL.{key}: {value!r} does not exist here; the only choice is {only!r}")
     with torch.random.fork_rng(devices=[]):

@@ -5,7 +5,7 @@ import os
 import sys
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.config import CfgNode, get_cfg, without_effect
 from sim_m2f.errors import UserError
 
 
@@ -51,6 +51,9 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
     if config_file:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
+    unheeded = without_effect(cfg)
+    if unheeded and os.environ.get("RANK", "0") == "0":
+        print(f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config.py", file=sys.stderr)
     cfg.freeze()
     return cfg
 
