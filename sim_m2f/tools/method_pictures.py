@@ -238,23 +238,22 @@ def _sheet(
 
 
 def _draw_legend(pen: ImageDraw.ImageDraw, right: float, top: float, colours: Sequence[str]) -> None:
-    """Right-aligned: the colours of labels, and the scale of probabilities."""
-    font, middle = text_font(11), top + LINE / 2
-    for text, fills in (
-        ("negative", [NEGATIVE_COLOUR]),
-        ("ignored", [IGNORED_COLOUR]),
-        ("positive (the object's colour)", list(dict.fromkeys(colours))[:OBJECTS]),
-        ("1", [tuple(colour) for colour in HEAT[::3]]),
-        ("probability 0", []),
-    ):
-        right -= pen.textlength(text, font)
-        pen.text((right, middle), text, INK, font, anchor="lm")
-        width = 1 if len(fills) > OBJECTS else 12 / max(len(fills), 1)
-        right -= GAP / 2 + len(fills) * width
-        for number, fill in enumerate(fills):
-            pen.rectangle((right + number * width, top + 3, right + (number + 1) * width - 1, top + 14), fill)
-        right -= 2 * GAP if fills else 0
-        right += 1.5 * GAP if text == "1" else 0
+    """Right-aligned: the scale of probabilities and the colours of labels, each before its text."""
+    font = text_font(11)
+    entries = [
+        ([tuple(colour) for colour in HEAT[::3]], 1, "probability, 0 to 1"),
+        (list(dict.fromkeys(colours))[:OBJECTS], 4, "positive (the object's colour)"),
+        ([IGNORED_COLOUR], 12, "ignored"),
+        ([NEGATIVE_COLOUR], 12, "negative"),
+    ]
+    left = right + 2 * GAP
+    left -= sum(len(fills) * width + pen.textlength(text, font) + 3 * GAP for fills, width, text in entries)
+    for fills, width, text in entries:
+        for fill in fills:
+            pen.rectangle((left, top + 3, left + width - 1, top + 14), fill)
+            left += width
+        pen.text((left + GAP, top + LINE / 2), text, INK, font, anchor="lm")
+        left += pen.textlength(text, font) + 3 * GAP
 
 
 def _write(
