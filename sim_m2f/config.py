@@ -238,6 +238,7 @@ _C.MODEL.SIM.PROTOTYPES.EPSILON = 0.05  # Weight of the entropy in the optimal t
 _C.MODEL.SIM.PROTOTYPES.ITERATIONS = 3  # Sinkhorn iterations.
 _C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = 512  # Most pixels of a class, per rank, that an update takes.
 _C.MODEL.SIM.PROTOTYPES.TEMPERATURE = 0.1  # Divides the similarity to the nearest prototype in M_S.
+_C.MODEL.SIM.PROTOTYPES.CENTER = 0.0  # Similarity at which M_S is one half.
 _C.MODEL.SIM.PROTOTYPES.CONFIDENT = 0.7  # Pixels above this teacher probability belong to the object.
 _C.MODEL.SIM.POSITIVE_MASKS.WEIGHTING = False  # M_I is a weighted mean, not the last layer's mask.
 _C.MODEL.SIM.POSITIVE_MASKS.QUERIES = 3  # Most further queries per object whose masks count.

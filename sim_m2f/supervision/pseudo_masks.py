@@ -131,7 +131,8 @@ class PseudoMasks(nn.Module):
         pixels = box_pixels(targets)
         own = features[targets.picture[pixels.target], :, pixels.y, pixels.x]
         similarity = self.prototypes.similarity(own, targets.classes, targets.class_index[pixels.target])
-        semantic = (similarity / self.sim.PROTOTYPES.TEMPERATURE).sigmoid()
+        prototypes = self.sim.PROTOTYPES
+        semantic = ((similarity - prototypes.CENTER) / prototypes.TEMPERATURE).sigmoid()
         return Evidence(pixels, own, semantic, *self._instance(layers, targets, pixels, matcher))
 
     def labels(self, evidence: Evidence, objects: int) -> PseudoLabels:
