@@ -13,13 +13,13 @@ TABLE = ".relative_position_bias_table"
 def relative_position_index(window: int) -> Tensor:
     """(window^2, window^2) int64: the row of the bias table for every pair of tokens of a window.
 
-    Row (dy + window - 1) * (2 window - 1) + dx + window - 1 belongs to the offset (dy, dx) from the second token
-    to the first (Swin, https://arxiv.org/abs/2103.14030, equation 4).
+    Row (dy + window - 1) * (2 window - 1) + dx + window - 1 belongs to the offset (dy, dx) of the first token
+    from the second (Swin, https://arxiv.org/abs/2103.14030, equation 4).
     """
     y, x = (
         axis.flatten() for axis in torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
     )
-    dy, dx = (axis[:, None] - axis[None] + window - 1 for axis in (y, x))
+    dy, dx = (grid[:, None] - grid[None] + window - 1 for grid in (y, x))
     return dy * (2 * window - 1) + dx
 
 

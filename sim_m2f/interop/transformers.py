@@ -1,4 +1,4 @@
-"""Hugging Face's Mask2FormerForUniversalSegmentation: its configuration and its folder, from ours and to ours.
+"""Hugging Face's Mask2FormerForUniversalSegmentation: its configuration and its folder, both ways.
 
 Nothing here needs the package `transformers`; a folder written here loads in its versions 4 and 5.
 """
@@ -115,7 +115,7 @@ def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
 
 
 def image_processor_config(cfg: CfgNode) -> dict[str, Any]:
-    """The contents of ``preprocessor_config.json``: sizes and pixel statistics as this configuration has them."""
+    """The contents of ``preprocessor_config.json``: sizes and pixel statistics of this configuration."""
     return {
         "image_processor_type": "Mask2FormerImageProcessor",
         "do_resize": cfg.INPUT.MIN_SIZE_TEST > 0,
