@@ -35,7 +35,7 @@ def _deterministic():
 def small_cfg(tmp_path) -> CfgNode:
     """A network of a few layers on the embedded shapes, writing to a folder of the test's own."""
     cfg = get_cfg()
-    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
     cfg.merge_from_list([*SMALL, "OUTPUT_DIR", str(tmp_path / "output")])
     return cfg
 

@@ -229,7 +229,8 @@ FULL = [
     *("MODEL.SIM.SELF_CORRECTION.ENABLED", "True", "MODEL.SIM.SELF_CORRECTION.START", "0"),
     *("MODEL.SIM.PSEUDO_SEMANTIC.WARMUP", "0", "MODEL.SIM.SELF_CORRECTION.WARMUP", "0"),
     *("MODEL.SIM.POSITIVE_MASKS.WEIGHTING", "True", "MODEL.SIM.PAIRWISE.WARMUP", "0"),
-    *("MODEL.SIM.PROTOTYPES.TEMPERATURE", "1.0"),
+    *("MODEL.SIM.PROTOTYPES.TEMPERATURE", "1.0", "MODEL.SIM.PROTOTYPES.CENTER", "0.0"),
+    *("MODEL.SIM.PSEUDO_MASKS.ALPHA", "0.5"),
     *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SEM_SEG_HEAD.MASK_DIM", "6"),
 ]
 
@@ -237,7 +238,7 @@ FULL = [
 def losses_with(overrides: list[str], generator) -> dict[str, torch.Tensor]:
     """The criterion's losses on fixed outputs of student and teacher."""
     cfg = sim_m2f.get_cfg()
-    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
     cfg.merge_from_list([*FULL, *overrides])
     objects, logits, masks = two_pictures(generator)
     counts = objects.counts

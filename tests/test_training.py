@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine.checkpoint import point_to
 from sim_m2f.engine.trainer import Trainer
+from sim_m2f.supervision.criterion import build_criterion
 
 
 def train(cfg, *overrides: str, resume: bool = False) -> Path:
@@ -31,8 +32,12 @@ def train_losses(output: Path) -> list[dict]:
     ]
 
 
+def checkpoint(output: Path) -> dict:
+    return torch.load(output / "model_final.pth", weights_only=True)
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return torch.load(output / "model_final.pth", weights_only=True)["model"]
+    return checkpoint(output)["model"]
 
 
 def few_pictures(folder: Path, split: str, count: int) -> dict:
@@ -153,15 +158,29 @@ def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
     assert losses == expected
 
 
-def test_two_processes_learn_what_one_does(few, tmp_path):
+@pytest.mark.parametrize("supervision", ["boxes", "everything"])
+def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
+    """Without copy-paste, for which each rank draws objects of its own."""
     few.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "GN"])
+    few.merge_from_list([str(value) for value in SUPERVISIONS[supervision]])
+    few.merge_from_list(
+        ["MODEL.SIM.COPY_PASTE.ENABLED", "False", "MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS", "9999"]
+    )
+    few.merge_from_list(["MODEL.SIM.PROTOTYPES.MOMENTUM", "0.5", "MODEL.SIM.PROTOTYPES.CONFIDENT", "0.3"])
     few.merge_from_list(["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "two")])
     (tmp_path / "few.yaml").write_text(few.dump())
     command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "--num-gpus", "2"]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one, two = weights(train(few, "OUTPUT_DIR", tmp_path / "one")), weights(tmp_path / "two")
-    for name, weight in one.items():
-        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=1e-4, msg=name)
+    train(few, "OUTPUT_DIR", tmp_path / "one")
+    start = build_criterion(few).state_dict()
+    one, two = (checkpoint(tmp_path / run) for run in ("one", "two"))
+    for part in ("model", "criterion"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(value, two[part][name], rtol=1e-3, atol=1e-4, msg=name)
+    moved = one["criterion"]["pseudo_masks.prototypes.vectors"] != start["pseudo_masks.prototypes.vectors"]
+    assert moved.any() == (supervision == "everything")
+    for ours, theirs in zip(train_losses(tmp_path / "one"), train_losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     results = [
         json.loads((tmp_path / run / "inference/coco_instances_results.json").read_text())
         for run in ("one", "two")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.files import atomic_write
 
 
@@ -63,8 +64,11 @@ class LossAverage:
         self.steps += 1
 
     def take(self) -> dict[str, float]:
-        """Means by name and their sum as "total_loss"; one transfer."""
-        values = (torch.stack(list(self.sums.values())) / self.steps).tolist()
+        """Means over steps and ranks by name, and their sum as "total_loss"; one transfer.
+
+        All ranks call it.
+        """
+        values = mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps).tolist()
         means = dict(zip(self.sums, values, strict=True))
         self.sums, self.steps = {}, 0
         return {"total_loss": sum(means.values()), **means}

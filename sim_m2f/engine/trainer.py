@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
@@ -13,6 +14,7 @@ from sim_m2f.data.catalog import test_sources
 from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
 from sim_m2f.data.dataset import TrainDataset
 from sim_m2f.data.loader import test_loader, train_loader
+from sim_m2f.distributed import max_over_ranks
 from sim_m2f.engine.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -111,7 +113,7 @@ class Trainer:
         average = LossAverage()
         with progress_bar(self.iteration, solver.MAX_ITER, logger is not None) as bar, StopSignal() as stop:
             batches = iter(loader)
-            while self.iteration < solver.MAX_ITER and not stop.received:
+            while self.iteration < solver.MAX_ITER and not self._agreed(stop):
                 average.add(self.step(next(batches)))
                 bar.update()
                 last = self.iteration == solver.MAX_ITER
@@ -123,12 +125,12 @@ class Trainer:
                     self.save()
                 if not last and _due(self.iteration, cfg.TEST.EVAL_PERIOD):
                     self.evaluate(logger)
-        if stop.received:
+        if self.iteration < solver.MAX_ITER:
             self.save()
             self.accelerator.print(
                 f"stopped after step {self.iteration}; the same command with --resume goes on"
             )
-            raise SystemExit(128 + stop.received)
+            raise SystemExit(128 + self._agreed(stop))
         self.evaluate(logger)
         if logger:
             logger.close()
@@ -231,16 +233,28 @@ class Trainer:
         print(f"Report: {page}")
 
     def save(self) -> None:
-        """Write a checkpoint of everything that training changes; the run's former one goes."""
+        """Write a checkpoint of everything that training changes; the run's former one goes.
+
+        All ranks call it, rank 0 writes.
+        """
+        state = self._state()
         if not self.accelerator.is_main_process:
             return
         final = self.iteration == self.cfg.SOLVER.MAX_ITER
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
-        save_checkpoint(path, self._state())
+        save_checkpoint(path, state)
         point_to(path)
         if self.checkpoint not in (None, path) and not self.cfg.SOLVER.KEEP_CHECKPOINTS:
             self.checkpoint.unlink(missing_ok=True)
         self.checkpoint = path
+
+    def _agreed(self, stop: "StopSignal") -> int:
+        """The signal that any rank has received, 0 for none; ranks ask each other every LOG_PERIOD steps."""
+        if self.accelerator.num_processes == 1:
+            return stop.received
+        if self.iteration % self.cfg.SOLVER.LOG_PERIOD:
+            return 0
+        return int(max_over_ranks(torch.tensor(stop.received, device=self.accelerator.device)))
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -248,12 +262,18 @@ class Trainer:
             "criterion": self.criterion.state_dict(),
             "teacher": self.teacher.state_dict() if self.teacher else {},
             "use_teacher": self.cfg.TEST.USE_TEACHER,
-            "bank": self.bank.state_dict() if self.bank is not None else {},
+            "banks": self._banks(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "iteration": self.iteration,
         }
+
+    def _banks(self) -> list[dict[str, Any]]:
+        """The state of every rank's paste bank, on the CPU; empty without copy-paste."""
+        if self.bank is None:
+            return []
+        return gather_object([send_to_device(self.bank.state_dict(), "cpu")])
 
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         try:
@@ -261,7 +281,8 @@ class Trainer:
             if self.teacher:
                 self.teacher.load_state_dict(state["teacher"])
             if self.bank is not None:
-                self.bank.load_state_dict(state["bank"])
+                banks = state["banks"]
+                self.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if self.accelerator.scaler and state["scaler"]:
