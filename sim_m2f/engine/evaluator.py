@@ -83,7 +83,8 @@ def _detect(
     with torch.no_grad(), evaluation_mode(network):
         for batch in progress:
             with accelerator.autocast():
-                outputs = network(batch["images"].to(accelerator.device, non_blocking=True))
+                images = batch["images"].to(accelerator.device, non_blocking=True)
+                outputs = network(images, auxiliary=False)
             found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
             pictures = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
             for image_id, size, instances in pictures:

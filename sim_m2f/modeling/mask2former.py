@@ -32,9 +32,11 @@ class MaskFormerHead(nn.Module):
         self.pixel_decoder = PixelDecoder(cfg, channels)
         self.predictor = MaskDecoder(cfg)
 
-    def forward(self, features: dict[str, Tensor]) -> tuple[list[dict[str, Tensor]], Tensor]:
+    def forward(
+        self, features: dict[str, Tensor], auxiliary: bool = True
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
         encoded, mask_features = self.pixel_decoder(features)
-        return self.predictor(encoded, mask_features), mask_features
+        return self.predictor(encoded, mask_features, auxiliary), mask_features
 
 
 class Mask2Former(nn.Module):
@@ -47,15 +49,18 @@ class Mask2Former(nn.Module):
          "pred_masks": (B, Q, H/4, W/4) logits,
          "mask_features": (B, MASK_DIM, H/4, W/4),
          "aux_outputs": [the first two, of each earlier layer]}
+
+    ``model(images, auxiliary=False)`` leaves "aux_outputs" empty and saves their time.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        self.pixel_std = list(cfg.MODEL.PIXEL_STD)  # of its pictures; weights for others are converted
         self.backbone = build_backbone(cfg)
         self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
 
-    def forward(self, images: Tensor) -> dict[str, Tensor | list[dict[str, Tensor]]]:
-        predictions, mask_features = self.sem_seg_head(self.backbone(images))
+    def forward(self, images: Tensor, auxiliary: bool = True) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+        predictions, mask_features = self.sem_seg_head(self.backbone(images), auxiliary)
         return {**predictions[-1], "mask_features": mask_features, "aux_outputs": predictions[:-1]}
 
 

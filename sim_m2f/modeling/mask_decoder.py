@@ -131,22 +131,25 @@ class MaskDecoder(nn.Module):
         self.class_embed = nn.Linear(width, head.NUM_CLASSES + 1)
         self.mask_embed = MLP([width, width, width, head.MASK_DIM])
 
-    def forward(self, encoded: list[Tensor], mask_features: Tensor) -> list[dict[str, Tensor]]:
+    def forward(
+        self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool = True
+    ) -> list[dict[str, Tensor]]:
         """
         Args:
             encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
             mask_features: (B, MASK_DIM, h, w) of stride 4.
+            auxiliary: whether all predictions are wanted, or only the last layer's.
 
         Returns:
             {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone, then per layer.
         """
-        sizes = [level.shape[-2:] for level in encoded]
         memories, keys = self._memories(encoded)
+        coarse = [_resized(mask_features, level.shape[-2:]) for level in encoded]
         batch = mask_features.shape[0]
         query = self.query_feat.weight.expand(batch, -1, -1)
         positions = self.query_embed.weight.expand(batch, -1, -1)
 
-        predictions = [self._predict(query, mask_features)]
+        predictions = []
         for i, (cross, self_attention, ffn) in enumerate(
             zip(
                 self.transformer_cross_attention_layers,
@@ -155,12 +158,14 @@ class MaskDecoder(nn.Module):
                 strict=True,
             )
         ):
+            normed, embedding = self._embedded(query)
+            if auxiliary:
+                predictions.append(self._prediction(normed, embedding, mask_features))
             level = i % self.levels
-            allowed = _attention_mask(predictions[-1]["pred_masks"], sizes[level])
+            allowed = _attention_mask(embedding, coarse[level])
             query = cross(query, positions, memories[level], keys[level], allowed)
             query = ffn(self_attention(query, positions))
-            predictions.append(self._predict(query, mask_features))
-        return predictions
+        return [*predictions, self._prediction(*self._embedded(query), mask_features)]
 
     def _memories(self, encoded: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         memories, keys = [], []
@@ -171,14 +176,25 @@ class MaskDecoder(nn.Module):
             keys.append(memory + sine_positions(height, length, memory.shape[-1], memory.device))
         return memories, keys
 
-    def _predict(self, query: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def _embedded(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries behind the norm, (B, Q, width), and the mask of each as a vector, (B, Q, MASK_DIM)."""
         query = self.decoder_norm(query)
-        masks = torch.einsum("bqc,bchw->bqhw", self.mask_embed(query), mask_features)
+        return query, self.mask_embed(query)
+
+    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+        masks = (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return {"pred_logits": self.class_embed(query), "pred_masks": masks}
 
 
 @torch.no_grad()
-def _attention_mask(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, Q, h*w) bool: the mask's pixels at ``size``; everything for a query whose mask is empty there."""
-    allowed = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False).flatten(2) >= 0
-    return allowed | ~allowed.any(dim=-1, keepdim=True)
+def _resized(mask_features: Tensor, size: torch.Size) -> Tensor:
+    """(B, MASK_DIM, h * w): resizing the features is resizing the masks, which are linear in them."""
+    return F.interpolate(mask_features, size=size, mode="bilinear", align_corners=False).flatten(2)
+
+
+@torch.no_grad()
+def _attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
+    """(B, Q, h * w) bool: the pixels of the mask; everything for a query whose mask is empty."""
+    logits = embedding @ features
+    empty = logits.amax(dim=-1, keepdim=True) < 0
+    return (logits >= 0) | empty

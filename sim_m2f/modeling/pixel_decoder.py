@@ -11,6 +11,8 @@ from sim_m2f.config import CfgNode
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
 from sim_m2f.modeling.position import sine_positions
 
+CHUNK = 1024  # pixels that go through an MLP together on a CPU, so that the hidden layer stays in the caches
+
 
 class ConvNorm(nn.Conv2d):
     """A convolution without bias, followed by GroupNorm (32 groups)."""
@@ -41,7 +43,12 @@ class EncoderLayer(nn.Module):
     def forward(self, source: Tensor, positions: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         attended = self.self_attn(source + positions, reference, source, shapes)
         source = self.norm1(source + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(source)))
+        if source.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._mlp(source)
+        return torch.cat([self._mlp(part) for part in source.split(CHUNK, dim=1)], dim=1)
+
+    def _mlp(self, source: Tensor) -> Tensor:
+        hidden = self.dropout(F.relu_(self.linear1(source)))
         return self.norm2(source + self.dropout(self.linear2(hidden)))
 
 
@@ -83,7 +90,8 @@ class Transformer(nn.Module):
         )
         encoded = self.encoder(source, positions, shapes).split([h * w for h, w in shapes], dim=1)
         return [
-            level.transpose(1, 2).unflatten(2, shape) for level, shape in zip(encoded, shapes, strict=True)
+            level.unflatten(1, shape).permute(0, 3, 1, 2)
+            for level, shape in zip(encoded, shapes, strict=True)
         ]
 
 
@@ -136,4 +144,4 @@ class PixelDecoder(nn.Module):
         encoded = self.transformer(projected)
         fine = self.adapter_1(features[self.fine_feature])
         coarse = F.interpolate(encoded[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        return encoded, self.mask_features(F.relu(self.layer_1(fine + coarse)))
+        return encoded, self.mask_features(F.relu_(self.layer_1(fine + coarse)))

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import masks_to_boxes
 
 STRIDE = 4
+CHUNK = 4  # masks that are brought to full size together
 
 
 @torch.no_grad()
@@ -34,37 +34,54 @@ def instances(
     scores, pairs = probabilities.flatten(1).topk(min(top_k, probabilities[0].numel()), dim=1)
     results = []
     for i, (image_size, original_size) in enumerate(zip(image_sizes, original_sizes, strict=True)):
-        logits = _resized(outputs["pred_masks"][i, pairs[i] // classes].float(), image_size, original_size)
-        masks = logits > 0
-        area = masks.flatten(1).sum(1)
-        mask_scores = (logits.sigmoid() * masks).flatten(1).sum(1) / (area + 1e-6)
-        result_scores, order = (scores[i] * mask_scores).sort(descending=True, stable=True)
-        masks = masks[order]
+        queries, query = (pairs[i] // classes).unique(return_inverse=True)
+        logits = outputs["pred_masks"][i, queries].float()
+        masks, boxes, mask_scores = _full_size(logits, image_size, original_size)
+        result_scores, order = (scores[i] * mask_scores[query]).sort(descending=True, stable=True)
+        query, labels = query[order], (pairs[i] % classes)[order]
         results.append(
-            {
-                "scores": result_scores,
-                "labels": (pairs[i] % classes)[order],
-                "masks": masks,
-                "boxes": _boxes(masks),
-            }
+            {"scores": result_scores, "labels": labels, "masks": masks[query], "boxes": boxes[query]}
         )
     return results
 
 
-def _resized(logits: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """(K, h, w) at stride 4 to the network's input, without its padding, to (K, H0, W0)."""
-    height, width = logits.shape[-2:]
-    full = F.interpolate(
-        logits[None], size=(height * STRIDE, width * STRIDE), mode="bilinear", align_corners=False
+def _full_size(
+    logits: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (K, H0, W0) of logits (K, h, w) at stride 4, their boxes, the mean probability of their pixels.
+
+    A few masks at a time, so that their logits at full size stay in the caches.
+    """
+    vertical, horizontal = (
+        _resizing(length, size, original, logits.device)
+        for length, size, original in zip(logits.shape[-2:], image_size, original_size, strict=True)
     )
-    full = full[..., : image_size[0], : image_size[1]]
-    return F.interpolate(full, size=original_size, mode="bilinear", align_corners=False)[0]
+    masks = torch.empty(len(logits), *original_size, dtype=torch.bool, device=logits.device)
+    boxes, scores = logits.new_empty(len(logits), 4), logits.new_empty(len(logits))
+    for start in range(0, len(logits), CHUNK):
+        part = slice(start, start + CHUNK)
+        full = vertical.T @ (logits[part] @ horizontal)
+        mask = torch.gt(full, 0, out=masks[part])
+        top, bottom = _span(full.amax(2) > 0)
+        left, right = _span(full.amax(1) > 0)
+        boxes[part] = torch.stack([left, top, right, bottom], dim=1)
+        scores[part] = full.sigmoid_().mul_(mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6)
+    return masks, boxes, scores
 
 
-def _boxes(masks: Tensor) -> Tensor:
-    """(K, 4) xyxy with exclusive right and lower ends; zeros for an empty mask."""
-    boxes = torch.zeros(len(masks), 4, device=masks.device)
-    filled = masks.flatten(1).any(1)
-    if filled.any():
-        boxes[filled] = masks_to_boxes(masks[filled]) + boxes.new_tensor([0, 0, 1, 1])
-    return boxes
+def _resizing(length: int, size: int, original: int, device: torch.device) -> Tensor:
+    """(length, original): one axis from stride 4 to the network's input, without its padding, to the picture.
+
+    Both steps are bilinear, that is, linear and separable, so this matrix per axis is all of it.
+    """
+    axis = torch.eye(length, device=device)[None]
+    full = F.interpolate(axis, size=length * STRIDE, mode="linear", align_corners=False)[..., :size]
+    return F.interpolate(full, size=original, mode="linear", align_corners=False)[0]
+
+
+def _span(filled: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past-the-last True of each row of (K, n); zeros for a row without one."""
+    numbers = torch.arange(1, filled.shape[1] + 1, device=filled.device)
+    past = (numbers * filled).amax(1)
+    first = filled.shape[1] - (numbers.flip(0) * filled).amax(1)
+    return first * (past > 0), past

@@ -1,0 +1,116 @@
+"""The network's shortcuts against what they stand for."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
+
+from sim_m2f import build_model, get_cfg
+from sim_m2f.modeling.frozen_norm import fold_frozen_norms
+from sim_m2f.modeling.postprocess import instances
+
+TINY = [
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
+    *("MODEL.SEM_SEG_HEAD.MASK_DIM", "32", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
+    *("MODEL.MASK_FORMER.HIDDEN_DIM", "32", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "12"),
+]
+
+
+@pytest.fixture
+def network():
+    cfg = get_cfg()
+    cfg.merge_from_list(TINY)
+    return build_model(cfg).eval()
+
+
+def resized(tensor, size):
+    return F.interpolate(tensor[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("original", [(37, 50), (150, 203)])
+def test_instances_are_those_of_two_resizings(original):
+    """To the network's input, without its padding, to the picture, then the threshold."""
+    image_size, padded = (75, 101), (96, 128)
+    logits = F.interpolate(torch.randn(1, 9, 6, 8), size=(24, 32), mode="bicubic") * 4
+    logits[:, 4] = -1
+    outputs = {"pred_logits": 3 * torch.randn(1, 9, 6), "pred_masks": logits}
+    (found,) = instances(outputs, [image_size], [original], top_k=20)
+
+    full = resized(logits[0].double(), padded)[:, : image_size[0], : image_size[1]]
+    full = resized(full, original)
+    mask_scores = torch.stack([x[x > 0].sigmoid().mean() if (x > 0).any() else x.new_tensor(0) for x in full])
+    scores = outputs["pred_logits"][0].double().softmax(-1)[:, :-1]
+    pairs = scores.flatten().topk(20).indices
+    query, label = pairs // 5, pairs % 5
+    expected = scores[query, label] * mask_scores[query]
+    order = expected.sort(descending=True, stable=True).indices
+    torch.testing.assert_close(found["scores"].double(), expected[order], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found["labels"][expected[order] > 0], label[order][expected[order] > 0])
+    certain = full[query[order]].abs() > 1e-4
+    assert certain.float().mean() > 0.99
+    assert torch.equal(found["masks"][certain], (full[query[order]] > 0)[certain])
+    for mask, box in zip(found["masks"], found["boxes"].tolist(), strict=True):
+        rows, columns = mask.any(1).nonzero().flatten().tolist(), mask.any(0).nonzero().flatten().tolist()
+        assert box == ([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else [0, 0, 0, 0])
+
+
+def test_attention_masks_are_the_resized_predictions(network):
+    """The decoder resizes features, not masks; the queries attend where the earlier prediction says."""
+    seen = []
+    decoder = network.sem_seg_head.predictor
+    for layer in decoder.transformer_cross_attention_layers:
+        layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[4]))
+    with torch.no_grad():
+        outputs = network(torch.randn(2, 3, 96, 160))
+    sizes = [(3, 5), (6, 10), (12, 20)]
+    assert len(seen) == len(outputs["aux_outputs"]) == 9
+    for i, (allowed, prediction) in enumerate(zip(seen, outputs["aux_outputs"], strict=True)):
+        logits = F.interpolate(prediction["pred_masks"], size=sizes[i % 3], mode="bilinear").flatten(2)
+        expected = (logits >= 0) | (logits < 0).all(-1, keepdim=True)
+        certain = logits.abs() > 1e-5 * logits.abs().max()
+        certain |= (logits < 0).all(-1, keepdim=True)
+        assert torch.equal(allowed[certain], expected[certain])
+        assert allowed.any(-1).all()
+
+
+def test_without_auxiliary_outputs_the_result_is_the_same(network):
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        full, short = network(images), network(images, auxiliary=False)
+    assert short["aux_outputs"] == []
+    for name in ("pred_logits", "pred_masks", "mask_features"):
+        assert torch.equal(full[name], short[name])
+
+
+def test_folded_norms_change_nothing():
+    body = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), nn.BatchNorm2d(4)),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+    )
+    for norm in body.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    body = freeze_batch_norm_2d(body).double()
+    folded = copy.deepcopy(body)
+    fold_frozen_norms(folded)
+    folded = copy.deepcopy(folded)
+    body[0].weight.data *= 2
+    folded.load_state_dict(body.state_dict())
+    assert list(folded.state_dict()) == list(body.state_dict())
+    images = torch.randn(2, 3, 9, 11, dtype=torch.float64)
+    torch.testing.assert_close(folded(images), body(images))
+    grads = [
+        torch.autograd.grad(net(images).square().sum(), list(net.parameters())) for net in (folded, body)
+    ]
+    torch.testing.assert_close(*grads)
