@@ -4,6 +4,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, which speaks for all."""
+    return not _distributed() or dist.get_rank() == 0
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a tensor over all ranks, without gradient."""
     return _reduced(value, dist.ReduceOp.SUM)

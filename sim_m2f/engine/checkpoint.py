@@ -1,14 +1,17 @@
 """Checkpoints: written whole or not at all, read without running code from them."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
+from sim_m2f.interop.load import LoadReport, load_into
+from sim_m2f.interop.sources import local_weights
+from sim_m2f.interop.weight_files import read_weight_file
 
 LAST = "last_checkpoint"
 TIMM = "timm://"
@@ -35,38 +38,46 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file is missing or damaged, is no checkpoint, or holds more than tensors.
     """
-    path = Path(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint of tensors only; not loaded ({reason})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends early"
-        raise UserError(f"{path}: not a checkpoint, or damaged ({reason}); take another file") from error
+    state = read_weight_file(Path(path))
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint; take another file")
     return state
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load the network's weights from a checkpoint, or its backbone's from timm (``timm://NAME``).
+def load_checkpoint(network: nn.Module, source: str | Path, complete: bool = False) -> LoadReport | None:
+    """Load weights of any origin that MODEL.WEIGHTS may name, and print what was loaded.
 
     Of a run that evaluated its teacher (TEST.USE_TEACHER) these are the teacher's weights.
 
+    Args:
+        network: ``build_model(cfg)``.
+        source: a file or a folder of ours, of Mask2Former, detectron2, torchvision, Swin or transformers, an
+            address (https://, detectron2://, hf://), or ``timm://NAME`` for timm's pretrained backbone.
+        complete: refuse weights that leave any of the network's at its initial value.
+
+    Returns:
+        what became of every weight; None for timm's.
+
     Raises:
-        UserError: the file cannot be read, or belongs to another network.
+        UserError: there is no such file, it is damaged or would run code, or it belongs to another network.
     """
-    if str(path).startswith(TIMM):
-        model.backbone.load_pretrained(str(path).removeprefix(TIMM))
-        return
-    state = read_checkpoint(path)
-    weights = state.get("model", state)
-    if state.get("use_teacher"):
-        weights = teacher_weights(state)
-    load_weights(model, weights, path)
+    if str(source).startswith(TIMM):
+        network.backbone.load_pretrained(str(source).removeprefix(TIMM))
+        return None
+    path = local_weights(source)
+    state = read_weight_file(path)
+    if isinstance(state, dict) and state.get("use_teacher"):
+        state = teacher_weights(state)
+    report = load_into(network, state, str(source))
+    if complete and not report.complete:
+        unfilled = [*report.reshaped, *report.missing]
+        raise UserError(
+            f"{source}: {len(unfilled)} weights of the network are missing or of another shape, such as "
+            f"{unfilled[0]}; check MODEL.* and NUM_CLASSES"
+        )
+    if is_first_rank():
+        print(report)
+    return report
 
 
 def teacher_weights(state: dict[str, Any]) -> dict[str, Any]:

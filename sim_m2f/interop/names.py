@@ -117,6 +117,24 @@ def transformers_names(name: str) -> tuple[str, ...]:
     return tuple(_PARTS.sub(part, theirs) for part in parts[1].split("|")) if parts else (theirs,)
 
 
+# transformers 5 calls Swin's modules in memory otherwise than its files do.
+SWIN_IN_MEMORY: Rules = (
+    (r"\.encoder\.swin\.", ".encoder."),
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def stored_transformers_name(name: str) -> str:
+    """The name that a weight, called ``name`` in memory, has in transformers' files; others as they are."""
+    return _applied(SWIN_IN_MEMORY, name) if name.startswith("model.pixel_level_module.encoder.") else name
+
+
 def _swin_or_resnet(name: str, swin: Rules, resnet: Rules) -> Rules:
     return swin if re.match(r"body\.(patch_embed|layers_)|norm\d", name) else resnet
 
