@@ -186,8 +186,13 @@ def test_pictures_that_were_left_out_are_noticed(coloured, tmp_path):
         run(coloured_cfg(coloured), tmp_path, rank=0, world_size=2)
 
 
+class Wrapped(torch.nn.Sequential):
+    def forward(self, images, auxiliary=True):
+        return self[0](images, auxiliary)
+
+
 def test_modes_of_the_model_are_restored(coloured, tmp_path):
-    model = torch.nn.Sequential(ColourNetwork())
+    model = Wrapped(ColourNetwork())
     model.train()
     model[0].eval()  # as a frozen part is
     model[0].head.train()
