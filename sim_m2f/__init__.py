@@ -3,6 +3,8 @@
 from sim_m2f.config import get_cfg
 from sim_m2f.engine.checkpoint import load_checkpoint
 from sim_m2f.modeling import build_model
+from sim_m2f.pretrained import from_pretrained
+from sim_m2f.segmenter import Instances, Segmenter
 
-__all__ = ["build_model", "get_cfg", "load_checkpoint"]
+__all__ = ["Instances", "Segmenter", "build_model", "from_pretrained", "get_cfg", "load_checkpoint"]
 __version__ = "0.1.0"

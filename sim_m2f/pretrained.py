@@ -1,0 +1,196 @@
+"""Folders of trained networks: read from wherever they come from, written, and uploaded.
+
+A folder of ours holds model.safetensors, config.yaml, classes.json and README.md, the model card.
+"""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import torch
+from safetensors.torch import save
+
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.data.class_names import class_names, read_class_names
+from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.interop.sources import hub_folder, weights_in
+from sim_m2f.interop.transformers import cfg_from_transformers
+from sim_m2f.modeling import build_model
+from sim_m2f.segmenter import Segmenter
+
+CONFIG, WEIGHTS, CLASSES, CARD = "config.yaml", "model.safetensors", "classes.json", "README.md"
+METRICS = "inference/metrics.json"
+CHECKPOINTS = (".pth", ".pkl", ".safetensors")
+MODEL_CARD = """\
+---
+library_name: sim-m2f
+pipeline_tag: image-segmentation
+tags:
+- instance-segmentation
+- mask2former
+- {tag}
+---
+
+# Instance segmentation with SIM-M2F
+
+A Mask2Former of {parameters:.1f} million parameters ({backbone}) that learned from {taught}.
+
+Classes: {classes}.
+{measured}
+## Use
+
+```python
+import sim_m2f
+
+model = sim_m2f.from_pretrained("path/of/this/folder")  # or its name on the Hub, "owner/name"
+found = model.predict("picture.jpg", threshold=0.5)
+print(found.names, found.scores, found.boxes, found.masks.shape, found.rles)
+```
+"""
+SHOWN_METRICS = ("segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl")
+
+
+def from_pretrained(source: str | Path, config: str | Path = "", device: str = "auto") -> Segmenter:
+    """A trained network, ready for ``predict``.
+
+    Args:
+        source: a folder that ``save_pretrained`` wrote, the OUTPUT_DIR of a run, a folder with one checkpoint
+            and ``config.yaml``, a folder of transformers' Mask2Former, "owner/name" (or "hf://owner/name") of
+            one of these on the Hugging Face Hub, or a checkpoint.
+        config: YAML file; needed for a checkpoint, replaces the folder's otherwise.
+        device: "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: there is nothing of the kind, a file is damaged, or weights and configuration do not fit.
+    """
+    found = _located(source, config)
+    network = build_model(found.cfg)
+    load_checkpoint(network, found.weights, complete=True)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Segmenter(network, found.cfg, found.class_names, found.metrics).to(device)
+
+
+class _Found(NamedTuple):
+    cfg: CfgNode
+    class_names: list[str]
+    weights: Path
+    metrics: dict[str, float]
+
+
+def _located(source: str | Path, config: str | Path) -> _Found:
+    path = Path(source).expanduser()
+    if not path.exists():
+        if not re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+            raise UserError(f"{source}: no such folder or file, and no name on the Hub (owner/name)")
+        path = hub_folder(str(source))
+    if path.is_file():
+        if not config:
+            raise UserError(f"{path}: a checkpoint alone does not say what network it is of; give its config")
+        return _of_config(config, path)
+    if (path / "config.json").exists() and not (path / CONFIG).exists() and not config:
+        return _of_transformers(path)
+    if not config and not (path / CONFIG).exists():
+        raise UserError(f"{path}: has neither {CONFIG} nor config.json; give the folder of a trained network")
+    found = _of_config(config or path / CONFIG, _weights_in(path))
+    names, metrics = path / CLASSES, path / METRICS
+    if names.exists():
+        found = found._replace(class_names=read_class_names(names))
+    if metrics.exists():
+        found = found._replace(metrics=_json(metrics))
+    return found
+
+
+def _of_config(config: str | Path, weights: Path) -> _Found:
+    cfg = get_cfg()
+    cfg.merge_from_file(config)
+    return _Found(cfg, class_names(cfg), weights, {})
+
+
+def _of_transformers(folder: Path) -> _Found:
+    files = (folder / "config.json", folder / "preprocessor_config.json")
+    contents = [_json(file) for file in files if file.exists()]
+    try:
+        cfg, names = cfg_from_transformers(*contents)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    return _Found(cfg, names or class_names(cfg), folder, {})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
+
+
+def _weights_in(folder: Path) -> Path:
+    """The folder's only checkpoint, else ours, else the last one of a run."""
+    checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
+    return checkpoints[0] if len(checkpoints) == 1 else weights_in(folder)
+
+
+def write_folder(folder: Path, model: Segmenter) -> None:
+    """Write a folder of ours; paths of the machine that trained it are left out of its configuration.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    cfg, defaults = model.cfg.clone(), get_cfg()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = defaults.MODEL.WEIGHTS, defaults.OUTPUT_DIR
+    cfg.DATASETS = defaults.DATASETS
+    weights = {
+        name: weight.detach().cpu().contiguous() for name, weight in model.network.state_dict().items()
+    }
+    with atomic_write(folder / WEIGHTS, "wb") as file:
+        file.write(save(weights, metadata={"format": "pt"}))
+    texts = {
+        CONFIG: cfg.dump(),
+        CLASSES: json.dumps({"class_names": model.class_names}, indent=1),
+        CARD: model_card(model),
+    }
+    for name, text in texts.items():
+        with atomic_write(folder / name) as file:
+            file.write(text)
+
+
+def upload(model: Segmenter, repository: str, **options: object) -> str:
+    """See ``Segmenter.push_to_hub``."""
+    hub = huggingface_hub.HfApi()
+    address = hub.create_repo(repository, exist_ok=True, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), model)
+        hub.upload_folder(repo_id=address.repo_id, folder_path=folder)
+    return str(address)
+
+
+def model_card(model: Segmenter) -> str:
+    """README.md of the folder: what the network is, what it was measured to do, and how to use it."""
+    boxes = model.cfg.MODEL.SIM.SUPERVISION == "box"
+    return MODEL_CARD.format(
+        tag="box-supervised" if boxes else "mask-supervised",
+        parameters=sum(parameter.numel() for parameter in model.network.parameters()) / 1e6,
+        backbone=_backbone(model.cfg),
+        taught="bounding boxes alone, without a mask" if boxes else "masks",
+        classes=", ".join(model.class_names),
+        measured=_measured(model.metrics),
+    )
+
+
+def _measured(metrics: dict[str, float | None]) -> str:
+    rows = [f"| {name} | {metrics[name]:.1f} |" for name in SHOWN_METRICS if metrics.get(name) is not None]
+    return "\n".join(["\n## Measured\n", "| metric | percent |", "|---|---|", *rows, ""]) if rows else ""
+
+
+def _backbone(cfg: CfgNode) -> str:
+    known = {
+        "build_resnet_backbone": f"ResNet-{cfg.MODEL.RESNETS.DEPTH}",
+        "D2SwinTransformer": f"Swin, {cfg.MODEL.SWIN.EMBED_DIM} channels",
+    }
+    return known.get(cfg.MODEL.BACKBONE.NAME, cfg.MODEL.BACKBONE.NAME)

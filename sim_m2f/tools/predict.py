@@ -1,0 +1,110 @@
+"""Find the objects in pictures: a COCO JSON of masks, and every picture with its masks drawn on it."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.segmenter import Instances, Segmenter
+from sim_m2f.tools.drawing import PALETTE, Shape, draw
+
+PREDICTIONS, OVERLAYS = "predictions.json", "overlays"
+SIDE = 1024  # longer side of an overlay in pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="folder of a trained network, or its name on the Hub"
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write ``predictions.json`` and ``overlays/``; returns the exit status.
+
+    Raises:
+        UserError: there are no pictures, one cannot be decoded, or there is no such network.
+    """
+    from sim_m2f.pretrained import from_pretrained
+
+    files = [file for path in args.pictures for file in _pictures_in(path)]
+    model = from_pretrained(args.model, args.config_file, args.device)
+    content = _described(model, files)
+    for number, file in enumerate(tqdm(files, "predict", unit="picture"), start=1):
+        found = model.predict(file, args.threshold)
+        height, width = found.masks.shape[1:]
+        content["images"].append(
+            {"id": number, "file_name": _name(file, args.pictures), "height": height, "width": width}
+        )
+        first = len(content["annotations"]) + 1
+        content["annotations"] += _annotations(found, number, first)
+        _draw(file, found, args.output / OVERLAYS / Path(_name(file, args.pictures)).with_suffix(".png"))
+    with atomic_write(args.output / PREDICTIONS) as file:
+        json.dump(content, file)
+    print(f"{len(content['annotations'])} objects in {len(files)} pictures: {args.output / PREDICTIONS}")
+    return 0
+
+
+def _pictures_in(path: Path) -> list[Path]:
+    """The path itself, or the pictures in the folder and below, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    known = Image.registered_extensions()
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    if not files:
+        raise UserError(f"{path}: holds no picture; give a folder of pictures, or their paths")
+    return files
+
+
+def _name(file: Path, given: list[Path]) -> str:
+    """The file's path within the folder that was given, or its name."""
+    folder = next((path for path in given if path != file and path in file.parents), file.parent)
+    return file.relative_to(folder).as_posix()
+
+
+def _described(model: Segmenter, files: list[Path]) -> dict[str, Any]:
+    categories = [{"id": label, "name": name} for label, name in enumerate(model.class_names, start=1)]
+    description = f"{len(files)} pictures by SIM-M2F"
+    return {"info": {"description": description}, "images": [], "annotations": [], "categories": categories}
+
+
+def _annotations(found: Instances, image_id: int, first: int) -> Iterator[dict[str, Any]]:
+    """COCO's annotations with RLE masks, numbered from ``first``, and the score of each."""
+    areas = found.masks.flatten(1).sum(1).tolist()
+    rows = zip(
+        found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), areas, found.rles, strict=True
+    )
+    for number, (label, score, (x0, y0, x1, y1), area, rle) in enumerate(rows, start=first):
+        yield {
+            "id": number,
+            "image_id": image_id,
+            "category_id": label + 1,
+            "segmentation": rle,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": area,
+            "iscrowd": 0,
+            "score": score,
+        }
+
+
+def _draw(file: Path, found: Instances, path: Path) -> None:
+    shapes = [
+        Shape(colour=PALETTE[label % len(PALETTE)], text=f"{name} {score:.2f}", mask=mask)
+        for label, name, score, mask in zip(
+            found.labels.tolist(), found.names, found.scores.tolist(), found.masks.cpu().numpy(), strict=True
+        )
+    ]
+    with Image.open(file) as stored:
+        picture = draw(ImageOps.exif_transpose(stored), shapes, SIDE)
+    with atomic_write(path, "wb") as target:
+        picture.save(target, "PNG")

@@ -1,0 +1,214 @@
+"""The Python interface: folders in, predictions out, folders out again."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import sim_m2f
+from sim_m2f.cli import main
+from sim_m2f.data.class_names import class_names, coco_names
+from sim_m2f.engine.checkpoint import save_checkpoint
+from sim_m2f.errors import UserError
+from sim_m2f.modeling.postprocess import instances
+
+NAMES = ["crescent", "ring", "star"]
+
+
+@pytest.fixture
+def model():
+    """A small network with random weights that sees pictures at 64 pixels."""
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
+    cfg.merge_from_list([*SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "INPUT.MIN_SIZE_TEST", "64"])
+    cfg.merge_from_list(
+        ["DATASETS.TEST_ANNOTATIONS", "/home/me/val.json", "DATASETS.TEST_IMAGES", "/home/me"]
+    )
+    return sim_m2f.Segmenter(sim_m2f.build_model(cfg), cfg, NAMES, {"segm/AP": 12.34, "segm/APl": None})
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+
+
+def test_predictions_are_those_of_the_network_at_the_pictures_size(model, picture):
+    """Height 50 is resized to 64, width 70 to 90, padded to 96; normalised by hand here."""
+    found = model.predict(picture)
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(picture).permute(2, 0, 1)[None].float(),
+        size=(64, 90),
+        mode="bilinear",
+        antialias=True,
+    ).round()
+    normalised = (resized - torch.tensor([123.675, 116.28, 103.53]).view(3, 1, 1)) / torch.tensor(
+        [58.395, 57.12, 57.375]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        outputs = model.network(torch.nn.functional.pad(normalised, (0, 6)))
+    (expected,) = instances(outputs, [(64, 90)], [(50, 70)], model.cfg.TEST.DETECTIONS_PER_IMAGE)
+    assert len(found) == min(8 * 3, model.cfg.TEST.DETECTIONS_PER_IMAGE)
+    torch.testing.assert_close(found.scores, expected["scores"], atol=1e-2, rtol=0)
+    assert found.masks.shape == (len(found), 50, 70)
+    assert (found.masks == expected["masks"]).float().mean() > 0.98
+    assert found.names == [NAMES[label] for label in found.labels.tolist()]
+
+
+def test_rles_decode_to_the_masks(model, picture):
+    found = model.predict(picture)
+    for rle, mask in zip(json.loads(json.dumps(found.rles)), found.masks.numpy(), strict=True):
+        assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
+
+
+def test_all_kinds_of_pictures_are_the_same_picture(model, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), Image.fromarray(picture), tensor]
+    expected = model.predict(picture)
+    for found in model.predict(kinds):
+        assert torch.equal(found.masks, expected.masks)
+        assert torch.equal(found.scores, expected.scores)
+
+
+def test_a_threshold_leaves_out_what_is_below(model, picture):
+    everything = model.predict(picture)
+    threshold = float(everything.scores[5])
+    assert torch.equal(
+        model.predict(picture, threshold).scores, everything.scores[everything.scores >= threshold]
+    )
+
+
+def test_the_orientation_of_a_photograph_is_applied(model, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    assert model.predict(tmp_path / "turned.png").masks.shape[1:] == (70, 50)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8), "nowhere.jpg"],
+)
+def test_what_is_no_picture_is_refused(model, wrong):
+    with pytest.raises(UserError, match="picture"):
+        model.predict(wrong)
+
+
+def same(one: sim_m2f.Segmenter, other: sim_m2f.Segmenter) -> bool:
+    weights = other.network.state_dict()
+    return all(torch.equal(weight, weights[name]) for name, weight in one.network.state_dict().items())
+
+
+def test_a_saved_folder_gives_the_same_model(model, picture, tmp_path):
+    model.save_pretrained(tmp_path / "folder")
+    assert {file.name for file in (tmp_path / "folder").iterdir()} == {
+        *("model.safetensors", "config.yaml", "classes.json", "README.md")
+    }
+    again = sim_m2f.from_pretrained(tmp_path / "folder", device="cpu")
+    assert same(model, again)
+    assert again.class_names == NAMES
+    assert torch.equal(again.predict(picture).masks, model.predict(picture).masks)
+    assert "/home/me" not in (tmp_path / "folder/config.yaml").read_text()
+
+
+def test_the_model_card_has_metadata_and_figures(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "sim-m2f"
+    assert metadata["pipeline_tag"] == "image-segmentation"
+    assert "box-supervised" in metadata["tags"]
+    assert "| segm/AP | 12.3 |" in card
+    assert "segm/APl" not in card
+    assert "crescent, ring, star" in card
+
+
+def test_the_folder_of_a_run_gives_its_last_weights(model, picture, tmp_path):
+    (tmp_path / "config.yaml").write_text(model.cfg.dump())
+    save_checkpoint(tmp_path / "model_0000009.pth", {"model": model.network.state_dict()})
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    (tmp_path / "inference").mkdir()
+    (tmp_path / "inference/metrics.json").write_text('{"segm/AP": 5.0}')
+    run = sim_m2f.from_pretrained(tmp_path, device="cpu")
+    assert same(model, run)
+    assert run.class_names == ["class 0", "class 1", "class 2"]
+    assert run.metrics == {"segm/AP": 5.0}
+
+
+def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):
+    (tmp_path / "network.yaml").write_text(model.cfg.dump())
+    save_checkpoint(tmp_path / "model.pth", {"model": model.network.state_dict()})
+    assert same(model, sim_m2f.from_pretrained(tmp_path / "model.pth", tmp_path / "network.yaml", "cpu"))
+    with pytest.raises(UserError, match="give its config"):
+        sim_m2f.from_pretrained(tmp_path / "model.pth")
+
+
+def test_names_of_classes(model, tmp_path):
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["DATASETS.TEST_ANNOTATIONS", "", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2"])
+    categories = [{"id": 9, "name": "b"}, {"id": 3, "name": "a"}]
+    content = {"images": [{"id": 1}], "categories": categories}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    cfg.DATASETS.TEST_ANNOTATIONS, cfg.DATASETS.TEST_IMAGES = str(tmp_path / "val.json"), str(tmp_path)
+    assert class_names(cfg) == ["a", "b"]
+    assert len(coco_names()) == 80
+    assert (coco_names()[0], coco_names()[79]) == ("person", "toothbrush")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "neither config.yaml nor config.json"),
+        ({"config.yaml": ""}, "not a|without model.safetensors"),
+        ({"config.yaml": "SEED: 1", "a.pth": "", "b.pth": ""}, "without model.safetensors"),
+        ({"config.json": '{"model_type": "bert"}', "model.safetensors": ""}, "not of Mask2Former"),
+        ({"config.json": "{", "model.safetensors": ""}, "not JSON"),
+        ({"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"}, "class_names"),
+    ],
+)
+def test_a_folder_of_something_else_is_named(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        sim_m2f.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match=re.escape("no/such/folder: no such folder or file")):
+        sim_m2f.from_pretrained("no/such/folder")
+
+
+def test_the_command_writes_a_coco_json_and_overlays(model, picture, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    for name in ("b.png", "a.jpg"):
+        Image.fromarray(picture).save(tmp_path / "pictures" / name)
+    (tmp_path / "pictures/notes.txt").write_text("no picture")
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, "--threshold", "0.01", str(tmp_path / "pictures")]) == 0
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b.png"]
+    assert [category["name"] for category in content["categories"]] == NAMES
+    second = [item for item in content["annotations"] if item["image_id"] == content["images"][1]["id"]]
+    found = model.predict(picture, 0.01)
+    assert [item["score"] for item in second] == pytest.approx(found.scores.tolist())
+    for item, mask in zip(second, found.masks.numpy(), strict=True):
+        assert np.array_equal(coco_mask.decode(item["segmentation"]).astype(bool), mask)
+        assert item["area"] == mask.sum()
+    assert Image.open(tmp_path / "out/overlays/a.png").size[0] >= 70
+    assert str(tmp_path / "out") in capsys.readouterr().out
+
+
+def test_the_command_without_pictures_says_so(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, str(tmp_path / "empty")]) == 2
+    assert "holds no picture" in capsys.readouterr().err
