@@ -1,0 +1,193 @@
+"""detectron2: importing this registers the meta-architecture SIMMask2Former; add_sim_config adds its keys.
+
+detectron2's trainer, data loaders and evaluators then drive the network and the criterion of this project.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    from detectron2.config import CfgNode as Detectron2Cfg
+    from detectron2.data import DatasetMapper, build_detection_train_loader, transforms
+    from detectron2.engine import DefaultTrainer
+    from detectron2.evaluation import COCOEvaluator
+    from detectron2.modeling import META_ARCH_REGISTRY
+    from detectron2.structures import Boxes, ImageList
+    from detectron2.structures import Instances as Detectron2Instances
+except ImportError as error:
+    raise ImportError(
+        "sim_m2f.integrations.detectron2 needs detectron2; install it from "
+        "https://github.com/facebookresearch/detectron2"
+    ) from error
+
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.engine.optimizer import parameter_groups
+from sim_m2f.errors import UserError
+from sim_m2f.modeling.mask2former import Mask2Former
+from sim_m2f.modeling.postprocess import instances
+from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.teacher import Teacher
+
+KEPT = ("MODEL.DEVICE",)  # keys whose default stays detectron2's
+
+
+def add_sim_config(cfg: Detectron2Cfg) -> None:
+    """Add every key of this project to a configuration of detectron2.
+
+    Keys that both have get this project's default, as in Mask2Former's own files; MODEL.DEVICE stays.
+    """
+    _add(cfg, get_cfg(), "")
+    cfg.MODEL.META_ARCHITECTURE = "SIMMask2Former"
+
+
+def _add(cfg: Detectron2Cfg, defaults: CfgNode, prefix: str) -> None:
+    for key, value in defaults.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            if key not in cfg:
+                cfg[key] = Detectron2Cfg()
+            _add(cfg[key], value, f"{path}.")
+        elif path not in KEPT:
+            cfg[key] = value
+
+
+@META_ARCH_REGISTRY.register()
+class SIMMask2Former(nn.Module):
+    """The network and its criterion behind detectron2's interface.
+
+    In training it takes detectron2's list of {"image" (3, H, W), "instances"} and returns losses; Instances
+    need ``gt_classes`` and ``gt_boxes``, and ``gt_masks`` for MODEL.SIM.SUPERVISION mask only. Otherwise it
+    returns detectron2's list of {"instances"}.
+
+    Raises:
+        UserError: copy-paste is asked for, whose bank of pictures only this project's own trainer keeps.
+    """
+
+    def __init__(self, cfg: Detectron2Cfg) -> None:
+        super().__init__()
+        sim = cfg.MODEL.SIM
+        if sim.COPY_PASTE.ENABLED:
+            raise UserError(
+                "MODEL.SIM.COPY_PASTE works with train_net.py only; under detectron2 set "
+                "MODEL.SIM.COPY_PASTE.ENABLED False"
+            )
+        self.network = Mask2Former(cfg)
+        self.criterion = build_criterion(cfg)
+        self.teacher = Teacher(self.network, sim.TEACHER.MOMENTUM) if sim.TEACHER.ENABLED else None
+        self.with_masks = sim.SUPERVISION == "mask"
+        self.divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
+        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.register_state_dict_post_hook(_numbers_as_tensors)
+        self.register_load_state_dict_pre_hook(_tensors_as_numbers)
+        self.to(cfg.MODEL.DEVICE)
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
+        normalised = [(item["image"].to(self.device) - self.pixel_mean) / self.pixel_std for item in batch]
+        images = ImageList.from_tensors(normalised, self.divisor)
+        if self.training:
+            targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
+            taught = self._taught(images.tensor)
+            return self.criterion(self.network(images.tensor), targets, images.tensor, taught)
+        sizes = [tuple(size) for size in images.image_sizes]
+        wanted = [
+            (item.get("height", size[0]), item.get("width", size[1]))
+            for item, size in zip(batch, sizes, strict=True)
+        ]
+        found = instances(self.network(images.tensor), sizes, wanted, self.top_k)
+        return [{"instances": _as_instances(one, size)} for one, size in zip(found, wanted, strict=True)]
+
+    def _taught(self, images: Tensor) -> dict[str, Any] | None:
+        """The teacher's outputs; it follows the weights that the optimizer's last step left."""
+        if self.teacher is None:
+            return None
+        self.teacher.update(self.network)
+        return self.teacher(images)
+
+    def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> dict[str, Tensor]:
+        height, width = annotated.image_size
+        valid = torch.zeros(size, dtype=torch.bool)
+        valid[:height, :width] = True
+        target = {"labels": annotated.gt_classes, "boxes": annotated.gt_boxes.tensor, "valid": valid}
+        if self.with_masks:
+            masks = torch.zeros(len(annotated), *size, dtype=torch.bool)
+            masks[:, :height, :width] = annotated.gt_masks.tensor
+            target["masks"] = masks
+        return target
+
+
+def _as_instances(found: dict[str, Tensor], size: tuple[int, int]) -> Detectron2Instances:
+    return Detectron2Instances(
+        size,
+        pred_masks=found["masks"].float(),
+        pred_boxes=Boxes(found["boxes"]),
+        scores=found["scores"],
+        pred_classes=found["labels"],
+    )
+
+
+def _numbers_as_tensors(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+    """Steps and updates as tensors, because detectron2's checkpoints hold nothing else."""
+    for key in [key for key in state if key.endswith("_extra_state")]:
+        for name, value in state.pop(key).items():
+            state[f"{key}.{name}"] = torch.tensor(value)
+
+
+def _tensors_as_numbers(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+    for key in [key for key in state if "_extra_state." in key]:
+        owner, name = key.rsplit(".", 1)
+        state.setdefault(owner, {})[name] = state.pop(key).item()
+
+
+class SIMTrainer(DefaultTrainer):
+    """detectron2's trainer with Mask2Former's recipe: AdamW, full-model clipping, large-scale jitter."""
+
+    @classmethod
+    def build_optimizer(cls, cfg: Detectron2Cfg, model: SIMMask2Former) -> torch.optim.Optimizer:
+        """Not fused: the clipping must see gradients that mixed precision no longer scales."""
+        optimizer = torch.optim.AdamW(parameter_groups(model.network, cfg), lr=cfg.SOLVER.BASE_LR)
+        clip = cfg.SOLVER.CLIP_GRADIENTS
+
+        def clip_gradient(*_: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(model.network.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)
+
+        if clip.ENABLED:
+            optimizer.register_step_pre_hook(clip_gradient)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: Detectron2Cfg) -> Any:
+        size = cfg.INPUT.IMAGE_SIZE
+        augmentations = [
+            *([transforms.RandomFlip(horizontal=True)] if cfg.INPUT.RANDOM_FLIP == "horizontal" else []),
+            transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size),
+            transforms.FixedSizeCrop((size, size), pad=False),
+        ]
+        mapper = DatasetMapper(
+            is_train=True,
+            augmentations=augmentations,
+            image_format=cfg.INPUT.FORMAT,
+            use_instance_mask=cfg.MODEL.SIM.SUPERVISION == "mask",
+            instance_mask_format="bitmask",
+        )
+        return build_detection_train_loader(cfg, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: Detectron2Cfg, name: str) -> COCOEvaluator:
+        return COCOEvaluator(name, tasks=("segm",), output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from OUTPUT_DIR's last checkpoint, or start from MODEL.WEIGHTS, whatever wrote it."""
+        if (resume and self.checkpointer.has_checkpoint()) or not self.cfg.MODEL.WEIGHTS:
+            super().resume_or_load(resume)
+        else:
+            load_checkpoint(self.checkpointer.model.network, self.cfg.MODEL.WEIGHTS)

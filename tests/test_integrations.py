@@ -1,0 +1,158 @@
+"""The criterion in other hands: Hugging Face's network, the original's, and detectron2's trainer."""
+
+import importlib
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from small_coco import save, small_coco
+
+has_detectron2 = importlib.util.find_spec("detectron2") is not None
+has_original = has_detectron2 and importlib.util.find_spec("mask2former") is not None
+needs_detectron2 = pytest.mark.skipif(not has_detectron2, reason="detectron2 is not on the Python path")
+CLASSES = ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 3)
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by its name."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module
+
+
+def test_the_criterion_trains_hugging_faces_network(example, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(ROOT)
+    source = save(tmp_path, small_coco(tmp_path))
+    overrides = [
+        "DATASETS.TRAIN_ANNOTATIONS",
+        source.annotations,
+        "DATASETS.TRAIN_IMAGES",
+        source.images,
+        *CLASSES,
+    ]
+    overrides += ["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "INPUT.IMAGE_SIZE", 96]
+    totals = example("huggingface_boxes").main(["--steps", "3", *map(str, overrides)])
+    assert len(totals) == 3
+    assert all(map(math.isfinite, totals))
+
+
+@pytest.mark.skipif(has_detectron2, reason="detectron2 is there")
+def test_without_detectron2_the_integration_says_what_is_missing():
+    with pytest.raises(ImportError, match="needs detectron2; install it from https") as caught:
+        importlib.import_module("sim_m2f.integrations.detectron2")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(not has_original, reason="detectron2 and mask2former are not on the Python path")
+def test_the_criterion_replaces_the_originals(example):
+    import mask2former
+
+    root = Path(mask2former.__file__).parents[1] / "configs/coco/instance-segmentation"
+    small = ["MODEL.MASK_FORMER.DEC_LAYERS", 3, "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 1]
+    arguments = ["--config-file", root / "maskformer2_R50_bs16_50ep.yaml", "--steps", 3, "--size", 64, *small]
+    totals = example("original_mask2former").main(list(map(str, arguments)))
+    assert len(totals) == 3
+    assert all(map(math.isfinite, totals))
+    assert totals[-1] < totals[0]
+
+
+@pytest.fixture
+def detectron2_cfg(tmp_path):
+    """A small network on a small data set that detectron2's catalogue knows."""
+    from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    from sim_m2f.integrations.detectron2 import add_sim_config
+
+    source = save(tmp_path, small_coco(tmp_path))
+    register_coco_instances("small", {}, str(source.annotations), str(source.images))
+    cfg = get_cfg()
+    add_sim_config(cfg)
+    cfg.merge_from_file(str(ROOT / "configs/shapes/boxinst_R18.yaml"))
+    cfg.merge_from_list([*SMALL, *CLASSES, "SOLVER.MAX_ITER", 2, "SOLVER.AMP.ENABLED", False])
+    cfg.merge_from_list(
+        ["DATASETS.TRAIN", ("small",), "DATASETS.TEST", ("small",), "OUTPUT_DIR", str(tmp_path / "out")]
+    )
+    yield cfg
+    DatasetCatalog.remove("small")
+    MetadataCatalog.remove("small")
+
+
+@needs_detectron2
+@pytest.mark.parametrize("supervision", ["box", "mask"])
+def test_detectron2s_trainer_drives_the_network(detectron2_cfg, supervision):
+    from sim_m2f.integrations.detectron2 import SIMMask2Former, SIMTrainer
+
+    cfg = detectron2_cfg
+    cfg.MODEL.SIM.SUPERVISION = supervision
+    Path(cfg.OUTPUT_DIR).mkdir()
+    trainer = SIMTrainer(cfg)
+    assert isinstance(trainer.model, SIMMask2Former)
+    trainer.resume_or_load(resume=False)
+    before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    results = trainer.train()
+    assert "AP" in results["segm"]
+    assert any(
+        not torch.equal(value, before[name])
+        for name, value in trainer.model.named_parameters()
+        if name in before
+    )
+    expected = {"box": "loss_projection", "mask": "loss_dice"}[supervision]
+    assert expected in trainer.storage.histories()
+
+    again = SIMTrainer(cfg)
+    again.resume_or_load(resume=True)
+    assert again.model.criterion.step == 2
+    weights = again.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+
+
+@needs_detectron2
+def test_the_backbones_learning_rate_and_the_clipping_are_mask2formers(detectron2_cfg):
+    from sim_m2f.integrations.detectron2 import SIMTrainer
+
+    cfg = detectron2_cfg
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
+    model = SIMTrainer.build_model(cfg)
+    optimizer = SIMTrainer.build_optimizer(cfg, model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.network.named_parameters():
+        if parameter.requires_grad:
+            factor = 0.1 if name.startswith("backbone") else 1
+            assert rates[id(parameter)] == pytest.approx(factor * cfg.SOLVER.BASE_LR)
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    norm = torch.linalg.vector_norm(
+        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    )
+    assert norm.item() == pytest.approx(cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE, rel=1e-3)
+
+
+@needs_detectron2
+def test_detectron2_gets_the_same_instances(detectron2_cfg):
+    from sim_m2f.integrations.detectron2 import SIMTrainer
+    from sim_m2f.modeling.postprocess import instances
+
+    model = SIMTrainer.build_model(detectron2_cfg).eval()
+    image = torch.randint(0, 256, (3, 64, 90), dtype=torch.uint8)
+    with torch.no_grad():
+        (found,) = model([{"image": image, "height": 50, "width": 70}])
+        normalised = (image - model.pixel_mean) / model.pixel_std
+        outputs = model.network(torch.nn.functional.pad(normalised, (0, 6))[None])
+    (expected,) = instances(outputs, [(64, 90)], [(50, 70)], detectron2_cfg.TEST.DETECTIONS_PER_IMAGE)
+    assert torch.equal(found["instances"].scores, expected["scores"])
+    assert torch.equal(found["instances"].pred_classes, expected["labels"])
+    assert torch.equal(found["instances"].pred_masks.bool(), expected["masks"])
+
+
+@needs_detectron2
+def test_the_example_starts():
+    command = [sys.executable, "examples/detectron2_boxes.py", "--help"]
+    assert b"--num-gpus" in subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout
