@@ -7,7 +7,7 @@ from types import ModuleType
 
 from sim_m2f.errors import UserError
 
-COMMANDS = ("train", "report", "explain", "predict", "check", "shapes", "doctor", "ablate")
+COMMANDS = ("train", "report", "explain", "predict", "export", "check", "shapes", "doctor", "ablate")
 
 
 def main(arguments: list[str] | None = None) -> int:

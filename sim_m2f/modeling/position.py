@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=64)
 def sine_positions(height: int, length: int, width: int, device: torch.device) -> Tensor:
     """Embedding of every pixel of a map, computed once per size.
 
@@ -18,6 +17,12 @@ def sine_positions(height: int, length: int, width: int, device: torch.device) -
     Returns:
         (1, height * length, width), float32.
     """
+    if torch.compiler.is_exporting():  # sizes are symbols, which no cache can look up
+        return _encoded(height, length, width, device)
+    return _cached(height, length, width, device)
+
+
+def _encoded(height: int, length: int, width: int, device: torch.device) -> Tensor:
     half = width // 2
     channel = torch.arange(half, device=device)
     frequency = 10000 ** (2 * (channel // 2) / half)
@@ -30,3 +35,6 @@ def sine_positions(height: int, length: int, width: int, device: torch.device) -
     y = encode(height)[:, None].expand(height, length, half)
     x = encode(length)[None].expand(height, length, half)
     return torch.cat([y, x], dim=-1).reshape(1, height * length, width)
+
+
+_cached = lru_cache(maxsize=64)(_encoded)
