@@ -24,8 +24,9 @@ from torch import Tensor, nn
 import sim_m2f
 from sim_m2f.config import CfgNode
 from sim_m2f.files import atomic_write
-from sim_m2f.interop.names import detectron2_names, to_names
+from sim_m2f.interop.detectron2 import detectron2_checkpoint
 from sim_m2f.interop.transformers import write_transformers
+from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 
@@ -47,6 +48,7 @@ def random_network(cfg: CfgNode, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+        network.sem_seg_head.predictor.class_embed.weight *= 5  # probabilities that differ, so that ranks do
         for name, buffer in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer += 0.1 * torch.rand(buffer.shape, generator=generator)
@@ -101,17 +103,12 @@ def original_cfg(network: str) -> Any:
     return cfg
 
 
-def original_model(network: nn.Module, name: str) -> nn.Module:
+def original_model(network: nn.Module, name: str, cfg: CfgNode) -> nn.Module:
     """The original's model with the weights of ours."""
     from detectron2.modeling import build_model
 
     model = build_model(original_cfg(name)).eval()
-    missing, unexpected = model.load_state_dict(
-        to_names(network.state_dict(), detectron2_names), strict=False
-    )
-    computed = ("relative_position_index", "empty_weight")
-    assert not unexpected, unexpected
-    assert all(key.endswith(computed) for key in missing), missing
+    model.load_state_dict(detectron2_checkpoint(network.state_dict(), cfg)["model"])
     return model
 
 
@@ -156,12 +153,23 @@ def instance_differences(
 
 
 @contextmanager
+def double_precision() -> Iterator[None]:
+    """Inside, positions are computed in float64 too, here and in Hugging Face's implementation."""
+    before = torch.get_default_dtype()
+    sine_positions.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+    sine_positions.cache_clear()
+
+
+@contextmanager
 def same_points(number: int = 65536) -> Iterator[None]:
     """Inside, every mask is compared at the same points, in whatever order an implementation draws them."""
     points = torch.rand(number, 2, generator=torch.Generator().manual_seed(1))
 
     def rand(*shape: int, device: Any = None, **_: Any) -> Tensor:
-        return points[: shape[-2]].to(device).expand(shape)
+        return points[: shape[-2]].to(device).expand(shape).contiguous()
 
     with mock.patch("torch.rand", rand):
         yield
@@ -259,7 +267,7 @@ def compare(name: str, sizes: list[tuple[int, int]], against: str) -> dict[str, 
         model = transformers_model(network, cfg)
         run, losses = transformers_outputs, transformers_losses
     else:
-        model = original_model(network, name)
+        model = original_model(network, name, cfg)
         run, losses = original_outputs, original_losses
     layers = output_differences(network, lambda x: run(model, x), images)
     with torch.no_grad():

@@ -10,7 +10,6 @@ import argparse
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
-from detectron2.evaluation import verify_results
 
 from sim_m2f.integrations.detectron2 import SIMTrainer, add_sim_config
 
@@ -25,24 +24,23 @@ def configuration(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def train(args: argparse.Namespace) -> dict:
-    """Train, or evaluate with --eval-only; returns the metrics."""
+def main(args: argparse.Namespace) -> None:
+    """Train, or evaluate with --eval-only."""
     cfg = configuration(args)
     cfg.freeze()
     default_setup(cfg, args)
     trainer = SIMTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
-    if not args.eval_only:
-        return trainer.train()
-    results = SIMTrainer.test(cfg, trainer.model)
-    verify_results(cfg, results)
-    return results
+    if args.eval_only:
+        SIMTrainer.test(cfg, trainer.model)
+    else:
+        trainer.train()
 
 
 if __name__ == "__main__":
     args = default_argument_parser().parse_args()
     launch(
-        train,
+        main,
         args.num_gpus,
         num_machines=args.num_machines,
         machine_rank=args.machine_rank,

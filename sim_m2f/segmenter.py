@@ -110,7 +110,7 @@ class Segmenter(nn.Module):
             [(resized - self.mean) / self.std], *(-(-side // divisor) * divisor for side in size)
         )
         training = self.network.training
-        outputs = self.network.eval()(padded[None])
+        outputs = self.network.eval()(padded[None], auxiliary=False)
         self.network.train(training)
         (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
         kept = {key: value[found["scores"] >= threshold] for key, value in found.items()}

@@ -60,9 +60,11 @@ def pair(backbone: str):
 def test_every_layer_equals_that_of_transformers(backbone, sizes):
     """In float64, where no rounding moves a pixel across the threshold of the masked attention."""
     _, network, model = pair(backbone)
-    network, model = network.double(), model.double()
-    images = equality.random_images(sizes).double()
-    layers = equality.output_differences(network, lambda x: equality.transformers_outputs(model, x), images)
+    network, model, images = network.double(), model.double(), equality.random_images(sizes).double()
+    with equality.double_precision():
+        layers = equality.output_differences(
+            network, lambda x: equality.transformers_outputs(model, x), images
+        )
     assert len(layers) == 5
     for layer in layers:
         for name in ("pred_logits", "pred_masks"):

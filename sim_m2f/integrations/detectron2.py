@@ -25,7 +25,8 @@ except ImportError as error:
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.engine.checkpoint import load_checkpoint
-from sim_m2f.engine.optimizer import parameter_groups
+from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
+from sim_m2f.engine.trainer import teaching_terms
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
@@ -64,7 +65,8 @@ class SIMMask2Former(nn.Module):
     returns detectron2's list of {"instances"}.
 
     Raises:
-        UserError: copy-paste is asked for, whose bank of pictures only this project's own trainer keeps.
+        UserError: copy-paste is asked for, whose bank of pictures only this project's own trainer keeps, or a
+            loss needs a teacher and there is none.
     """
 
     def __init__(self, cfg: Detectron2Cfg) -> None:
@@ -78,6 +80,9 @@ class SIMMask2Former(nn.Module):
         self.network = Mask2Former(cfg)
         self.criterion = build_criterion(cfg)
         self.teacher = Teacher(self.network, sim.TEACHER.MOMENTUM) if sim.TEACHER.ENABLED else None
+        self.needs_teacher = bool(teaching_terms(cfg))
+        if self.needs_teacher and self.teacher is None:
+            raise UserError(f"{teaching_terms(cfg)[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")
         self.with_masks = sim.SUPERVISION == "mask"
         self.divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
@@ -103,15 +108,16 @@ class SIMMask2Former(nn.Module):
             (item.get("height", size[0]), item.get("width", size[1]))
             for item, size in zip(batch, sizes, strict=True)
         ]
-        found = instances(self.network(images.tensor), sizes, wanted, self.top_k)
+        outputs = self.network(images.tensor, auxiliary=False)
+        found = instances(outputs, sizes, wanted, self.top_k)
         return [{"instances": _as_instances(one, size)} for one, size in zip(found, wanted, strict=True)]
 
     def _taught(self, images: Tensor) -> dict[str, Any] | None:
-        """The teacher's outputs; it follows the weights that the optimizer's last step left."""
+        """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""
         if self.teacher is None:
             return None
         self.teacher.update(self.network)
-        return self.teacher(images)
+        return self.teacher(images) if self.needs_teacher else None
 
     def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> dict[str, Tensor]:
         height, width = annotated.image_size
@@ -163,6 +169,12 @@ class SIMTrainer(DefaultTrainer):
         if clip.ENABLED:
             optimizer.register_step_pre_hook(clip_gradient)
         return optimizer
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: Detectron2Cfg, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_scheduler(optimizer, cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: Detectron2Cfg) -> Any:
