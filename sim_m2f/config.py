@@ -278,7 +278,8 @@ _C.INPUT.MIN_SIZE_TEST = 800  # Shorter side of a test picture in pixels; 0 keep
 _C.INPUT.MAX_SIZE_TEST = 1333  # Longer side of a test picture in pixels, at the most.
 _C.INPUT.BOTTOM_ROWS = 10  # Lowest rows of a picture left out of loss_pairwise (bad annotation in COCO).
 
-# Names: coco_2017_{train,val,test-dev} under $DETECTRON2_DATASETS (default datasets/), shapes_{train,val}.
+# Names: coco_2017_{train,val,test-dev} and nuclei_{train,val} under $DETECTRON2_DATASETS (default datasets/),
+# shapes_{train,val}.
 _C.DATASETS.TRAIN = ("coco_2017_train",)  # Data sets to train on.
 _C.DATASETS.TEST = ("coco_2017_val",)  # Data sets to evaluate on.
 _C.DATASETS.TRAIN_ANNOTATIONS = ""  # A COCO JSON to train on instead of DATASETS.TRAIN ...

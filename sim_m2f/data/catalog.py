@@ -28,6 +28,7 @@ COCO = {
     "coco_2017_val": ("instances_val2017.json", "val2017"),
     "coco_2017_test-dev": ("image_info_test-dev2017.json", "test2017"),
 }
+NUCLEI = {"nuclei_train": "train", "nuclei_val": "val"}
 SHAPES = {"shapes_train": "train", "shapes_val": "val"}
 
 
@@ -35,7 +36,8 @@ def find_source(name: str) -> DatasetSource:
     """The data set of a name; the shapes set is written into its cache folder if it is not there yet.
 
     COCO lies in ``$DETECTRON2_DATASETS/coco`` (default ``datasets/coco``), or in ``$DETECTRON2_DATASETS``
-    when that has the annotations itself. Whether its files are there is seen when they are read.
+    when that has the annotations itself; nuclei in ``$DETECTRON2_DATASETS/nuclei``. Whether the files are
+    there is seen when they are read.
 
     Raises:
         UserError: the name is unknown.
@@ -43,12 +45,15 @@ def find_source(name: str) -> DatasetSource:
     if name in SHAPES:
         folder = cached_shapes()
         return DatasetSource(name, folder / "annotations" / f"{SHAPES[name]}.json", folder / SHAPES[name])
+    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+    if name in NUCLEI:
+        folder, split = root / "nuclei", NUCLEI[name]
+        return DatasetSource(name, folder / "annotations" / f"{split}.json", folder / split)
     if name in COCO:
-        root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
         folder = root if (root / "annotations").is_dir() and not (root / "coco").is_dir() else root / "coco"
         annotations, images = COCO[name]
         return DatasetSource(name, folder / "annotations" / annotations, folder / images)
-    nearest = difflib.get_close_matches(name, [*COCO, *SHAPES], n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name, [*COCO, *NUCLEI, *SHAPES], n=1, cutoff=0.0)[0]
     raise UserError(f"data set {name!r} is unknown; did you mean {nearest}?")
 
 

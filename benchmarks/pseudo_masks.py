@@ -1,0 +1,145 @@
+"""How good the pseudo masks of a run are: M_S, M_I and the labels against the true masks of training data.
+
+    python benchmarks/pseudo_masks.py output/shapes_box
+
+reads the run's config.yaml and last checkpoint, and writes benchmarks/results/pseudo_masks.json. The share of
+M_S in the blend and its centre are varied, because the thresholds have to fit the distribution of M.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hardware
+
+from sim_m2f.config import get_cfg
+from sim_m2f.data.loader import train_loader
+from sim_m2f.engine.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
+from sim_m2f.modeling import build_model
+from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.pseudo_masks import pseudo_labels
+from sim_m2f.supervision.targets import BoxPixels, flatten_targets
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARES, CENTERS = (0.5, 0.3), (0.0, 0.5, 0.7)
+
+
+@torch.no_grad()
+def gather(run: Path, batches: int) -> dict[str, Tensor]:
+    """Of every pixel in the boxes: similarity to the nearest prototype, M_I, truth and object."""
+    cfg = get_cfg()
+    cfg.merge_from_file(run / "config.yaml")
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", "0"])
+    path = last_checkpoint(run)
+    state = read_checkpoint(path)
+    criterion = build_criterion(cfg).eval()
+    criterion.load_state_dict(state["criterion"])
+    teacher = build_model(cfg).eval()
+    load_weights(teacher, teacher_weights(state), path)
+
+    cfg.MODEL.SIM.SUPERVISION = "mask"  # only so that the loader hands out the true masks
+    loader = iter(train_loader(cfg))
+    found: dict[str, list[Tensor]] = {"similarity": [], "instance": [], "truth": [], "object": []}
+    objects = 0
+    for batch in itertools.islice(loader, batches):
+        outputs = teacher(batch["images"])
+        layers, features = criterion.layers(outputs), outputs["mask_features"]
+        targets = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
+        evidence = criterion.pseudo_masks.evidence(layers, features, targets, criterion.matcher)
+        pixels = evidence.pixels
+        similarity = criterion.pseudo_masks.prototypes.similarity(
+            evidence.features, targets.classes, targets.class_index[pixels.target]
+        )
+        masks = torch.cat([target["masks"] for target in batch["targets"]]).float()
+        truth = F.avg_pool2d(masks, 4)[pixels.target, pixels.y, pixels.x] > 0.5
+        values = similarity, evidence.instance, truth, pixels.target + objects
+        for name, value in zip(found, values, strict=True):
+            found[name].append(value)
+        objects += len(targets)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def mean_iou(mask: Tensor, found: dict[str, Tensor]) -> float:
+    """Mean over the objects of the IoU with the true mask, inside the boxes."""
+    objects = int(found["object"][-1]) + 1
+    both, either = (
+        torch.zeros(objects).index_add(0, found["object"], overlap.float())
+        for overlap in (mask & found["truth"], mask | found["truth"])
+    )
+    return round((both / either.clamp(min=1)).mean().item(), 3)
+
+
+def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) -> dict[str, float]:
+    """Labels of a blend: how many, how many of them right, and where they differ from M_I."""
+    truth, instance = found["truth"], found["instance"]
+    semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
+    pixels = BoxPixels(found["object"], found["object"], found["object"])
+    objects, masks = int(found["object"][-1]) + 1, keys.PSEUDO_MASKS
+    labels = pseudo_labels(semantic, instance, pixels, objects, share, masks.POSITIVE, masks.NEGATIVE)
+    positive, negative = labels.final == 1, labels.final == 0
+    right = (positive & truth) | (negative & ~truth)
+    wrong = (positive & ~truth) | (negative & truth)
+    mistaken = (instance > 0.5) != truth
+    figures = {
+        "IoU of M_S": mean_iou(semantic > 0.5, found),
+        "IoU of M": mean_iou(labels.blend > 0.5, found),
+        "positive": positive,
+        "negative": negative,
+        "positive by M_S alone": labels.semantic == 1,
+        "negative by M_S alone": labels.semantic == 0,
+        "right of the positive": truth[positive],
+        "right of the negative": ~truth[negative],
+        "mistakes of M_I that the labels repeat": wrong & mistaken,
+        "mistakes of M_I that the labels put right": right & mistaken,
+        "mistakes that M_I had not made": wrong & ~mistaken,
+    }
+    return {
+        name: value if isinstance(value, float) else round(value.float().mean().item(), 4)
+        for name, value in figures.items()
+    }
+
+
+def quantiles(values: Tensor, levels: list[float]) -> list[float]:
+    return [round(value, 3) for value in values.quantile(torch.tensor(levels)).tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run with a teacher and prototypes")
+    parser.add_argument("--batches", type=int, default=20, help="training batches to look at")
+    args = parser.parse_args()
+    found = gather(args.run, args.batches)
+    keys = get_cfg()
+    keys.merge_from_file(args.run / "config.yaml")
+    truth = found["truth"]
+    levels = [0.05, 0.25, 0.5, 0.75, 0.95]
+    results: dict[str, Any] = {
+        "command": f"python benchmarks/pseudo_masks.py {args.run} --batches {args.batches}",
+        "pixels": len(truth),
+        "objects": int(found["object"][-1]) + 1,
+        "true": round(truth.float().mean().item(), 4),
+        "IoU of M_I": mean_iou(found["instance"] > 0.5, found),
+        "quantiles": levels,
+        "similarity on the object": quantiles(found["similarity"][truth], levels),
+        "similarity beside it": quantiles(found["similarity"][~truth], levels),
+        "labels": [
+            {"ALPHA": share, "CENTER": center, **quality(found, share, center, keys.MODEL.SIM)}
+            for share in SHARES
+            for center in CENTERS
+        ],
+        "hardware": hardware.describe(),
+    }
+    (ROOT / "benchmarks/results/pseudo_masks.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
