@@ -1,0 +1,137 @@
+"""Exports: what is written returns bit for bit, and other programs get the same masks from it."""
+
+import pytest
+import torch
+from other_networks import CLASSES, assert_same_weights, small_network, stirred
+from PIL import Image
+
+from sim_m2f import cli
+from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.errors import UserError
+from sim_m2f.pretrained import from_pretrained
+from sim_m2f.segmenter import Segmenter
+from sim_m2f.tools.export import export
+
+FILES = {"safetensors": "folder", "transformers": "folder", "detectron2": "model.pth"}
+
+
+@pytest.mark.parametrize("backbone", ["ResNet-50", "ResNet-18", "MSRA", "Swin"])
+@pytest.mark.parametrize("format_name", FILES)
+def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
+    cfg, network = small_network(backbone, seed=1)
+    output = tmp_path / FILES[format_name]
+    export(Segmenter(network, cfg, CLASSES), format_name, output)
+    other = stirred(cfg, seed=2)
+    report = load_checkpoint(other, output, complete=True)
+    assert_same_weights(other, network)
+    assert not report.skipped
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN"])
+def test_trained_norms_return_from_detectron2s_names(tmp_path, norm):
+    cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", norm])
+    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    other = stirred(cfg, seed=2)
+    load_checkpoint(other, tmp_path / "model.pth", complete=True)
+    assert_same_weights(other, network)
+
+
+def test_the_original_finds_versions_and_buffers(tmp_path):
+    """It renames the head's weights unless they are of version 2; FrozenBatchNorm2d is of version 3."""
+    cfg, network = small_network("Swin")
+    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    model = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    assert model._metadata["sem_seg_head"]["version"] == 2
+    assert model._metadata["sem_seg_head.predictor"]["version"] == 2
+    torch.testing.assert_close(model["criterion.empty_weight"], torch.tensor([1.0, 1.0, 1.0, 0.1]))
+    index = model["backbone.layers.0.blocks.1.attn.relative_position_index"]
+    places = [(y, x) for y in range(7) for x in range(7)]
+    for first, (y, x) in enumerate(places):
+        for second, (v, u) in enumerate(places):
+            assert index[first, second] == (y - v + 6) * 13 + (x - u + 6)
+    cfg, network = small_network("ResNet-18")
+    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    model = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
+    assert model._metadata["backbone.res5.1.conv2.norm"]["version"] == 3
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("backbone", ["ResNet-18", "MSRA", "Swin"])
+def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transformers, backbone):
+    cfg, network = small_network(backbone)
+    export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path)
+    theirs, info = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    unused = ("swin.layernorm.weight", "swin.layernorm.bias")  # behind the feature maps
+    assert all(name.endswith(unused) for name in info["missing_keys"])
+    assert not info["mismatched_keys"]
+    assert [theirs.config.id2label[label] for label in range(3)] == CLASSES
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        ours, found = network(images), theirs.eval()(images, output_auxiliary_logits=True)
+    torch.testing.assert_close(ours["pred_masks"], found.masks_queries_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours["pred_logits"], found.class_queries_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transformers):
+    cfg, network = small_network("ResNet-18")
+    model = Segmenter(network, cfg, CLASSES)
+    export(model, "transformers", tmp_path)
+    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    seen = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.predict(picture)
+    assert pixels.shape == seen[0].shape
+    assert (pixels - seen[0]).abs().max() < 0.03  # the libraries round resized pixels differently
+
+    segment = transformers.pipeline("image-segmentation", model=str(tmp_path), image_processor=processor)
+    found = segment(picture, subtask="instance", threshold=0.0)
+    assert {item["label"] for item in found} <= set(CLASSES)
+    assert all(item["mask"].size == picture.size for item in found)
+
+
+def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
+    cfg, network = small_network("Swin")
+    export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path)
+    model = from_pretrained(tmp_path, device="cpu")
+    assert model.class_names == CLASSES
+    assert model.cfg.INPUT.MIN_SIZE_TEST == 64
+    assert_same_weights(model.network, network)
+
+
+def test_formats_refuse_networks_that_they_do_not_have(tmp_path, small_cfg):
+    from sim_m2f.modeling import build_model
+
+    model = Segmenter(build_model(small_cfg), small_cfg, CLASSES)  # a backbone of timm's
+    for format_name in ("detectron2", "transformers"):
+        with pytest.raises(UserError, match="resnet10t") as raised:
+            export(model, format_name, tmp_path / "out")
+        assert "\n" not in str(raised.value)
+    cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", "GN"])
+    with pytest.raises(UserError, match="GN"):
+        export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path / "out")
+    cfg, network = small_network("ResNet-18")
+    with pytest.raises(UserError, match="2 class names"):
+        export(Segmenter(network, cfg, CLASSES[:2]), "transformers", tmp_path / "out")
+
+
+def test_command(tmp_path, capsys):
+    cfg, network = small_network("ResNet-18", seed=1)
+    Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")
+    output = tmp_path / "original.pth"
+    arguments = ["export", str(tmp_path / "trained"), "--format", "detectron2", "--output", str(output)]
+    assert cli.main(arguments) == 0
+    assert str(output) in capsys.readouterr().out
+    other = stirred(cfg, seed=2)
+    load_checkpoint(other, output, complete=True)
+    assert_same_weights(other, network)
+    assert cli.main([*arguments[:-1], str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

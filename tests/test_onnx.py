@@ -1,0 +1,36 @@
+"""ONNX: one file for pictures of several sizes, run by onnxruntime on a CPU, with the network's own masks."""
+
+import pytest
+import torch
+from other_networks import small_network
+
+from sim_m2f.interop.onnx import GridSampleAttention, onnx_bytes
+from sim_m2f.modeling.deformable_attention import MSDeformAttn
+
+
+def test_grid_sample_attention_is_the_attention():
+    attention = MSDeformAttn(32, levels=3, heads=8, points=4)
+    torch.nn.init.normal_(attention.sampling_offsets.weight, std=0.5)
+    torch.nn.init.normal_(attention.attention_weights.weight, std=0.5)
+    portable = GridSampleAttention(32, levels=3, heads=8, points=4)
+    portable.load_state_dict(attention.state_dict())
+    shapes = [(3, 5), (6, 9), (12, 17)]
+    pixels = sum(height * width for height, width in shapes)
+    query, source = torch.randn(2, pixels, 32), torch.randn(2, pixels, 32)
+    arguments = query, torch.rand(1, pixels, 1, 2), source, shapes
+    torch.testing.assert_close(portable(*arguments), attention(*arguments), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["ResNet-18", "Swin"])
+def test_onnxruntime_gives_the_same_masks_at_every_size(backbone):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    _, network = small_network(backbone)
+    session = runtime.InferenceSession(onnx_bytes(network), providers=["CPUExecutionProvider"])
+    for size in ((96, 128), (64, 160), (224, 96)):
+        images = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            expected = network(images)
+        logits, masks = session.run(["pred_logits", "pred_masks"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected["pred_logits"], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(torch.from_numpy(masks), expected["pred_masks"], rtol=1e-3, atol=1e-3)
