@@ -1,9 +1,10 @@
-"""How good the pseudo masks of a run are: M_S, M_I and the labels against the true masks of training data.
+"""How good the pseudo labels of a run are: M_S, M_I, labels and alike edges against the true masks.
 
     python benchmarks/pseudo_masks.py output/shapes_box
 
-reads the run's config.yaml and last checkpoint, and writes benchmarks/results/pseudo_masks.json. The share of
-M_S in the blend and its centre are varied, because the thresholds have to fit the distribution of M.
+reads the run's config.yaml and last checkpoint, looks at its training pictures, and writes
+benchmarks/results/pseudo_masks.json. The share of M_S in the blend, its centre and the threshold of the
+affinity are varied, because the thresholds have to fit the distribution of what they divide.
 """
 
 import argparse
@@ -21,20 +22,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 import hardware
 
 from sim_m2f.config import get_cfg
-from sim_m2f.data.loader import train_loader
+from sim_m2f.data.loader import Batch, train_loader
 from sim_m2f.engine.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
 from sim_m2f.modeling import build_model
-from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity, neighbour_offsets
+from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import pseudo_labels
-from sim_m2f.supervision.targets import BoxPixels, flatten_targets
+from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES, CENTERS = (0.5, 0.3), (0.0, 0.5, 0.7)
+COLOUR_THRESHOLDS, PRODUCT_THRESHOLDS = (0.3,), (0.1, 0.2, 0.3)
 
 
 @torch.no_grad()
-def gather(run: Path, batches: int) -> dict[str, Tensor]:
-    """Of every pixel in the boxes: similarity to the nearest prototype, M_I, truth and object."""
+def gather(run: Path, batches: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of every pixel in the boxes: similarity to the nearest prototype, M_I, truth and object.
+
+    Of every edge between neighbours: colour and feature affinity, and whether it joins what belongs together.
+    """
     cfg = get_cfg()
     cfg.merge_from_file(run / "config.yaml")
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", "0"])
@@ -48,6 +54,7 @@ def gather(run: Path, batches: int) -> dict[str, Tensor]:
     cfg.MODEL.SIM.SUPERVISION = "mask"  # only so that the loader hands out the true masks
     loader = iter(train_loader(cfg))
     found: dict[str, list[Tensor]] = {"similarity": [], "instance": [], "truth": [], "object": []}
+    edges: dict[str, list[Tensor]] = {"colour": [], "features": [], "right": []}
     objects = 0
     for batch in itertools.islice(loader, batches):
         outputs = teacher(batch["images"])
@@ -64,7 +71,41 @@ def gather(run: Path, batches: int) -> dict[str, Tensor]:
         for name, value in zip(found, values, strict=True):
             found[name].append(value)
         objects += len(targets)
-    return {name: torch.cat(values) for name, values in found.items()}
+        for name, value in gather_edges(batch, features, criterion).items():
+            edges[name].append(value)
+    return tuple({name: torch.cat(values) for name, values in group.items()} for group in (found, edges))
+
+
+def gather_edges(batch: Batch, features: Tensor, criterion: SIMCriterion) -> dict[str, Tensor]:
+    """The edges whose first end lies in a box."""
+    dilation = criterion.sim.PAIRWISE.DILATION
+    maps = []
+    for target in batch["targets"]:
+        masks = F.avg_pool2d(target["masks"].float(), 4) > 0.5
+        numbers = torch.arange(1, len(masks) + 1).view(-1, 1, 1)
+        maps.append((masks * numbers).amax(0) if len(masks) else torch.zeros(features.shape[-2:]))
+    instances = torch.stack(maps)
+    boxes = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
+    inside = torch.zeros(instances.shape, dtype=torch.bool)
+    pixels = box_pixels(boxes)
+    inside[boxes.picture[pixels.target], pixels.y, pixels.x] = True
+    counted = edge_mask(torch.ones_like(inside), dilation) & inside[:, None]
+    ends = [torch.roll(instances, (-dy, -dx), (1, 2)) for dy, dx in neighbour_offsets(dilation)]
+    images = batch["images"] * criterion.std + criterion.mean
+    return {
+        "colour": color_affinity(images, dilation)[counted],
+        "features": feature_affinity(features, dilation)[counted],
+        "right": (torch.stack(ends, 1) == instances[:, None])[counted],
+    }
+
+
+def edge_quality(affinity: Tensor, right: Tensor, threshold: float) -> dict[str, float]:
+    alike = affinity >= threshold
+    return {
+        "threshold": threshold,
+        "counted": round(alike.float().mean().item(), 4),
+        "wrong of the counted": round((~right[alike]).float().mean().item(), 4),
+    }
 
 
 def mean_iou(mask: Tensor, found: dict[str, Tensor]) -> float:
@@ -116,7 +157,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run with a teacher and prototypes")
     parser.add_argument("--batches", type=int, default=20, help="training batches to look at")
     args = parser.parse_args()
-    found = gather(args.run, args.batches)
+    found, edges = gather(args.run, args.batches)
+    product = edges["colour"] * edges["features"]
     keys = get_cfg()
     keys.merge_from_file(args.run / "config.yaml")
     truth = found["truth"]
@@ -135,6 +177,9 @@ def main() -> None:
             for share in SHARES
             for center in CENTERS
         ],
+        "edges by colour": [edge_quality(edges["colour"], edges["right"], t) for t in COLOUR_THRESHOLDS],
+        "edges by colour x features": [edge_quality(product, edges["right"], t) for t in PRODUCT_THRESHOLDS],
+        "wrong of all edges": round((~edges["right"]).float().mean().item(), 4),
         "hardware": hardware.describe(),
     }
     (ROOT / "benchmarks/results/pseudo_masks.json").write_text(json.dumps(results, indent=2) + "\n")
