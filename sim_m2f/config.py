@@ -142,7 +142,8 @@ _node(_C, ["MODEL", "INPUT", "DATASETS", "DATALOADER", "SOLVER", "TEST"])
 # ------------------------------------------------------------------------------------------------ network
 _C.MODEL.DEVICE = "auto"  # "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
 _C.MODEL.META_ARCHITECTURE = "MaskFormer"  # The only one; kept for Mask2Former's files.
-# Where the weights start: a checkpoint, "timm://NAME" for timm's pretrained backbone, "" for random weights.
+# Where the weights start: a file or folder of weights, an address (https://, detectron2://, hf://owner/name),
+# "timm://NAME" for timm's pretrained backbone, or "" for random weights. See docs/COMPATIBILITY.md.
 _C.MODEL.WEIGHTS = ""
 _C.MODEL.PIXEL_MEAN = [123.675, 116.280, 103.530]  # Mean of the pixels, RGB, 0..255.
 _C.MODEL.PIXEL_STD = [58.395, 57.120, 57.375]  # Standard deviation of the pixels, RGB, 0..255.
