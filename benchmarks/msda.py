@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,19 +186,23 @@ def seconds(step: Step, device: str) -> float:
 
 
 def peak_bytes(step: Step, device: str) -> int:
-    """Largest memory in use during a step, beyond what was in use before; its results are included."""
+    """Largest memory in use during a step, beyond its inputs and its results."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        results = step()
+        return torch.cuda.max_memory_allocated() - before - result_bytes(results)
     if sys.platform != "linux":
         return -1
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
-    step()
-    return resident("VmHWM") - before
+    results = step()
+    return resident("VmHWM") - before - result_bytes(results)
+
+
+def result_bytes(results: Tensor | Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in ([results] if isinstance(results, Tensor) else results))
 
 
 def resident(field: str) -> int:
@@ -274,8 +278,8 @@ def measure(names: list[str], inputs: Inputs, device: str, repeat: int) -> dict[
         results[name] = {
             "forward_ms": 1e3 * statistics.median(forward),
             "backward_ms": 1e3 * statistics.median(backward),
-            "forward_peak_mib": peaks[0] / 2**20,
-            "backward_peak_mib": peaks[1] / 2**20,
+            "forward_extra_mib": peaks[0] / 2**20,
+            "backward_extra_mib": peaks[1] / 2**20,
         }
     return results
 
@@ -292,7 +296,7 @@ def add_ratios(results: dict[str, dict], moved: tuple[int, int], bandwidth: floa
             if "error" not in base and base:
                 result[f"{direction}_speedup"] = base[f"{direction}_ms"] / result[f"{direction}_ms"]
                 result[f"{direction}_memory"] = (
-                    result[f"{direction}_peak_mib"] / base[f"{direction}_peak_mib"]
+                    result[f"{direction}_extra_mib"] / base[f"{direction}_extra_mib"]
                 )
 
 
@@ -300,7 +304,7 @@ def table(entry: dict) -> str:
     """One case as Markdown."""
     spread = "near the query" if entry["local"] else "uniformly random"
     lines = [f"\n{entry['case']}, {entry['dtype']}, locations {spread}\n"]
-    lines += ["| | forward ms | backward ms | speed-up | share of bandwidth | peak MiB | of grid_sample's |"]
+    lines += ["| | forward ms | backward ms | speed-up | share of bandwidth | extra MiB | of grid_sample's |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for name, result in entry["results"].items():
         if "error" in result:
@@ -312,12 +316,12 @@ def table(entry: dict) -> str:
             "{:.1f} / {:.1f}".format(*pair["speedup"]),
             "{:.0%} / {:.0%}".format(*pair["bandwidth_share"]),
         ]
-        cells += ["{:.0f} / {:.0f}".format(*pair["peak_mib"]), "{:.1%} / {:.1%}".format(*pair["memory"])]
+        cells += ["{:.0f} / {:.0f}".format(*pair["extra_mib"]), "{:.1%} / {:.1%}".format(*pair["memory"])]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-KEYS = ("ms", "speedup", "bandwidth_share", "peak_mib", "memory")
+KEYS = ("ms", "speedup", "bandwidth_share", "extra_mib", "memory")
 
 
 def hardware(device: str) -> str:

@@ -25,6 +25,7 @@ SOURCES = Path(__file__).parent
 TARGET_VERSION = "0x020a000000000000"  # PyTorch 2.10
 DEFAULT_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0")
 CXX_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+KERNEL_FLAGS = ("-fno-thread-jumps",)  # GCC would turn conditions that share a comparison into branches
 X86_KERNELS = {  # instruction set: name, bytes of a vector, flags
     "baseline": ("SSE2", 16, ()),
     "avx2": ("AVX2", 32, ("-mavx2", "-mfma")),
@@ -120,6 +121,7 @@ def kernel_commands(compile_cxx: list[str], folder: Path) -> list[list[str]]:
     return [
         [
             *compile_cxx,
+            *KERNEL_FLAGS,
             *flags,
             f"-DMSDA_KERNELS={name}_kernels",
             f'-DMSDA_NAME="{label}"',

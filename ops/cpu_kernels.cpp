@@ -59,6 +59,7 @@ inline double exponential(double x) { return __builtin_exp(x); }
 template <typename A>
 struct Points {
   int64_t count;
+  int64_t padded;  // whole vectors; the points beyond `count` have no weight on a level without pixels
   const int32_t *width, *height, *start;  // of the point's level
   const int32_t *band_begin, *band_end;   // the lines of that level that belong to the band
   A *pair;                                // 2 x count numbers as they lie in memory
@@ -76,7 +77,8 @@ struct Points {
     return 28 * column + 2 * round_up(row, kAlignment);  // what the constructor takes
   }
 
-  Points(const Problem& p, void* scratch, int64_t band = 0, int64_t bands = 1) : count(p.samples()) {
+  Points(const Problem& p, void* scratch, int64_t band = 0, int64_t bands = 1)
+      : count(p.samples()), padded(round_up(count, VectorOf<A>::lanes)) {
     char* next = static_cast<char*>(scratch);
     const int64_t column_bytes = round_up(count * sizeof(A), kAlignment);
     const auto take = [&](int64_t size) {
@@ -93,6 +95,10 @@ struct Points {
     channel = reinterpret_cast<A*>(take(row_width<A>(p) * sizeof(A)));
     grad_channel = reinterpret_cast<A*>(take(row_width<A>(p) * sizeof(A)));
     int32_t* const column[5] = {integers(), integers(), integers(), integers(), integers()};
+    for (int64_t k = count; k < padded; ++k) {
+      x[k] = y[k] = shift_x[k] = shift_y[k] = attention[k] = 0;
+      for (int32_t* numbers : column) numbers[k] = 0;
+    }
     for (int64_t k = 0; k < count; ++k) {
       const int64_t level = k / p.points, lines = p.shapes[2 * level];
       column[0][k] = static_cast<int32_t>(p.shapes[2 * level + 1]);
@@ -106,15 +112,17 @@ struct Points {
   }
 };
 
-// Softmax of the logits in `numbers`, in place.
+// Softmax of the first `count` logits in `numbers`, in place. Up to `padded` the numbers are zero, before and after.
 template <typename A>
-void softmax(A* numbers, int64_t count) {
+void softmax(A* numbers, int64_t count, int64_t padded) {
   A largest = numbers[0];
   for (int64_t k = 1; k < count; ++k) largest = numbers[k] > largest ? numbers[k] : largest;
+  for (int64_t k = count; k < padded; ++k) numbers[k] = largest;
+  for (int64_t k = 0; k < padded; ++k) numbers[k] = exponential(numbers[k] - largest);
+  for (int64_t k = count; k < padded; ++k) numbers[k] = 0;
   A total = 0;
-  for (int64_t k = 0; k < count; ++k) numbers[k] = exponential(numbers[k] - largest);
   for (int64_t k = 0; k < count; ++k) total += numbers[k];
-  for (int64_t k = 0; k < count; ++k) numbers[k] /= total;
+  for (int64_t k = 0; k < padded; ++k) numbers[k] /= total;
 }
 
 // Reads locations and weights of a query: the columns x, y, shift_x, shift_y and attention.
@@ -135,7 +143,7 @@ void read_points(const Problem& p, int64_t picture, int64_t query, int64_t head,
     load(p.reference, p.point_type, picture * stride[0] + query * stride[1] + level * stride[2], 2, centre);
     for (int64_t k = level * p.points; k < (level + 1) * p.points; ++k) s.x[k] = centre[0], s.y[k] = centre[1];
   }
-  softmax(s.attention, s.count);
+  softmax(s.attention, s.count, s.padded);
 }
 
 // Finds the corners: the columns low, fraction, row and weight.
@@ -143,7 +151,7 @@ template <typename A>
 void find_corners(const Problem& p, Points<A>& s) {
   const int32_t outside = static_cast<int32_t>(p.keys);
 #pragma GCC ivdep
-  for (int64_t k = 0; k < s.count; ++k) {
+  for (int64_t k = 0; k < s.padded; ++k) {
     const AxisPoint<A> x = locate(s.x[k], s.shift_x[k], s.width[k]), y = locate(s.y[k], s.shift_y[k], s.height[k]);
     A weight[4];
     corner_weights(x, y, s.attention[k], weight);
@@ -184,14 +192,14 @@ inline Vector<A>* vectors(A* rows, int64_t row, int64_t width, int64_t channel) 
 
 template <typename A, int V>
 inline void gather(const Points<A>& s, const A* rows, int64_t width, int64_t channel) {
-  Vector<A> total[V] = {};
+  Vector<A> total[2][V] = {};  // of both lines, so that an addition need not wait for the one before
   for (int64_t k = 0; k < s.count; ++k) {
     for (int corner = 0; corner < 4; ++corner) {
       const Vector<A>* value = vectors(rows, s.row[corner][k], width, channel);
-      for (int v = 0; v < V; ++v) total[v] += s.weight[corner][k] * value[v];
+      for (int v = 0; v < V; ++v) total[corner / 2][v] += s.weight[corner][k] * value[v];
     }
   }
-  for (int v = 0; v < V; ++v) vectors(s.channel, 0, width, channel)[v] = total[v];
+  for (int v = 0; v < V; ++v) vectors(s.channel, 0, width, channel)[v] = total[0][v] + total[1][v];
 }
 
 template <typename A>

@@ -1,4 +1,5 @@
 // The mathematics of one sampling point, shared by the CPU and the CUDA kernels, so that the tests of one cover the other.
+// No branches, not even those of && and ||, so that compilers put loops over points into vectors.
 // Deformable DETR (https://arxiv.org/abs/2010.04159): bilinear sampling, zeros outside, align_corners=False.
 //
 // Along an axis of `size` pixels a point lies at  pixel = location * size + shift,  where pixel 0 is the centre of the
@@ -26,7 +27,7 @@ template <typename A>
 MSDA_INLINE AxisPoint<A> locate(A location, A shift, int size) {
   const A extent = static_cast<A>(size);
   const A pixel = location * extent + shift;
-  const bool near = pixel >= A(-1) && pixel < extent;
+  const bool near = (pixel >= A(-1)) & (pixel < extent);
   const A safe = near ? pixel : A(-2);
   int low = static_cast<int>(safe);
   low -= safe < static_cast<A>(low) ? 1 : 0;
@@ -45,7 +46,7 @@ MSDA_INLINE void corner_weights(const AxisPoint<A>& x, const AxisPoint<A>& y, A 
 }
 
 MSDA_INLINE bool in_level(int x, int y, int width, int height) {
-  return x >= 0 && x < width && y >= 0 && y < height;
+  return (x >= 0) & (x < width) & (y >= 0) & (y < height);
 }
 
 template <typename A>

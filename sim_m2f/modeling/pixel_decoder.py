@@ -144,4 +144,5 @@ class PixelDecoder(nn.Module):
         encoded = self.transformer(projected)
         fine = self.adapter_1(features[self.fine_feature])
         coarse = F.interpolate(encoded[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        return encoded, self.mask_features(F.relu_(self.layer_1(fine + coarse)))
+        fine += coarse
+        return encoded, self.mask_features(F.relu_(self.layer_1(fine)))
