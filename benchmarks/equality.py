@@ -26,7 +26,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.files import atomic_write
 from sim_m2f.interop.detectron2 import detectron2_checkpoint
 from sim_m2f.interop.transformers import write_transformers
-from sim_m2f.modeling.position import sine_positions
+from sim_m2f.modeling import position
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 
@@ -154,13 +154,12 @@ def instance_differences(
 
 @contextmanager
 def double_precision() -> Iterator[None]:
-    """Inside, positions are computed in float64 too, here and in Hugging Face's implementation."""
+    """Inside, positions are computed in float64 too, and not taken from the cache."""
     before = torch.get_default_dtype()
-    sine_positions.cache_clear()
     torch.set_default_dtype(torch.float64)
-    yield
+    with mock.patch.object(position, "_cached", position._encoded):
+        yield
     torch.set_default_dtype(before)
-    sine_positions.cache_clear()
 
 
 @contextmanager
