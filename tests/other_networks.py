@@ -45,6 +45,8 @@ def stirred(cfg: CfgNode, seed: int):
             if value.dtype.is_floating_point:
                 noise = torch.rand(value.shape, generator=generator)
                 value.mul_(0.8 + 0.4 * noise).add_(0.02 * noise)
+            else:  # the number of batches that a norm has seen
+                value.fill_(seed)
     return network
 
 

@@ -254,9 +254,14 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def network():
+    """ResNet-18 with torchvision's widths."""
+    return small_network("ResNet-18", overrides=["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"])[1]
+
+
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, kind):
-    _, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"])
+def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, network, kind):
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     path = wrong_checkpoint(kind, tmp_path)
     with pytest.raises(UserError) as raised:

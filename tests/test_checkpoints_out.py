@@ -27,12 +27,14 @@ def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
     assert not report.skipped
 
 
-@pytest.mark.parametrize("norm", ["BN", "GN"])
-def test_trained_norms_return_from_detectron2s_names(tmp_path, norm):
+@pytest.mark.parametrize(
+    ("norm", "format_name"), [("BN", "detectron2"), ("GN", "detectron2"), ("BN", "transformers")]
+)
+def test_trained_norms_return_too(tmp_path, norm, format_name):
     cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", norm])
-    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    export(Segmenter(network, cfg, CLASSES), format_name, tmp_path / "written")
     other = stirred(cfg, seed=2)
-    load_checkpoint(other, tmp_path / "model.pth", complete=True)
+    load_checkpoint(other, tmp_path / "written", complete=True)
     assert_same_weights(other, network)
 
 
@@ -71,7 +73,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transf
     assert all(name.endswith(unused) for name in info["missing_keys"])
     assert not info["mismatched_keys"]
     assert [theirs.config.id2label[label] for label in range(3)] == CLASSES
-    images = torch.randn(1, 3, 224, 224)
+    images = torch.randn(1, 3, 96, 160)  # no multiple of Swin's windows
     with torch.no_grad():
         ours, found = network(images), theirs.eval()(images, output_auxiliary_logits=True)
     torch.testing.assert_close(ours["pred_masks"], found.masks_queries_logits, rtol=1e-4, atol=1e-4)

@@ -120,7 +120,7 @@ def load_into(network: nn.Module, state: Any, source: str) -> LoadReport:
     if is_caffe2(list(weights)):
         weights = from_caffe2(weights, network.pixel_std)
         notes = _caffe2_notes(network)
-    own = {name: value for name, value in network.state_dict().items() if not COMPUTED.search(name)}
+    own = network.state_dict()
     origin, naming = _origin(weights, own)
     found = from_names(weights, own, naming)
     shapes = {name: (tuple(found[name].shape), tuple(own[name].shape)) for name in own if name in found}
@@ -128,7 +128,7 @@ def load_into(network: nn.Module, state: Any, source: str) -> LoadReport:
         source=source,
         origin=origin,
         loaded=[name for name, (theirs, ours) in shapes.items() if theirs == ours],
-        missing=[name for name in own if name not in found],
+        missing=[name for name in own if name not in found and not COMPUTED.search(name)],
         reshaped={name: pair for name, pair in shapes.items() if pair[0] != pair[1]},
         skipped=[name for name in found if name not in own and not COMPUTED.search(name)],
         notes=notes,

@@ -64,6 +64,7 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
         UserError: transformers has no such network, or the names are not NUM_CLASSES many.
     """
     former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
+    backbone = _backbone_config(cfg)
     if former.NHEADS != head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS:
         raise UserError(
             "transformers has one number of heads; MODEL.MASK_FORMER.NHEADS and the encoder's differ"
@@ -78,7 +79,7 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
         "activation_function": "relu",
-        "backbone_config": _backbone_config(cfg),
+        "backbone_config": backbone,
         **{theirs: _value(cfg, ours) for theirs, ours in SAME.items()},
         "feature_strides": [4, 8, 16, 32],
         "ignore_value": 255,
@@ -200,7 +201,7 @@ def transformers_weights(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[st
         renamed[f"{prefix}.relative_position_index"] = index
     for name in list(renamed):
         if name.startswith(ENCODER) and name.endswith(".running_var"):
-            renamed[name.replace("running_var", "num_batches_tracked")] = torch.tensor(0)
+            renamed.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
     renamed["criterion.empty_weight"] = class_weights(cfg)
     return renamed
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
 from timm.models.resnet import Bottleneck
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
@@ -81,6 +83,15 @@ class TimmBackbone(nn.Module):
         return dict(zip(STRIDES, maps, strict=True))
 
 
+class PaddedSwinBlock(SwinTransformerBlock):
+    """A block that pads maps to whole windows before it shifts them, as the original; timm's shifts first."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        padded = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        return super()._attn(padded)[:, :height, :width]
+
+
 class SwinBackbone(TimmBackbone):
     """Swin with a layer norm on each of its four outputs, as detection networks use it."""
 
@@ -88,6 +99,9 @@ class SwinBackbone(TimmBackbone):
         super().__init__(
             "swin_tiny_patch4_window7_224", dynamic_img_size=True, always_partition=True, **options
         )
+        for block in self.body.modules():
+            if isinstance(block, SwinTransformerBlock):
+                block.__class__ = PaddedSwinBlock
         for i, channels in enumerate(self.channels.values()):
             self.add_module(f"norm{i}", nn.LayerNorm(channels))
 
