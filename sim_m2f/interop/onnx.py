@@ -10,7 +10,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
 from sim_m2f.modeling.mask2former import Mask2Former
 
-OPSET = 20
+OPSET = 18  # the one that PyTorch writes without conversion
 DIVISOR = 32
 EXAMPLE = (1, 3, 96, 128)  # neither side like the other, nor like a number of channels
 
@@ -66,12 +66,11 @@ def onnx_bytes(network: Mask2Former) -> bytes:
         if isinstance(module, MSDeformAttn):
             module.__class__ = GridSampleAttention
     sides = {2: DIVISOR * torch.export.Dim("height", min=1), 3: DIVISOR * torch.export.Dim("width", min=1)}
+    graph = torch.export.export(_LastLayer(portable).eval(), (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,))
     program = torch.onnx.export(
-        _LastLayer(portable).eval(),
-        (torch.zeros(EXAMPLE),),
+        graph,
         input_names=["images"],
         output_names=["pred_logits", "pred_masks"],
-        dynamic_shapes=(sides,),
         opset_version=OPSET,
         dynamo=True,
         verbose=False,
