@@ -1,6 +1,5 @@
 """Seeing the method: the maps and what is drawn of them, pixel by pixel; training does not notice it."""
 
-import math
 from pathlib import Path
 
 import matplotlib
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 from sim_m2f.cli import main
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.loader import train_loader
+from sim_m2f.data.shapes import CLASSES
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import IGNORED
+from sim_m2f.supervision.targets import flatten_targets
 from sim_m2f.tools.method_pictures import (
     IGNORED_COLOUR,
     NEGATIVE_COLOUR,
@@ -87,37 +88,34 @@ def cells(maps: MethodMaps, index: int) -> list[tuple[int, int]]:
     ]
 
 
-def test_maps_hold_the_values_of_their_definitions_in_every_pixel(explained):
+def test_maps_hold_the_modules_values_in_every_pixel(explained):
     maps, criterion, _, teacher = explained
-    class_names = sorted({*maps.classes})
-    assert class_names
-    labels = [train_classes().index(name) for name in maps.classes]
-    for index, label in enumerate(labels):
+    labels = torch.tensor([CLASSES.index(name) for name in maps.classes])
+    targets = [{"boxes": torch.from_numpy(maps.boxes), "labels": labels}]
+    objects = flatten_targets(targets, (SIDE, SIDE), torch.device("cpu"))
+    taught = teacher(torch.zeros(1, 3, 4 * SIDE, 4 * SIDE))
+    pseudo = criterion.pseudo_masks
+    evidence = pseudo.evidence(criterion.layers(taught), taught["mask_features"], objects, criterion.matcher)
+    made = pseudo.labels(evidence, len(labels))
+    wanted = (evidence.semantic, evidence.instance, made.blend, made.final)
+    place = 0
+    for index in range(len(labels)):
         inside = cells(maps, index)
-        weights = maps.weights[:, index]
         for y, x in inside:
-            feature = teacher.features[0, :, y, x].double()
-            prototypes = criterion.pseudo_masks.prototypes.vectors[label].double()
-            nearest = max(float(feature @ vector / feature.norm()) for vector in prototypes)
-            semantic = 1 / (1 + math.exp(-nearest / criterion.sim.PROTOTYPES.TEMPERATURE))
-            assert maps.semantic[index, y, x] == pytest.approx(semantic, abs=1e-5)
-            mean = sum(w * p for w, p in zip(weights, maps.positives[:, index, y, x], strict=True))
-            assert maps.instance[index, y, x] == pytest.approx(mean / weights.sum(), abs=1e-5)
-            blend = 0.5 * maps.semantic[index, y, x] + 0.5 * maps.instance[index, y, x]
-            assert maps.blend[index, y, x] == pytest.approx(blend, abs=1e-6)
-            wanted = 1 if maps.blend[index, y, x] >= maps.thresholds[index] else IGNORED
-            assert maps.labels[index, y, x] == (0 if maps.blend[index, y, x] < 0.4 else wanted)
+            for each, values in zip(
+                (maps.semantic, maps.instance, maps.blend, maps.labels), wanted, strict=True
+            ):
+                assert each[index, y, x] == values[place].item()
+            weights, positives = maps.weights[:, index], maps.positives[:, index, y, x]
+            mean = sum(w * p for w, p in zip(weights, positives, strict=True)) / sum(weights)
+            assert maps.instance[index, y, x] == pytest.approx(mean, abs=1e-5)
+            place += 1
         outside = np.ones((SIDE, SIDE), bool)
         outside[tuple(np.transpose(inside))] = False
         for each in (maps.semantic, maps.instance, maps.blend, *maps.positives):
             assert (np.isnan(each[index]) == outside).all()
         assert ((maps.labels[index] == OUTSIDE) == outside).all()
-
-
-def train_classes() -> list[str]:
-    from sim_m2f.data.shapes import CLASSES
-
-    return list(CLASSES)
+    assert place == len(made.final)
 
 
 def test_positive_masks_are_those_of_the_layers_they_are_named_after(explained):
@@ -174,7 +172,7 @@ def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
     for step in range(0, 1200, 200):
         names = [name for name, _ in write_method(folder, step, [maps])]
     stem = Path(maps.name).stem
-    assert names == [f"01_{stem}/whole", f"01_{stem}/objects"]
+    assert names == [f"01_{stem}/objects", f"01_{stem}/whole"]
     (evolution,) = read_method(folder, most=3)
     assert evolution.caption == stem
     steps = [text for text, _ in evolution.rows]

@@ -42,15 +42,18 @@ POSITIVE_MASKS = ("positive masks of the teacher, and their weights", "their wei
 def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterator[tuple[str, Image.Image]]:
     """Draw pictures after ``step`` steps and write them to ``folder``/<step>/, two PNG files for each.
 
+    What was in that folder goes. A file of the whole picture is there only after that of its objects.
+
     Yields:
         (name, figure) of every file that was written.
 
     Raises:
         UserError: a file cannot be written.
     """
+    shutil.rmtree(folder / f"{step:07d}", ignore_errors=True)
     for place, one in enumerate(maps):
         name = f"{place + 1:02d}_{Path(one.name).stem}"
-        for kind, figure in (("whole", whole_figure(one, step)), ("objects", object_figure(one, step))):
+        for kind, figure in (("objects", object_figure(one, step)), ("whole", whole_figure(one, step))):
             with atomic_write(folder / f"{step:07d}" / f"{name}.{kind}.png", "wb") as file:
                 figure.save(file, "PNG")
             yield f"{name}/{kind}", figure
