@@ -10,6 +10,7 @@ from torch import nn
 
 from sim_m2f import build_model, get_cfg
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
+from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances
 
 TINY = [
@@ -114,3 +115,14 @@ def test_folded_norms_change_nothing():
         torch.autograd.grad(net(images).square().sum(), list(net.parameters())) for net in (folded, body)
     ]
     torch.testing.assert_close(*grads)
+
+
+def test_linear_layers_of_pixels_are_linear_layers():
+    layer = PixelLinear(24, 40)
+    pixels = torch.randn(2, 77, 24)
+    expected = F.linear(pixels.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        result = layer(pixels)
+    assert result.is_contiguous()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer(pixels).double(), expected, rtol=1e-5, atol=1e-6)

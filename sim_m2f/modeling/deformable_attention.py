@@ -6,6 +6,8 @@ import torch
 from MultiScaleDeformableAttention import ms_deform_attn_fused
 from torch import Tensor, nn
 
+from sim_m2f.modeling.pixel_linear import PixelLinear
+
 Shapes = list[tuple[int, int]]
 
 
@@ -15,10 +17,10 @@ class MSDeformAttn(nn.Module):
     def __init__(self, width: int, levels: int, heads: int, points: int) -> None:
         super().__init__()
         self.levels, self.heads, self.points = levels, heads, points
-        self.sampling_offsets = nn.Linear(width, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(width, heads * levels * points)
-        self.value_proj = nn.Linear(width, width)
-        self.output_proj = nn.Linear(width, width)
+        self.sampling_offsets = PixelLinear(width, heads * levels * points * 2)
+        self.attention_weights = PixelLinear(width, heads * levels * points)
+        self.value_proj = PixelLinear(width, width)
+        self.output_proj = PixelLinear(width, width)
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
+from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.position import sine_positions
 
-CHUNK = 1024  # pixels that go through an MLP together on a CPU, so that the hidden layer stays in the caches
+CHUNK = 4096  # pixels that go through an MLP together on a CPU, so that the hidden layer stays in the caches
 
 
 class ConvNorm(nn.Conv2d):
@@ -33,8 +34,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(width, levels, heads, points)
         self.norm1 = nn.LayerNorm(width)
-        self.linear1 = nn.Linear(width, hidden)
-        self.linear2 = nn.Linear(hidden, width)
+        self.linear1 = PixelLinear(width, hidden)
+        self.linear2 = PixelLinear(hidden, width)
         self.norm2 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
         for parameter in (self.linear1.weight, self.linear2.weight):
