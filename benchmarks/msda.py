@@ -105,7 +105,13 @@ def softmax_and_locations(
 def grid_sample_formulation(
     shapes: list[tuple[int, int]], value: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The usual fallback without a compiled operator: all samples of all levels, then their weighted sum."""
+    """The usual fallback without a compiled operator: all samples of all levels, then their weighted sum.
+
+    Raises:
+        RuntimeError: float16 on the CPU, where PyTorch's own grid_sample crashes on maps of this size.
+    """
+    if value.dtype == torch.float16 and value.device.type == "cpu":
+        raise RuntimeError("PyTorch's grid_sample crashes in float16 on the CPU")
     batch, _, heads, channels = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     sampled = []
