@@ -1,15 +1,16 @@
 """Differences between this network and other implementations of Mask2Former that got the same weights.
 
-    python benchmarks/equality.py [--output benchmarks/results/equality.json]
+    python benchmarks/equality.py [--networks R-50 Swin-T]
 
-prints a table and writes it. Compared are Hugging Face's implementation, and the original where `detectron2`
-and `mask2former` are importable, at full size with random weights: class and mask logits after every decoder
-layer, instances at the pictures' own size, and the losses of mask supervision at the same points with their
-gradients.
+prints a table and writes benchmarks/results/equality_*.json. Compared are Hugging Face's implementation and,
+where `detectron2` and `mask2former` are importable, the original, at full size with random weights: class and
+mask logits after every decoder layer, instances at the pictures' own size, and the losses of mask supervision
+at the same points with their gradients.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -285,26 +286,28 @@ def compare(name: str, sizes: list[tuple[int, int]], against: str) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/equality.json"))
-    output = parser.parse_args().output
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder")
+    args = parser.parse_args()
     importable = {"transformers": "transformers", "the original": "mask2former"}
     others = [name for name, module in importable.items() if importlib.util.find_spec(module)]
     print("| network | against | h x w | class logits | mask logits | scores | pixels | losses | gradients |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    rows = []
-    for against in others:
-        for name in NETWORKS:
-            for sizes in SIZES:
-                rows.append(row := compare(name, sizes, against))
-                columns = [row["class_logits"], row["mask_logits"], row["instances"]["scores"]]
-                columns += [row["instances"]["pixels"], *row["losses"].values()]
-                shown = ", ".join(f"{h} x {w}" for h, w in sizes)
-                print(
-                    f"| {name} | {against} | {shown} | " + " | ".join(f"{x:.1e}" for x in columns) + " |",
-                    flush=True,
-                )
-    with atomic_write(output) as file:
-        json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.networks:
+        rows: list[dict[str, Any]] = []
+        for sizes, against in itertools.product(SIZES, others):
+            rows.append(compare(name, sizes, against))
+            print(as_line(rows[-1]), flush=True)
+            with atomic_write(args.output / f"equality_{name}.json") as file:
+                json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row of the table in Markdown."""
+    values = [row["class_logits"], row["mask_logits"], row["instances"]["scores"], row["instances"]["pixels"]]
+    shown = ", ".join(f"{height} x {width}" for height, width in row["sizes"])
+    numbers = " | ".join(f"{value:.1e}" for value in (*values, *row["losses"].values()))
+    return f"| {row['network']} | {row['against']} | {shown} | {numbers} |"
 
 
 if __name__ == "__main__":

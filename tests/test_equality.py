@@ -108,7 +108,7 @@ def original_criterion(cfg: sim_m2f.config.CfgNode):
 
 @pytest.mark.parametrize("build", [transformers_criterion, original_criterion])
 def test_assignment_losses_and_gradients_of_mask_supervision(build):
-    """Where every layer's losses are equal, so are the assignments: each loss is of the matched pairs."""
+    """Gradients are equal for every query after every layer only if the assignments are."""
     cfg = small_cfg("ResNet")
     criterion, losses = build(cfg)
     theirs = partial(losses, criterion)
