@@ -1,7 +1,7 @@
 """The same weights in Mask2Former itself: every layer's outputs and the instances agree.
 
-Runs where the original is importable with detectron2 (its checkout on PYTHONPATH). Its deformable attention is
-once ours, through the drop-in module, and once its own formulation in PyTorch.
+Runs where the original is importable with detectron2 (its checkout on PYTHONPATH). Its deformable attention
+is once ours, through the drop-in module, and once its own formulation in PyTorch.
 """
 
 from collections import OrderedDict
