@@ -66,14 +66,19 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
         device: "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        UserError: there is nothing of the kind, a file is damaged, or weights and configuration do not fit.
+        UserError: there is nothing of the kind, a file is damaged, weights and configuration do not fit, or
+            the device is not there.
     """
     found = _located(source, config)
     network = build_model(found.cfg)
     load_checkpoint(network, found.weights, complete=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Segmenter(network, found.cfg, found.class_names, found.metrics).to(device)
+    try:
+        return Segmenter(network, found.cfg, found.class_names, found.metrics).to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device}: cannot be used ({reason}); take auto or cpu") from error
 
 
 class _Found(NamedTuple):

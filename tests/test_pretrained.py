@@ -180,6 +180,12 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, message):
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_device_that_does_not_exist_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="device abacus: cannot be used"):
+        sim_m2f.from_pretrained(tmp_path, device="abacus")
+
+
 def test_a_folder_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=re.escape("no/such/folder: no such folder or file")):
         sim_m2f.from_pretrained("no/such/folder")
