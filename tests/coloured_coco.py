@@ -41,6 +41,7 @@ def coloured_cfg(folder: Path, annotations: str = "set.json") -> CfgNode:
             *("DATASETS.TEST_ANNOTATIONS", str(folder / annotations), "DATASETS.TEST_IMAGES", str(folder)),
             *("MODEL.PIXEL_MEAN", "[0.0, 0.0, 0.0]", "MODEL.PIXEL_STD", "[255.0, 255.0, 255.0]"),
             *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(len(CATEGORIES))),
+            *("MODEL.SIM.SUPERVISION", "box"),
             *("INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "1333", "DATALOADER.NUM_WORKERS", "0"),
         ]
     )
