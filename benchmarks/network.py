@@ -52,6 +52,7 @@ def ours(weights: Path) -> Segment:
     import sim_m2f
     from sim_m2f.modeling.postprocess import instances
 
+    sim_m2f.keep_freed_memory()  # as the commands do
     network = sim_m2f.build_model(sim_m2f.get_cfg()).eval()
     network.load_state_dict(torch.load(weights / "ours.pth"))
 

@@ -1,6 +1,6 @@
 """Scores a results file with pycocotools alone, to check what a run printed.
 
-    python benchmarks/score_results.py annotations.json coco_instances_results.json
+python benchmarks/score_results.py annotations.json coco_instances_results.json
 """
 
 import sys

@@ -5,6 +5,9 @@ import importlib
 import sys
 from types import ModuleType
 
+import torch
+
+from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError
 
 COMMANDS = ("train", "report", "explain", "predict", "export", "check", "shapes", "doctor", "ablate")
@@ -28,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
     """Run a command; a mistake of the user becomes lines on standard error and exit status 2."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         return module.run(parsed)
     except UserError as error:
