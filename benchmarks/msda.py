@@ -316,18 +316,15 @@ def table(entry: dict) -> str:
         if "error" in result:
             lines.append(f"| {name} | {result['error']} | | | | | |")
             continue
-        pair = {key: (result.get(f"forward_{key}", 0), result.get(f"backward_{key}", 0)) for key in KEYS}
-        cells = [f"{pair['ms'][0]:.2f}", f"{pair['ms'][1]:.2f}"]
-        cells += [
-            "{:.1f} / {:.1f}".format(*pair["speedup"]),
-            "{:.0%} / {:.0%}".format(*pair["bandwidth_share"]),
-        ]
-        cells += ["{:.0f} / {:.0f}".format(*pair["extra_mib"]), "{:.1%} / {:.1%}".format(*pair["memory"])]
+        cells = [f"{result['forward_ms']:.2f}", f"{result['backward_ms']:.2f}"]
+        for key, form in COLUMNS.items():
+            pair = [result.get(f"{direction}_{key}") for direction in ("forward", "backward")]
+            cells.append(" / ".join("-" if value is None else format(value, form) for value in pair))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-KEYS = ("ms", "speedup", "bandwidth_share", "extra_mib", "memory")
+COLUMNS = {"speedup": ".1f", "bandwidth_share": ".0%", "extra_mib": ".0f", "memory": ".1%"}  # with formats
 
 
 def hardware(device: str) -> str:

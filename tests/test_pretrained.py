@@ -218,3 +218,15 @@ def test_the_command_without_pictures_says_so(model, tmp_path, capsys):
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert main(["predict", *folders, str(tmp_path / "empty")]) == 2
     assert "holds no picture" in capsys.readouterr().err
+
+
+def test_a_broken_picture_costs_no_other_one(model, picture, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    Image.fromarray(picture).save(tmp_path / "b.png")
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, str(tmp_path / "a.png"), str(tmp_path / "b.png")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"{tmp_path / 'a.png'}: cannot be decoded" in line
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["b.png"]

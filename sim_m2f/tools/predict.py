@@ -33,15 +33,20 @@ def run(args: argparse.Namespace) -> int:
     """Write ``predictions.json`` and ``overlays/``; returns the exit status.
 
     Raises:
-        UserError: there are no pictures, one cannot be decoded, or there is no such network.
+        UserError: there are no pictures, or no such network; pictures that cannot be decoded, one line each,
+            after all others are done.
     """
     from sim_m2f.pretrained import from_pretrained
 
     files = [file for path in args.pictures for file in _pictures_in(path)]
     model = from_pretrained(args.model, args.config_file, args.device)
-    content = _described(model, files)
+    content, problems = _described(model, files), []
     for number, file in enumerate(tqdm(files, "predict", unit="picture"), start=1):
-        found = model.predict(file, args.threshold)
+        try:
+            found = model.predict(file, args.threshold)
+        except UserError as error:
+            problems.append(str(error))
+            continue
         height, width = found.masks.shape[1:]
         content["images"].append(
             {"id": number, "file_name": _name(file, args.pictures), "height": height, "width": width}
@@ -51,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
         _draw(file, found, args.output / OVERLAYS / Path(_name(file, args.pictures)).with_suffix(".png"))
     with atomic_write(args.output / PREDICTIONS) as file:
         json.dump(content, file)
-    print(f"{len(content['annotations'])} objects in {len(files)} pictures: {args.output / PREDICTIONS}")
+    done = len(content["images"])
+    print(f"{len(content['annotations'])} objects in {done} pictures: {args.output / PREDICTIONS}")
+    if problems:
+        raise UserError("\n".join(problems))
     return 0
 
 
