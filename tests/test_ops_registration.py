@@ -132,6 +132,37 @@ def test_drop_in_has_the_original_signatures(device):
         msda.ms_deform_attn_forward(*arguments, 0)
 
 
+class OriginalFunction(torch.autograd.Function):
+    """The original's own, without custom_fwd and custom_bwd."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        ctx.save_for_backward(*arguments)
+        return msda.ms_deform_attn_forward(*arguments, 128)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grads = msda.ms_deform_attn_backward(*ctx.saved_tensors, grad_output, 128)
+        return grads[0], None, None, grads[1], grads[2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=compiled), False])
+def test_drop_in_ignores_autocast(device, kernel, monkeypatch):
+    """As the original's callers use it: a float32 value in a network under autocast, backward included."""
+    if not kernel:
+        monkeypatch.setattr(msda, "has_kernel", lambda device: False)
+    results = []
+    for enabled in (True, False):
+        arguments = plain_arguments(device)
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=enabled):
+            output = OriginalFunction.apply(*arguments)
+            grads = torch.autograd.grad(output.sin().sum(), (arguments[0], *arguments[3:]))
+        results.append((output, *grads))
+    for inside, outside in zip(*results, strict=True):
+        torch.testing.assert_close(inside, outside)
+
+
 def broken(name):
     arguments = dict(
         zip(

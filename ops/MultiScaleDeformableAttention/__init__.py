@@ -7,6 +7,7 @@ operators `torch.ops.msda.*` where there is a kernel, in plain PyTorch elsewhere
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
@@ -135,6 +136,13 @@ def _check_step(im2col_step: int) -> None:
         raise RuntimeError(f"ms_deform_attn: im2col_step: expected 1 or more, got {im2col_step}")
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """The original's functions know nothing of autocast: what they return has the type of value."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def ms_deform_attn_forward(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -145,7 +153,7 @@ def ms_deform_attn_forward(
 ) -> Tensor:
     """The original extension's forward; ``im2col_step`` has no effect, as nothing is unfolded."""
     _check_step(im2col_step)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(value.device):
         return ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
 
 
@@ -160,11 +168,12 @@ def ms_deform_attn_backward(
 ) -> list[Tensor]:
     """The original extension's backward: the gradients of value, sampling locations and attention weights."""
     _check_step(im2col_step)
-    if has_kernel(value.device):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        arguments = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output)
-        return list(torch.ops.msda.ms_deform_attn_backward(*arguments, deterministic))
-    with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
-        output = ms_deform_attn(inputs[0], spatial_shapes, level_start_index, inputs[1], inputs[2])
-    return list(torch.autograd.grad(output, inputs, grad_output))
+    with _without_autocast(value.device):
+        if has_kernel(value.device):
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            arguments = (value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output)
+            return list(torch.ops.msda.ms_deform_attn_backward(*arguments, deterministic))
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
+            output = ms_deform_attn(inputs[0], spatial_shapes, level_start_index, inputs[1], inputs[2])
+        return list(torch.autograd.grad(output, inputs, grad_output))
