@@ -62,9 +62,7 @@ def gather(run: Path, batches: int) -> tuple[dict[str, Tensor], dict[str, Tensor
         targets = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
         evidence = criterion.pseudo_masks.evidence(layers, features, targets, criterion.matcher)
         pixels = evidence.pixels
-        similarity = criterion.pseudo_masks.prototypes.similarity(
-            evidence.features, targets.classes, targets.class_index[pixels.target]
-        )
+        similarity = criterion.pseudo_masks.similarity(features, targets, pixels)
         masks = torch.cat([target["masks"] for target in batch["targets"]]).float()
         truth = F.avg_pool2d(masks, 4)[pixels.target, pixels.y, pixels.x] > 0.5
         values = similarity, evidence.instance, truth, pixels.target + objects
@@ -124,7 +122,9 @@ def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) ->
     semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
     pixels = BoxPixels(found["object"], found["object"], found["object"])
     objects, masks = int(found["object"][-1]) + 1, keys.PSEUDO_MASKS
-    labels = pseudo_labels(semantic, instance, pixels, objects, share, masks.POSITIVE, masks.NEGATIVE)
+    labels = pseudo_labels(
+        semantic, instance, pixels, objects, share, masks.POSITIVE, masks.NEGATIVE, masks.CONFIDENT
+    )
     positive, negative = labels.final == 1, labels.final == 0
     right = (positive & truth) | (negative & ~truth)
     wrong = (positive & ~truth) | (negative & truth)

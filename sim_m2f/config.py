@@ -220,7 +220,10 @@ _node(_C.MODEL.SIM, ["SHOW"])
 _C.MODEL.SIM.MATCHER.CLASS_WEIGHT = 2.0  # Weight of -(class probability) in the matching cost.
 _C.MODEL.SIM.MATCHER.PROJECTION_WEIGHT = 5.0  # Weight of the dice of both projections in the matching cost.
 _C.MODEL.SIM.MATCHER.BOX_WEIGHT = 0.0  # Weight of L1 + GIoU between the mask's box and the annotated box.
+_C.MODEL.SIM.PROJECTION.ENABLED = True  # Use loss_projection.
 _C.MODEL.SIM.PROJECTION.WEIGHT = 5.0  # Weight of loss_projection.
+_C.MODEL.SIM.PROJECTION.START = 0.0  # First step (or fraction of the run) with loss_projection.
+_C.MODEL.SIM.PROJECTION.WARMUP = 0.0  # Steps (or fraction of the run) of its linear warm-up.
 _C.MODEL.SIM.PAIRWISE.ENABLED = True  # Use loss_pairwise.
 _C.MODEL.SIM.PAIRWISE.WEIGHT = 2.0  # Weight of loss_pairwise.
 _C.MODEL.SIM.PAIRWISE.DILATION = 2  # Distance of a pixel's 8 neighbours, in pixels at stride 4.
@@ -237,7 +240,9 @@ _C.MODEL.SIM.PROTOTYPES.COUNT = 10  # Prototypes per class.
 _C.MODEL.SIM.PROTOTYPES.MOMENTUM = 0.999  # Share of the old prototype that an update keeps.
 _C.MODEL.SIM.PROTOTYPES.EPSILON = 0.05  # Weight of the entropy in the optimal transport.
 _C.MODEL.SIM.PROTOTYPES.ITERATIONS = 3  # Sinkhorn iterations.
-_C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = 512  # Most pixels of a class, per rank, that an update takes.
+_C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = (
+    512  # Most pixels of a class that an update takes from a mean rank.
+)
 _C.MODEL.SIM.PROTOTYPES.TEMPERATURE = 0.1  # Divides the similarity to the nearest prototype in M_S.
 _C.MODEL.SIM.PROTOTYPES.CENTER = 0.0  # Similarity at which M_S is one half.
 _C.MODEL.SIM.PROTOTYPES.CONFIDENT = 0.7  # Pixels above this teacher probability belong to the object.
@@ -247,6 +252,11 @@ _C.MODEL.SIM.POSITIVE_MASKS.MIN_IOU = 0.5  # ... if their box overlaps the annot
 _C.MODEL.SIM.PSEUDO_MASKS.ALPHA = 0.5  # Share of M_S in the blend, M_I has the rest.
 _C.MODEL.SIM.PSEUDO_MASKS.POSITIVE = (0.7, 0.8)  # Range of the adaptive threshold of positive pixels.
 _C.MODEL.SIM.PSEUDO_MASKS.NEGATIVE = 0.4  # Pixels below are negative.
+_C.MODEL.SIM.PSEUDO_MASKS.CONFIDENT = (
+    0.7  # That threshold lets through as many pixels as have an M_I above this.
+)
+_C.MODEL.SIM.PSEUDO_MASKS.FOCAL_ALPHA = 0.25  # Weight of positive pixels in the focal losses.
+_C.MODEL.SIM.PSEUDO_MASKS.FOCAL_GAMMA = 2.0  # Exponent of the focal losses.
 _C.MODEL.SIM.PSEUDO_SEMANTIC.ENABLED = False  # Use loss_pseudo_semantic.
 _C.MODEL.SIM.PSEUDO_SEMANTIC.WEIGHT = 0.3  # Weight of loss_pseudo_semantic.
 _C.MODEL.SIM.PSEUDO_SEMANTIC.START = 10000.0  # First step (or fraction of the run) with it.

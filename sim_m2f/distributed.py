@@ -1,5 +1,9 @@
 """The few places where ranks have to know of each other; in a single process each returns its argument."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,7 +29,36 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     A loss whose sum is divided by the mean of the ranks' numbers gives, after gradients are averaged over the
     ranks, the loss of the whole batch.
     """
-    return sum_over_ranks(value) / (dist.get_world_size() if _distributed() else 1)
+    return sum_over_ranks(value) / ranks()
+
+
+def number_over_ranks(number: Tensor) -> Tensor:
+    """The mean of a number over all ranks to divide by: where there is none at all, that of a single one."""
+    return mean_over_ranks(number).clamp(min=1 / ranks())
+
+
+def ranks() -> int:
+    """How many processes take part."""
+    return dist.get_world_size() if _distributed() else 1
+
+
+def gather_on_first_rank(value: Any) -> list[Any]:
+    """Every rank's object on rank 0, which alone receives them; an empty list elsewhere."""
+    if not _distributed():
+        return [value]
+    values = [None] * ranks() if is_first_rank() else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def copy_from_first_rank(tensors: Sequence[Tensor]) -> None:
+    """Give the tensors of all ranks the values of rank 0, in place and in one transfer."""
+    if _distributed() and tensors:
+        values = torch.cat([tensor.flatten().double() for tensor in tensors])
+        dist.broadcast(values, 0)
+        parts = values.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def _distributed() -> bool:

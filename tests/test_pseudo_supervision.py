@@ -11,6 +11,7 @@ from conftest import ROOT
 from torchvision.ops import sigmoid_focal_loss
 
 import sim_m2f
+from sim_m2f.supervision import criterion as criterion_module
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.matcher import Match
@@ -93,7 +94,8 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
     features = torch.randn(30, 4, generator=generator) * 5
     labels = torch.tensor([0, 2]).repeat(15)
     confident = torch.arange(30) % 5 != 0
-    prototypes.update(features, labels, confident)
+    chosen = prototypes.sample(labels, confident)
+    prototypes.update(features[chosen], labels[chosen])
     unit = (features / features.norm(dim=1, keepdim=True))[confident]
     kept = labels[confident]
     scores = (unit[:, None] * before[kept]).sum(-1)
@@ -106,7 +108,7 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
             expected = expected / expected.norm()
         torch.testing.assert_close(prototypes.vectors[label, slot], expected)
     assert torch.equal(prototypes.vectors[1], before[1])
-    prototypes.update(features[:0], labels[:0], confident[:0])
+    prototypes.update(features[:0], labels[:0])
 
 
 def test_similarity_is_that_of_the_nearest_prototype_of_the_class(generator):
@@ -126,7 +128,7 @@ def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
     allowed[60:] = False
     drawn = torch.zeros(85)
     for _ in range(400):
-        chosen = sample_per_class(labels, allowed, 10)
+        chosen = sample_per_class(labels, allowed, torch.full((3,), 10))
         assert len(chosen.unique()) == len(chosen)
         assert labels[chosen].bincount(minlength=3).tolist() == [10, 5, 10]
         drawn[chosen] += 1
@@ -169,7 +171,8 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
             (math.prod(weight(layer, t, match.query[layer, t])) + 1e-6, layer, match.query[layer, t])
             for layer in (0, 1)
         ]
-        further = [(weight(1, t, q), q) for q in range(5) if q != match.query[1, t]]
+        taken = {match.query[1, s].item() for s in range(3) if objects.picture[s] == objects.picture[t]}
+        further = [(weight(1, t, q), q) for q in range(5) if q not in taken]
         claims = sorted(((p * o, 1, q) for (p, o), q in further if o >= 0.2), key=lambda claim: -claim[0])[:2]
         values = [
             (w, masks[layer, objects.picture[t], q, y, x].sigmoid().item())
@@ -177,6 +180,30 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
         ]
         expected = sum(w * value for w, value in values) / sum(w for w, _ in values)
         assert mean[i].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_an_object_left_over_has_no_mask_and_takes_none(generator):
+    """With fewer queries than objects: nobody's mask is its own, and query 0 keeps its owner's class."""
+    objects, logits, masks = two_pictures(generator)
+    match = Match(
+        torch.tensor([[1, 0, 2], [0, 0, 3]]), torch.tensor([[True, False, True], [True, False, True]])
+    )
+    profiles = masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid()
+    chosen = positive_masks(logits, *profiles, match, objects, queries=0, min_iou=0.2)
+    mean = instance_probability(list(masks), chosen, objects, box_pixels(objects))
+    assert (chosen.weight[:, 1] == 0).all()
+    assert (mean[box_pixels(objects).target == 1] == 0).all()
+    wanted = torch.full((2, 2, 5), 3)
+    wanted[0, 0, 1], wanted[0, 1, 2], wanted[1, 0, 0], wanted[1, 1, 3] = 0, 0, 0, 0
+    weights = torch.tensor([1, 1, 1, 0.1], dtype=torch.float64)
+    expected = sum(
+        torch.nn.functional.cross_entropy(a.double().flatten(0, 1), b.flatten(), weights)
+        for a, b in zip(logits, wanted, strict=True)
+    )
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SIM.SUPERVISION", "box"])
+    loss = build_criterion(cfg).classification(logits, objects, match)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_thresholds_and_labels_pixel_by_pixel(generator):
@@ -235,7 +262,7 @@ FULL = [
 ]
 
 
-def losses_with(overrides: list[str], generator) -> dict[str, torch.Tensor]:
+def losses_with(overrides: list[str], generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """The criterion's losses on fixed outputs of student and teacher."""
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
@@ -248,10 +275,12 @@ def losses_with(overrides: list[str], generator) -> dict[str, torch.Tensor]:
     ]
     outputs = [
         {
-            "pred_logits": logits[1] * scale,
-            "pred_masks": masks[1] * scale,
-            "mask_features": torch.randn(2, 6, 6, 8, generator=generator),
-            "aux_outputs": [{"pred_logits": logits[0] * scale, "pred_masks": masks[0] * scale}],
+            "pred_logits": (logits[1] * scale).to(dtype),
+            "pred_masks": (masks[1] * scale).to(dtype),
+            "mask_features": torch.randn(2, 6, 6, 8, generator=generator).to(dtype),
+            "aux_outputs": [
+                {"pred_logits": (logits[0] * scale).to(dtype), "pred_masks": (masks[0] * scale).to(dtype)}
+            ],
         }
         for scale in (1.0, 1.5)
     ]
@@ -279,3 +308,80 @@ def test_a_weight_of_zero_equals_leaving_the_term_out(term, loss):
     assert weightless == without
     everything.pop(loss)
     assert everything == without
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
+    """All after the network is computed in float32; features that are much longer change nothing."""
+    rounded = losses_with([], torch.Generator().manual_seed(7), dtype)
+    exact = losses_with([], torch.Generator().manual_seed(7))
+    for name, loss in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert rounded[name].item() == pytest.approx(loss.item(), rel=0.05, abs=0.01), name
+    prototypes = Prototypes(3, 2, 4, 0.9, 0.05, 3, 20)
+    before = prototypes.vectors.clone()
+    features = (torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 1e4).to(dtype)
+    prototypes.update(features, torch.arange(30) % 3)
+    moved = prototypes.vectors.clone()
+    assert moved.isfinite().all()
+    assert not torch.equal(moved, before)
+    prototypes.vectors.copy_(before)
+    prototypes.update(features.double() / 1e4, torch.arange(30) % 3)
+    torch.testing.assert_close(prototypes.vectors, moved)
+
+
+def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer(monkeypatch):
+    """Their sum is, per layer, the focal loss of all labelled pixels by their number (SIM, equation 8)."""
+    seen = []
+    original = criterion_module.pseudo_losses
+
+    def spy(logits, labels, *focal):
+        seen.append((logits, labels))
+        return original(logits, labels, *focal)
+
+    monkeypatch.setattr(criterion_module, "pseudo_losses", spy)
+    weights = ["MODEL.SIM.PSEUDO_SEMANTIC.WEIGHT", "1", "MODEL.SIM.SELF_CORRECTION.WEIGHT", "1"]
+    losses = losses_with(weights, torch.Generator().manual_seed(7))
+    ((logits, labels),) = seen
+    labelled = labels.final != IGNORED
+    wanted = labels.final.clamp(min=0).double().expand_as(logits)
+    focal = sigmoid_focal_loss(logits.double(), wanted, alpha=0.25, gamma=2)
+    expected = (focal * labelled).sum(1).div(labelled.sum()).sum()
+    total = losses["loss_pseudo_semantic"] + losses["loss_self_correction"]
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
+    """And projection, towards boxes, is a mean over the pictures' own objects alone."""
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
+    cfg.merge_from_list([*FULL, "MODEL.SIM.COPY_PASTE.ENABLED", "True", "MODEL.SIM.COPY_PASTE.START", "0"])
+    objects, logits, masks = two_pictures(generator)
+    wanted = torch.rand(2, 6, 8, generator=generator) > 0.5
+    targets = [
+        {"boxes": objects.boxes[:2], "labels": objects.labels[:2], "pasted": torch.tensor([False, True])},
+        {"boxes": objects.boxes[2:], "labels": objects.labels[2:], "pasted": torch.tensor([False])},
+    ]
+    targets[0]["pasted_masks"], targets[1]["pasted_masks"] = wanted, wanted[:1]
+    outputs = {"pred_logits": logits[1], "pred_masks": masks[1], "aux_outputs": []}
+    criterion = build_criterion(cfg)
+    losses = criterion(outputs, targets, torch.zeros(2, 3, 24, 32))
+
+    flat = flatten_targets(targets, (6, 8), torch.device("cpu"))
+    match = criterion.matcher(logits[1:], masks[1:].amax(-2).sigmoid(), masks[1:].amax(-1).sigmoid(), flat)
+    own = [masks[1, flat.picture[t], match.query[0, t]].double() for t in range(3)]
+    target = wanted[1].double()
+    p = own[1].sigmoid()
+    dice = 1 - 2 * (p * target).sum() / ((p**2).sum() + target.sum() + 1e-5)
+    focal = sigmoid_focal_loss(own[1], target, alpha=0.25, gamma=2).mean()
+    assert losses["loss_copy_paste"].item() == pytest.approx((focal + dice).item(), rel=1e-4)
+    columns, rows = (projection.double() for projection in flat.projections)
+
+    def projected(t):
+        found = own[t].sigmoid()
+        pairs = (found.amax(0), columns[t]), (found.amax(1), rows[t])
+        return sum(1 - 2 * (u * v).sum() / ((u**2).sum() + v.sum() + 1e-5) for u, v in pairs)
+
+    assert losses["loss_projection"].item() == pytest.approx(
+        5 * (projected(0) + projected(2)).item() / 2, rel=1e-4
+    )

@@ -114,8 +114,15 @@ class MethodView:
         evidence = pseudo.evidence(layers, taught["mask_features"], objects, criterion.matcher)
         labels = pseudo.labels(evidence, len(objects))
         pixels, positive = evidence.pixels, evidence.positive
-        bounds = criterion.sim.PSEUDO_MASKS.POSITIVE
-        thresholds = positive_thresholds(labels.blend, evidence.instance, pixels.target, len(objects), bounds)
+        masks = criterion.sim.PSEUDO_MASKS
+        thresholds = positive_thresholds(
+            labels.blend,
+            evidence.instance,
+            pixels.target,
+            len(objects),
+            masks.POSITIVE,
+            masks.CONFIDENT,
+        )
         height, width = batch["image_sizes"][0]
         cells = slice(None), slice(-(-height // STRIDE)), slice(-(-width // STRIDE))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
@@ -14,7 +14,7 @@ from sim_m2f.data.catalog import test_sources
 from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
 from sim_m2f.data.dataset import TrainDataset
 from sim_m2f.data.loader import test_loader, train_loader
-from sim_m2f.distributed import max_over_ranks
+from sim_m2f.distributed import gather_on_first_rank, max_over_ranks
 from sim_m2f.engine.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -273,7 +273,7 @@ class Trainer:
         """The state of every rank's paste bank, on the CPU; empty without copy-paste."""
         if self.bank is None:
             return []
-        return gather_object([send_to_device(self.bank.state_dict(), "cpu")])
+        return gather_on_first_rank(send_to_device(self.bank.state_dict(), "cpu"))
 
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         try:

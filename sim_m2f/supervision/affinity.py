@@ -1,5 +1,7 @@
 """Colour affinity of neighbouring pixels in CIELAB (BoxInst, section 3.3), on the device."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,12 +19,18 @@ RGB_TO_XYZ = (
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB (B, 3, H, W) of 0..1 to CIELAB (B, 3, H, W) under D65 light (IEC 61966-2-1, CIE 15)."""
     linear = torch.where(rgb > 0.04045, ((rgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    matrix = torch.tensor(RGB_TO_XYZ, dtype=rgb.dtype, device=rgb.device)
-    white = torch.tensor(WHITE_D65, dtype=rgb.dtype, device=rgb.device).view(3, 1, 1)
+    matrix, white = _constants(rgb.dtype, rgb.device)
     xyz = torch.einsum("ij,bjhw->bihw", matrix, linear) / white
     cubic = xyz.clamp(min=0.008856) ** (1 / 3)
     x, y, z = torch.where(xyz > 0.008856, cubic, 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+@functools.cache
+def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """RGB_TO_XYZ and WHITE_D65 (3, 1, 1), copied to a device once."""
+    matrix, white = (torch.tensor(values, dtype=dtype, device=device) for values in (RGB_TO_XYZ, WHITE_D65))
+    return matrix, white.view(3, 1, 1)
 
 
 def neighbour_offsets(dilation: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.distributed import mean_over_ranks
+from sim_m2f.distributed import mean_over_ranks, number_over_ranks
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.targets import Targets
 
@@ -51,19 +51,18 @@ class Criterion(nn.Module):
 
     def classification(self, logits: Tensor, targets: Targets, match: Match) -> Tensor:
         """Cross-entropy of all queries of all layers, "no object" for those without an object."""
-        wanted = logits.new_full(logits.shape[:3], self.classes, dtype=torch.int64)
-        layer = torch.arange(len(logits), device=logits.device)[:, None].expand_as(match.query)
-        picture = targets.picture.expand_as(match.query)
-        labels = targets.labels.expand_as(match.query)
-        unclaimed = torch.where(match.matched, labels, wanted[layer, picture, match.query])
-        wanted = wanted.index_put((layer, picture, match.query), unclaimed)
+        layers, batch, queries, _ = logits.shape
+        # a column more takes the labels of the objects that are left over
+        wanted = logits.new_full((layers, batch, queries + 1), self.classes, dtype=torch.int64)
+        layer = torch.arange(layers, device=logits.device)[:, None].expand_as(match.query)
+        picture, labels = targets.picture.expand_as(match.query), targets.labels.expand_as(match.query)
+        query = torch.where(match.matched, match.query, queries)
+        wanted = wanted.index_put((layer, picture, query), labels)[:, :, :-1]
         weight = logits.new_ones(self.classes + 1)
         weight[-1] = self.former.NO_OBJECT_WEIGHT
-        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none").view(
-            len(logits), -1
-        )
+        loss = F.cross_entropy(logits.flatten(0, 2), wanted.flatten(), weight, reduction="none")
         total = mean_over_ranks(weight[wanted].flatten(1).sum(1))
-        return (loss.sum(1) / total).sum()
+        return (loss.view(layers, -1).sum(1) / total).sum()
 
 
 def matched_masks(mask_logits: list[Tensor], match: Match, targets: Targets) -> Tensor:
@@ -74,9 +73,8 @@ def matched_masks(mask_logits: list[Tensor], match: Match, targets: Targets) -> 
 
 
 def per_object(loss: Tensor, match: Match, targets: Targets) -> Tensor:
-    """Sum over layers and matched objects of a loss (L, T), divided by the objects of a mean rank."""
-    objects = mean_over_ranks(loss.new_tensor(float(len(targets)))).clamp(min=1)
-    return (loss * match.matched).sum() / objects
+    """Sum over layers and matched objects of a loss (L, T), per annotated object of a mean rank."""
+    return (loss * match.matched).sum() / number_over_ranks(loss.new_full((), targets.annotated))
 
 
 @torch.no_grad()

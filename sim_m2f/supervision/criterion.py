@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.copy_paste import PasteBank
-from sim_m2f.distributed import mean_over_ranks
+from sim_m2f.distributed import number_over_ranks
 from sim_m2f.errors import UserError
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity
 from sim_m2f.supervision.base import Criterion, Outputs, mask_profiles, matched_masks, per_object
@@ -49,10 +49,9 @@ class SIMCriterion(Criterion):
             match = self.matcher(logits, *mask_profiles(mask_logits), objects)
             masks = matched_masks(mask_logits, match, objects)
             annotated = Match(match.query, match.matched & ~objects.pasted)
-            losses = {
-                "loss_ce": self.former.CLASS_WEIGHT * self.classification(logits, objects, match),
-                "loss_projection": self._projection(masks, objects, annotated),
-            }
+            losses = {"loss_ce": self.former.CLASS_WEIGHT * self.classification(logits, objects, match)}
+            if self.sim.PROJECTION.ENABLED:
+                losses["loss_projection"] = self._projection(masks, objects, annotated)
             if self.sim.PAIRWISE.ENABLED:
                 edges = self._edges(images, targets, teacher_outputs)
                 losses["loss_pairwise"] = self._pairwise(masks, objects, annotated, edges)
@@ -70,6 +69,10 @@ class SIMCriterion(Criterion):
         self.step += self.training
         return losses
 
+    @property
+    def _focal(self) -> tuple[float, float]:
+        return self.sim.PSEUDO_MASKS.FOCAL_ALPHA, self.sim.PSEUDO_MASKS.FOCAL_GAMMA
+
     def _steps(self, steps: float) -> float:
         return resolve_steps(steps, self.max_iter)
 
@@ -79,11 +82,11 @@ class SIMCriterion(Criterion):
 
     def _projection(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
         loss = projection_loss(masks, *objects.projections)
-        return self.sim.PROJECTION.WEIGHT * per_object(loss, match, objects)
+        return self._weight(self.sim.PROJECTION) * per_object(loss, match, objects)
 
     def _pairwise(self, masks: Tensor, objects: Targets, match: Match, edges: Tensor) -> Tensor:
         sums, numbers = pairwise_loss(masks, objects, edges, self.sim.PAIRWISE.DILATION)
-        counted = mean_over_ranks((numbers * match.matched).sum(1)).clamp(min=1)
+        counted = number_over_ranks((numbers * match.matched).sum(1))
         return self._weight(self.sim.PAIRWISE) * ((sums * match.matched).sum(1) / counted).sum()
 
     def _edges(self, images: Tensor, targets: list[dict[str, Tensor]], teacher: Outputs | None) -> Tensor:
@@ -110,8 +113,8 @@ class SIMCriterion(Criterion):
         pixels, (height, width) = labels.pixels, objects.size
         position = (pixels.target * height + pixels.y) * width + pixels.x
         matched = match.matched[:, pixels.target]
-        kept, changed = pseudo_losses(masks.flatten(1).index_select(1, position), labels)
-        labelled = mean_over_ranks(((labels.final != IGNORED) & matched).sum(1).float()).clamp(min=1)
+        kept, changed = pseudo_losses(masks.flatten(1).index_select(1, position), labels, *self._focal)
+        labelled = number_over_ranks(((labels.final != IGNORED) & matched).sum(1).float())
         losses = {}
         if self.sim.PSEUDO_SEMANTIC.ENABLED:
             semantic = ((kept * matched).sum(1) / labelled).sum()
@@ -125,9 +128,9 @@ class SIMCriterion(Criterion):
         """Mean focal loss and dice, towards the masks of the pasted objects."""
         pasted = objects.pasted_index
         logits, wanted = masks.index_select(1, pasted).flatten(2), objects.pasted_masks.flatten(1)
-        focal = focal_loss(logits, wanted.long()).mean(-1)
+        focal = focal_loss(logits, wanted.long(), *self._focal).mean(-1)
         loss = (focal + dice_loss(logits.sigmoid(), wanted.float())) * match.matched.index_select(1, pasted)
-        number = mean_over_ranks(loss.new_tensor(float(len(pasted)))).clamp(min=1)
+        number = number_over_ranks(loss.new_full((), len(pasted)))
         return self._weight(self.sim.COPY_PASTE) * loss.sum() / number
 
 

@@ -92,8 +92,10 @@ def assign(cost: Tensor, targets: Targets) -> Match:
             query[layer, start + objects] = queries
             matched[layer, start + objects] = True
         start += count
-    device = cost.device
-    return Match(torch.from_numpy(query).to(device), torch.from_numpy(matched).to(device))
+    return Match(
+        torch.from_numpy(query).to(cost.device, non_blocking=True),
+        torch.from_numpy(matched).to(cost.device, non_blocking=True),
+    )
 
 
 def _padded(values: Tensor, targets: Targets) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sim_m2f.distributed import max_over_ranks, sum_over_ranks
+from sim_m2f.distributed import max_over_ranks, ranks, sum_over_ranks
 
 
 class Prototypes(nn.Module):
@@ -21,7 +21,7 @@ class Prototypes(nn.Module):
         momentum: share of the old vector that an update keeps.
         epsilon: weight of the entropy in the transport problem.
         iterations: Sinkhorn iterations.
-        limit: most pixels per class and rank that one update takes.
+        limit: most pixels per class that one update takes from a mean rank.
     """
 
     def __init__(
@@ -38,17 +38,26 @@ class Prototypes(nn.Module):
         self.momentum, self.epsilon, self.iterations, self.limit = momentum, epsilon, iterations, limit
         self.register_buffer("vectors", F.normalize(torch.randn(classes, count, width), dim=-1))
 
+    def sample(self, labels: Tensor, confident: Tensor) -> Tensor:
+        """Indices of the pixels that an update takes, all of a class on all ranks with the same probability.
+
+        Args:
+            labels: (N,) int64, the classes of the pixels' objects.
+            confident: (N,) bool, whether the pixel surely belongs to its object; only these count.
+        """
+        own = torch.zeros(len(self.vectors), device=labels.device).index_add(0, labels, confident.float())
+        share = own * ranks() / sum_over_ranks(own).clamp(min=1)
+        return sample_per_class(labels, confident, (self.limit * share).round())
+
     @torch.no_grad()
-    def update(self, features: Tensor, labels: Tensor, confident: Tensor) -> None:
+    def update(self, features: Tensor, labels: Tensor) -> None:
         """Move the prototypes towards the centroids of their pixels; one that received none stays.
 
         Args:
             features: (N, d) the teacher's features of N pixels, of any length.
             labels: (N,) int64, the classes of their objects.
-            confident: (N,) bool, whether the pixel surely belongs to its object; only these count.
         """
-        chosen = sample_per_class(labels, confident, self.limit)
-        features, labels = F.normalize(features[chosen].float(), dim=-1), labels[chosen]
+        features = F.normalize(features.float(), dim=-1)
         classes, count, width = self.vectors.shape
         scores = torch.einsum("nd,nld->nl", features, self.vectors[labels])
         plan = sinkhorn(scores, labels, classes, self.epsilon, self.iterations)
@@ -78,19 +87,19 @@ class Prototypes(nn.Module):
         return scores.gather(1, own).amax(1)
 
 
-def sample_per_class(labels: Tensor, allowed: Tensor, limit: int) -> Tensor:
-    """Indices of at most ``limit`` allowed pixels of every class, each of a class with the same probability.
+def sample_per_class(labels: Tensor, allowed: Tensor, limits: Tensor) -> Tensor:
+    """Indices of so many allowed pixels of every class at most, each of a class with the same probability.
 
     Args:
         labels: (N,) int64.
         allowed: (N,) bool.
-        limit: most per class.
+        limits: (C,) most of each class.
     """
     shuffled = torch.randperm(len(labels), device=labels.device)
     key = torch.where(allowed, labels, -1)[shuffled]
     key, order = key.sort(stable=True)
     rank = torch.arange(len(labels), device=labels.device) - torch.searchsorted(key, key)
-    return shuffled[order[(rank < limit) & (key >= 0)]]
+    return shuffled[order[(key >= 0) & (rank < limits[key])]]
 
 
 def sinkhorn(scores: Tensor, labels: Tensor, classes: int, epsilon: float, iterations: int) -> Tensor:

@@ -17,6 +17,8 @@ from sim_m2f.supervision.prototypes import Prototypes
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
 IGNORED = -1
+CHUNK = 65536  # pixels that are compared with the prototypes together
+LEAST_WEIGHT = 1e-6  # of the mask of an object's own query
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,12 @@ class Evidence:
 
     Attributes:
         pixels: the P pixels.
-        features: (P, d) the teacher's mask features there.
         semantic: (P,) M_S.
         instance: (P,) M_I.
         positive: the masks whose weighted mean M_I is.
     """
 
     pixels: BoxPixels
-    features: Tensor
     semantic: Tensor
     instance: Tensor
     positive: PositiveMasks
@@ -109,7 +109,9 @@ class PseudoMasks(nn.Module):
         labels = self.labels(evidence, len(targets))
         if self.training:
             confident = evidence.instance > self.sim.PROTOTYPES.CONFIDENT
-            self.prototypes.update(evidence.features, targets.labels[evidence.pixels.target], confident)
+            classes = targets.labels[evidence.pixels.target]
+            chosen = self.prototypes.sample(classes, confident)
+            self.prototypes.update(features_at(features, targets, evidence.pixels, chosen), classes[chosen])
         return labels
 
     @torch.no_grad()
@@ -129,17 +131,32 @@ class PseudoMasks(nn.Module):
             matcher: finds the teacher's queries of the objects.
         """
         pixels = box_pixels(targets)
-        own = features[targets.picture[pixels.target], :, pixels.y, pixels.x]
-        similarity = self.prototypes.similarity(own, targets.classes, targets.class_index[pixels.target])
         prototypes = self.sim.PROTOTYPES
+        similarity = self.similarity(features, targets, pixels)
         semantic = ((similarity - prototypes.CENTER) / prototypes.TEMPERATURE).sigmoid()
-        return Evidence(pixels, own, semantic, *self._instance(layers, targets, pixels, matcher))
+        return Evidence(pixels, semantic, *self._instance(layers, targets, pixels, matcher))
+
+    def similarity(self, features: Tensor, targets: Targets, pixels: BoxPixels) -> Tensor:
+        """(P,): that of each pixel's feature with the nearest prototype of its object's class, -1 to 1.
+
+        ``CHUNK`` pixels at a time, so that no more features than theirs are in memory.
+        """
+        parts = [
+            self.prototypes.similarity(
+                features_at(features, targets, pixels, part),
+                targets.classes,
+                targets.class_index[pixels.target[part]],
+            )
+            for part in torch.arange(len(pixels.target), device=features.device).split(CHUNK)
+        ]
+        return torch.cat(parts)
 
     def labels(self, evidence: Evidence, objects: int) -> PseudoLabels:
         """The labels of the pixels of so many objects."""
         pseudo = self.sim.PSEUDO_MASKS
         masks = evidence.semantic, evidence.instance
-        return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, pseudo.POSITIVE, pseudo.NEGATIVE)
+        bounds = pseudo.POSITIVE, pseudo.NEGATIVE, pseudo.CONFIDENT
+        return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, *bounds)
 
     def _instance(
         self, layers: list[dict[str, Tensor]], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
@@ -156,6 +173,11 @@ class PseudoMasks(nn.Module):
         return instance_probability(mask_logits, masks, targets, pixels), masks
 
 
+def features_at(features: Tensor, targets: Targets, pixels: BoxPixels, index: Tensor) -> Tensor:
+    """(N, d): maps (B, d, h, w) at those of the pixels that (N,) ``index`` names."""
+    return features[targets.picture[pixels.target[index]], :, pixels.y[index], pixels.x[index]]
+
+
 def positive_masks(
     logits: Tensor,
     along_x: Tensor,
@@ -165,7 +187,7 @@ def positive_masks(
     queries: int,
     min_iou: float,
 ) -> PositiveMasks:
-    """The object's query in every decoder layer, and further queries of the last that claim the same object.
+    """The object's query in every decoder layer, and unmatched ones of the last that claim the same object.
 
     A mask weighs its probability of the object's class times the IoU of its own box and the annotated box.
 
@@ -180,19 +202,21 @@ def positive_masks(
     Returns:
         K = L + ``queries`` masks (fewer when there are fewer queries).
     """
-    layers, _, count, _ = logits.shape
+    layers, batch, count, _ = logits.shape
     probability = logits.softmax(-1)[:, targets.picture, :, targets.labels].transpose(0, 1)
     boxes = boxes_of_profiles(along_x, along_y)[:, targets.picture]
     overlap = iou(boxes, targets.relative_boxes[:, None])
     weight = probability * overlap
-    matched = weight.gather(2, match.query[..., None])[..., 0] * match.matched
-    claims = torch.where(overlap[-1] >= min_iou, weight[-1], 0.0)
-    claims = claims.scatter(1, match.query[-1][:, None], 0.0)
+    matched = (weight.gather(2, match.query[..., None])[..., 0] + LEAST_WEIGHT) * match.matched
+    taken = match.matched.new_zeros(batch, count + 1)  # a column more is that of the objects left over
+    taken[targets.picture, torch.where(match.matched[-1], match.query[-1], count)] = True
+    free = ~taken[targets.picture, :count]
+    claims = torch.where(free & (overlap[-1] >= min_iou), weight[-1], 0.0)
     further, further_query = claims.topk(min(queries, count), dim=1)
     return PositiveMasks(
         layer=[*range(layers), *[layers - 1] * further.shape[1]],
         query=torch.cat([match.query, further_query.T]),
-        weight=torch.cat([matched + 1e-6, further.T]),
+        weight=torch.cat([matched, further.T]),
     )
 
 
@@ -208,32 +232,38 @@ def instance_probability(
         pixels: the P pixels.
 
     Returns:
-        (P,) probabilities.
+        (P,) probabilities; 0 for an object without a mask.
     """
     picture = targets.picture[pixels.target]
     total = torch.zeros(len(picture), device=picture.device)
     for layer, query, weight in zip(masks.layer, masks.query, masks.weight, strict=True):
         values = mask_logits[layer][picture, query[pixels.target], pixels.y, pixels.x].float().sigmoid()
         total = total + values * weight[pixels.target]
-    return total / masks.weight.sum(0)[pixels.target]
+    return total / masks.weight.sum(0).clamp(min=LEAST_WEIGHT)[pixels.target]
 
 
 def positive_thresholds(
-    blend: Tensor, instance: Tensor, target: Tensor, objects: int, bounds: tuple[float, float]
+    blend: Tensor,
+    instance: Tensor,
+    target: Tensor,
+    objects: int,
+    bounds: tuple[float, float],
+    confident: float = 0.7,
 ) -> Tensor:
-    """t_pos per object: the value of M at rank n_pos, its number of pixels with M_I > 0.7, within ``bounds``.
+    """t_pos per object: M at rank n_pos, its number of pixels with M_I > ``confident``, within ``bounds``.
 
     Args:
         blend, instance: (P,) M and M_I at the pixels of the boxes.
         target: (P,) int64, the object of each pixel, ascending.
         objects: T.
         bounds: least and largest threshold; the largest where n_pos is 0.
+        confident: the M_I above which a pixel counts.
 
     Returns:
         (T,).
     """
     empty = torch.zeros(objects, dtype=torch.int64, device=target.device)
-    positives = empty.index_add(0, target, (instance > 0.7).long())
+    positives = empty.index_add(0, target, (instance > confident).long())
     areas = empty.index_add(0, target, torch.ones_like(target))
     descending = (2 * target.double() - blend.double()).argsort()
     rank = areas.cumsum(0) - areas + (positives - 1).clamp(min=0)
@@ -249,6 +279,7 @@ def pseudo_labels(
     alpha: float,
     positive: tuple[float, float],
     negative: float,
+    confident: float = 0.7,
 ) -> PseudoLabels:
     """M = alpha M_S + (1 - alpha) M_I: positive from t_pos on, negative below t_neg, ignored between.
 
@@ -259,9 +290,11 @@ def pseudo_labels(
         alpha: weight of the semantic mask.
         positive: least and largest value of the adaptive t_pos.
         negative: t_neg.
+        confident: the M_I above which a pixel counts for the rank that t_pos is taken at.
     """
     blend = alpha * semantic + (1 - alpha) * instance
-    threshold = positive_thresholds(blend, instance, pixels.target, objects, positive)[pixels.target]
+    thresholds = positive_thresholds(blend, instance, pixels.target, objects, positive, confident)
+    threshold = thresholds[pixels.target]
 
     def label(mask: Tensor) -> Tensor:
         undecided = torch.full_like(pixels.target, IGNORED)
@@ -277,16 +310,19 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
     return weight * against.sigmoid() ** gamma * F.softplus(against)
 
 
-def pseudo_losses(logits: Tensor, labels: PseudoLabels) -> tuple[Tensor, Tensor]:
+def pseudo_losses(
+    logits: Tensor, labels: PseudoLabels, alpha: float = 0.25, gamma: float = 2.0
+) -> tuple[Tensor, Tensor]:
     """Focal loss of the pixels that keep their semantic label, and of those that the correction changed.
 
     Args:
         logits: (L, P), per decoder layer the matched mask of each pixel's object.
         labels: of the P pixels.
+        alpha, gamma: of the focal loss.
 
     Returns:
         two (L, P) losses, zero on the other's pixels and on ignored ones.
     """
-    loss = focal_loss(logits, labels.final) * (labels.final != IGNORED)
+    loss = focal_loss(logits, labels.final, alpha, gamma) * (labels.final != IGNORED)
     kept = labels.final == labels.semantic
     return loss * kept, loss * ~kept

@@ -42,11 +42,16 @@ class Targets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def annotated(self) -> int:
+        """How many objects are the pictures' own."""
+        return len(self.labels) - len(self.pasted_index)
+
     @cached_property
     def projections(self) -> tuple[Tensor, Tensor]:
         """(T, w) and (T, h): 1 on the columns and on the rows of the box, else 0."""
         height, width = self.size
-        x0, y0, x1, y1 = self.ranges.to(self.labels.device).unbind(1)
+        x0, y0, x1, y1 = self.ranges.to(self.labels.device, non_blocking=True).unbind(1)
         columns = torch.arange(width, device=self.labels.device)
         rows = torch.arange(height, device=self.labels.device)
         in_columns = (columns >= x0[:, None]) & (columns < x1[:, None])
@@ -57,7 +62,8 @@ class Targets:
     def relative_boxes(self) -> Tensor:
         """(T, 4) xyxy in shares of the network's input."""
         height, width = self.size
-        return self.boxes / self.boxes.new_tensor([width, height, width, height]) / STRIDE
+        size = torch.tensor([width, height, width, height]).to(self.boxes.device, non_blocking=True)
+        return self.boxes / size / STRIDE
 
     @property
     def box_masks(self) -> Tensor:

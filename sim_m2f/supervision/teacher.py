@@ -5,13 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sim_m2f.distributed import copy_from_first_rank
 
 
 class Teacher(nn.Module):
     """Weights follow the student's: teacher <- m teacher + (1 - m) student.
 
     At the n-th update m = min(momentum, (1 + n) / (10 + n)), so that the first steps are forgotten quickly.
-    Buffers are copied.
+    Buffers are copied; the statistics of batch norms, which differ from rank to rank, are those of rank 0.
 
     It computes without gradient and in evaluation mode, whatever the student's mode.
 
@@ -24,6 +27,8 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False).eval()
         self.momentum = momentum
+        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.updates = 0
 
     def get_extra_state(self) -> dict[str, int]:
@@ -43,6 +48,7 @@ class Teacher(nn.Module):
         buffers = list(self.network.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(student.buffers()))
+        copy_from_first_rank(self.statistics)
         self.updates += 1
 
     @torch.no_grad()
