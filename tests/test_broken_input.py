@@ -197,10 +197,14 @@ def test_checkpoints(capsys, tmp_path):
     assert not payload.exists()
 
 
-def test_evaluation_without_a_checkpoint(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "weights"), [([], ""), ([], "timm://resnet10t.c3_in1k"), (["--resume"], "model.pth")]
+)
+def test_evaluation_without_a_checkpoint(capsys, tmp_path, flags, weights):
+    changes = ["MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path)]
     fails(
         capsys,
-        ["--config-file", CONFIG, "--eval-only", *SMALL, "OUTPUT_DIR", str(tmp_path)],
+        ["--config-file", CONFIG, "--eval-only", *flags, *SMALL, *changes],
         "--eval-only",
         str(tmp_path),
     )

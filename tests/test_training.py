@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
+from sim_m2f.cli import main
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine.checkpoint import point_to
 from sim_m2f.engine.trainer import Trainer
@@ -96,6 +97,17 @@ def test_evaluating_the_final_checkpoint_gives_the_printed_scores(few, tmp_path)
     assert scores["segm/AP"] == last["segm/AP"]
     results = "inference/coco_instances_results.json"
     assert (output / results).read_text() == (tmp_path / "again" / results).read_text()
+
+
+@pytest.mark.parametrize(("flags", "weights"), [([], "timm://none"), (["--resume"], "none.pth")])
+def test_evaluation_takes_the_last_checkpoint(few, tmp_path, flags, weights):
+    output = train(few, "SOLVER.MAX_ITER", 2)
+    results = output / "inference/coco_instances_results.json"
+    expected = results.read_bytes()
+    results.unlink()
+    command = ["--config-file", str(output / "config.yaml"), "--eval-only", *flags]
+    assert main(["train", *command, "MODEL.WEIGHTS", weights]) == 0
+    assert results.read_bytes() == expected
 
 
 SUPERVISIONS = {

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from sim_m2f.config import CfgNode, get_cfg, without_effect
@@ -14,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     parser.add_argument(
-        "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS, or the last checkpoint"
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS; the last checkpoint in OUTPUT_DIR with --resume, or where "
+        "MODEL.WEIGHTS is empty or a backbone's (timm://)",
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines")
@@ -31,17 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
 
+    if arguments.eval_only:
+        _evaluate(cfg, arguments.resume)
+        return 0
+
     from sim_m2f.engine.trainer import Trainer
 
-    if not arguments.eval_only:
-        Trainer(cfg, resume=arguments.resume).train()
-        return 0
-    trainer = Trainer(cfg, resume=not cfg.MODEL.WEIGHTS)
-    if not cfg.MODEL.WEIGHTS and not trainer.iteration:
-        raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
-    trainer.evaluate()
-    if trainer.accelerator.is_main_process:
-        trainer.report()
+    Trainer(cfg, resume=arguments.resume).train()
     return 0
 
 
@@ -56,6 +56,20 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
         print(f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config.py", file=sys.stderr)
     cfg.freeze()
     return cfg
+
+
+def _evaluate(cfg: CfgNode, resume: bool) -> None:
+    """Score MODEL.WEIGHTS, or with ``resume``, or where they hold no trained network, the last checkpoint."""
+    from sim_m2f.engine.checkpoint import last_checkpoint
+    from sim_m2f.engine.trainer import Trainer
+
+    resume = resume or not cfg.MODEL.WEIGHTS or cfg.MODEL.WEIGHTS.startswith("timm://")
+    if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
+        raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
+    trainer = Trainer(cfg, resume=resume)
+    trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        trainer.report()
 
 
 def _launch(arguments: argparse.Namespace) -> None:
