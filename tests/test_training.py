@@ -15,6 +15,7 @@ from conftest import ROOT, SMALL
 from sim_m2f.cli import main
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine.checkpoint import point_to
+from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.supervision.criterion import build_criterion
 
@@ -135,6 +136,14 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, t
     assert train_losses(resumed) == train_losses(whole)[3:]
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
+    whole = '{"iteration": 0, "total_loss": 1.5}'
+    (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"iteration": 1, "total_lo')
+    MetricsLogger(tmp_path, start=2).write(2, {"total_loss": 1.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert lines == [whole, '{"iteration": 2, "total_loss": 1.0}']
 
 
 def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):

@@ -22,7 +22,8 @@ class MetricsLogger:
 
     Args:
         output_dir: the run's folder.
-        start: the first step to come; what a former run wrote of later steps is dropped.
+        start: the first step to come; what a former run wrote of later steps is dropped, and a line that a
+            killed process left unfinished.
     """
 
     def __init__(self, output_dir: Path, start: int) -> None:
@@ -30,7 +31,7 @@ class MetricsLogger:
         kept = []
         if start and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line)["iteration"] < start]
+            kept = [line for line in lines if _iteration(line) < start]
         with atomic_write(self.path) as file:
             file.writelines(f"{line}\n" for line in kept)
         self.writer = SummaryWriter(str(output_dir), purge_step=start or None)
@@ -49,6 +50,14 @@ class MetricsLogger:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _iteration(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for an unfinished line."""
+    try:
+        return json.loads(line)["iteration"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class LossAverage:
