@@ -27,8 +27,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(student).requires_grad_(False).eval()
         self.momentum = momentum
-        norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
-        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
         self.updates = 0
 
     def get_extra_state(self) -> dict[str, int]:
@@ -48,7 +47,7 @@ class Teacher(nn.Module):
         buffers = list(self.network.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(student.buffers()))
-        copy_from_first_rank(self.statistics)
+        copy_from_first_rank([buffer for norm in self.norms for buffer in norm.buffers()])
         self.updates += 1
 
     @torch.no_grad()
