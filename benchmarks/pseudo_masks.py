@@ -3,8 +3,9 @@
     python benchmarks/pseudo_masks.py output/shapes_box
 
 reads the run's config.yaml and last checkpoint, looks at its training pictures, and writes
-benchmarks/results/pseudo_masks.json. The share of M_S in the blend, its centre and the threshold of the
-affinity are varied, because the thresholds have to fit the distribution of what they divide.
+benchmarks/results/pseudo_masks.json (--output: another file). The share of M_S in the blend, its centre and
+the threshold of the affinity are varied, because the thresholds have to fit the distribution of what they
+divide.
 """
 
 import argparse
@@ -79,9 +80,12 @@ def gather_edges(batch: Batch, features: Tensor, criterion: SIMCriterion) -> dic
     dilation = criterion.sim.PAIRWISE.DILATION
     maps = []
     for target in batch["targets"]:
+        if not len(target["masks"]):
+            maps.append(torch.zeros(features.shape[-2:], dtype=torch.int64))
+            continue
         masks = F.avg_pool2d(target["masks"].float(), 4) > 0.5
         numbers = torch.arange(1, len(masks) + 1).view(-1, 1, 1)
-        maps.append((masks * numbers).amax(0) if len(masks) else torch.zeros(features.shape[-2:]))
+        maps.append((masks * numbers).amax(0))
     instances = torch.stack(maps)
     boxes = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
     inside = torch.zeros(instances.shape, dtype=torch.bool)
@@ -116,7 +120,7 @@ def mean_iou(mask: Tensor, found: dict[str, Tensor]) -> float:
     return round((both / either.clamp(min=1)).mean().item(), 3)
 
 
-def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) -> dict[str, float]:
+def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) -> dict[str, float | None]:
     """Labels of a blend: how many, how many of them right, and where they differ from M_I."""
     truth, instance = found["truth"], found["instance"]
     semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
@@ -142,10 +146,12 @@ def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) ->
         "mistakes of M_I that the labels put right": right & mistaken,
         "mistakes that M_I had not made": wrong & ~mistaken,
     }
-    return {
-        name: value if isinstance(value, float) else round(value.float().mean().item(), 4)
-        for name, value in figures.items()
-    }
+    return {name: value if isinstance(value, float) else share_of(value) for name, value in figures.items()}
+
+
+def share_of(flags: Tensor) -> float | None:
+    """The share of True, None where there is nothing to count."""
+    return round(flags.float().mean().item(), 4) if len(flags) else None
 
 
 def quantiles(values: Tensor, levels: list[float]) -> list[float]:
@@ -156,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="OUTPUT_DIR of a run with a teacher and prototypes")
     parser.add_argument("--batches", type=int, default=20, help="training batches to look at")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/pseudo_masks.json")
     args = parser.parse_args()
     found, edges = gather(args.run, args.batches)
     product = edges["colour"] * edges["features"]
@@ -182,7 +189,7 @@ def main() -> None:
         "wrong of all edges": round((~edges["right"]).float().mean().item(), 4),
         "hardware": hardware.describe(),
     }
-    (ROOT / "benchmarks/results/pseudo_masks.json").write_text(json.dumps(results, indent=2) + "\n")
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 
