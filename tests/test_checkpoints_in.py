@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from sim_m2f.engine.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
 from sim_m2f.interop.detectron2 import detectron2_checkpoint
 from sim_m2f.interop.names import detectron2_names, to_names
-from sim_m2f.interop.pickles import read_pickle
+from sim_m2f.interop.pickles import multiarray, read_pickle
+from sim_m2f.interop.weight_files import read_weight_file
 
 
 def backbone_file(network) -> dict[str, torch.Tensor]:
@@ -202,6 +204,27 @@ class Payload:
         return os.mkdir, (str(self.path),)
 
 
+class ForgedDtype:
+    """Unpickled, a dtype of objects that says of itself, by its flags, that it holds none."""
+
+    def __reduce__(self):
+        return np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+
+class ForgedPointer:
+    """Unpickled by a careless reader, the object at an address that the file gives."""
+
+    def __reduce__(self):
+        return multiarray.scalar, (ForgedDtype(), id(None).to_bytes(8, sys.byteorder))
+
+
+class ObjectBuffer:
+    """The same without a dtype of its own: NumPy's array takes the bytes of a buffer as objects."""
+
+    def __reduce__(self):
+        return np.ndarray, ((1,), "O", id(None).to_bytes(8, sys.byteorder))
+
+
 def wrong_checkpoint(kind, folder):
     """A wrong file of the kind in the folder, and the path to give."""
     path = folder / f"{kind.replace(' ', '_')}.pkl"
@@ -220,6 +243,10 @@ def wrong_checkpoint(kind, folder):
         torch.save({"model": Payload(folder / "ran")}, path)
     elif kind == "malicious old torch file":
         torch.save({"model": Payload(folder / "ran")}, path, _use_new_zipfile_serialization=False)
+    elif kind == "forged pointer":
+        path.write_bytes(pickle.dumps({"model": ForgedPointer()}))
+    elif kind == "forged pointer in a torch file":
+        torch.save({"model": ForgedPointer()}, path)
     elif kind == "empty":
         path.touch()
     elif kind == "directory":
@@ -245,6 +272,8 @@ WRONG = {
     "malicious pickle": "asks to run posix.mkdir",
     "malicious torch file": "asks to run posix.mkdir",
     "malicious old torch file": "asks to run posix.mkdir",
+    "forged pointer": "asks to run numpy.dtype('O')",
+    "forged pointer in a torch file": "asks to run numpy.dtype('O')",
     "empty": "is empty",
     "directory": "a folder without model.safetensors",
     "not there": "No such file or directory",
@@ -294,9 +323,45 @@ def test_arrays_of_every_pickle_protocol(tmp_path, protocol):
         "a": np.arange(6.0).reshape(2, 3),
         "b": [np.float32(2), ("text", None, 3)],
         "c": np.array([True]),
+        "d": np.arange(3, dtype=">i4"),
     }
     (tmp_path / "arrays.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
     read = read_pickle(tmp_path / "arrays.pkl")
     np.testing.assert_array_equal(read["a"], content["a"])
     assert read["b"] == content["b"]
     assert read["c"].tolist() == [True]
+    assert read["d"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("write", [lambda content, file: file.write(pickle.dumps(content)), torch.save])
+def test_bytes_of_a_file_are_never_objects(tmp_path, write):
+    with (tmp_path / "buffer.pth").open("wb") as file:
+        write({"a": ObjectBuffer()}, file)
+    assert read_weight_file(tmp_path / "buffer.pth")["a"].dtype.kind == "f"
+
+
+FLOAT = np.dtype("f8")
+
+
+@pytest.mark.parametrize("forged", [((FLOAT, (9,)), None, None), (None, ("x",), {"x": (FLOAT, 99)})])
+def test_fields_beyond_the_end_of_an_array_are_ignored(tmp_path, forged):
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, ("f8", False, True), (3, "<", *forged, -1, -1, 0)
+
+    class Array:
+        def __reduce__(self):
+            state = 1, (1,), Dtype(), False, np.array([2.0]).tobytes()
+            return multiarray._reconstruct, (np.ndarray, (0,), b"b"), state
+
+    (tmp_path / "array.pkl").write_bytes(pickle.dumps(Array()))
+    read = read_pickle(tmp_path / "array.pkl")
+    assert read.dtype.subdtype is read.dtype.fields is None
+    assert read.tolist() == [2.0]
+
+
+def test_numpys_numbers_in_a_torch_file(tmp_path):
+    content = {"a": np.arange(3, dtype=">f4"), "b": np.float64(2), "c": np.array([True]), "d": np.array([1j])}
+    torch.save(content, tmp_path / "numbers.pth")
+    read = read_weight_file(tmp_path / "numbers.pth")
+    assert [np.asarray(value).tolist() for value in read.values()] == [[0, 1, 2], 2, [True], [1j]]

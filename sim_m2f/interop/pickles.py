@@ -22,10 +22,51 @@ except ImportError:  # numpy 1
     from numpy.core import multiarray, numeric
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in torch files older than PyTorch 1.6
+NUMBERS = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
 
 
 class ForbiddenPickleError(Exception):
     """A pickle asks for something else than arrays and containers."""
+
+
+def _dtype(name: Any, align: bool = False, copy: bool = False) -> np.dtype:
+    """A dtype of numbers, never NumPy's shared one, because a pickle sets its byte order next.
+
+    Raises:
+        ForbiddenPickleError: it is of anything else than numbers; a file's bytes are no objects.
+    """
+    dtype = np.dtype(name, copy=True)
+    if dtype.char not in NUMBERS:
+        raise ForbiddenPickleError(f"numpy.dtype({name!r})")
+    return dtype
+
+
+def _plain(dtype: np.dtype) -> np.dtype:
+    """The numbers and the byte order of a dtype, without the flags and fields that a pickle may have set."""
+    return np.dtype(dtype.char).newbyteorder(dtype.byteorder)
+
+
+class _Array(np.ndarray):
+    """An array of numbers that only a pickle's state fills; NumPy's own takes a buffer as objects."""
+
+    def __new__(cls, *_: Any) -> "_Array":
+        return super().__new__(cls, (0,))
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        *version_and_shape, dtype, is_fortran, content = state
+        super().__setstate__((*version_and_shape, _plain(dtype), is_fortran, content))
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _scalar(dtype: np.dtype, content: Any) -> np.generic:
+    return multiarray.scalar(_plain(dtype), content)
+
+
+def _frombuffer(content: Any, dtype: np.dtype, *layout: Any) -> _Array:
+    return numeric._frombuffer(content, _plain(dtype), *layout).view(_Array)
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -42,17 +83,17 @@ def _parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
 
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _encode,
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
 for package in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{package}.multiarray", "_reconstruct"] = multiarray._reconstruct
-    ALLOWED[f"{package}.multiarray", "scalar"] = multiarray.scalar
-    ALLOWED[f"{package}.numeric", "_frombuffer"] = numeric._frombuffer
+    ALLOWED[f"{package}.multiarray", "_reconstruct"] = _array
+    ALLOWED[f"{package}.multiarray", "scalar"] = _scalar
+    ALLOWED[f"{package}.numeric", "_frombuffer"] = _frombuffer
 
 
 class ArrayUnpickler(pickle.Unpickler):

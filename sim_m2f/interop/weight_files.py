@@ -10,13 +10,13 @@ import torch
 from safetensors import safe_open
 
 from sim_m2f.errors import UserError
-from sim_m2f.interop.pickles import ALLOWED, TORCH_MAGIC, ForbiddenPickleError, read_pickle
+from sim_m2f.interop.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPickleError, read_pickle
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 NUMPY_GLOBALS = [
     *((target, ".".join(name)) for name, target in ALLOWED.items() if name[0].startswith("numpy")),
-    *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+    *{type(np.dtype(code)) for code in NUMBERS},
 ]
 SHARDS = ".index.json"
 
