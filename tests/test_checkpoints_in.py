@@ -63,6 +63,18 @@ def test_training_checkpoint_of_detectron2(tmp_path):
     assert_same_weights(network, source)
 
 
+def test_training_checkpoint_of_the_detectron2_integration(tmp_path):
+    """SIMTrainer's file: the network among the teacher and the criterion of the meta-architecture."""
+    _, source = small_network("ResNet-18", seed=1)
+    _, network = small_network("ResNet-18", seed=2)
+    model = {f"network.{name}": weight for name, weight in source.state_dict().items()}
+    teacher = {f"teacher.{name}": torch.zeros_like(weight) for name, weight in model.items()}
+    model |= teacher | {"criterion._extra_state.step": torch.tensor(7)}
+    torch.save({"model": model, "iteration": 7}, tmp_path / "model_0000007.pth")
+    assert not load_checkpoint(network, tmp_path / "model_0000007.pth", complete=True).skipped
+    assert_same_weights(network, source)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torchvision(tmp_path, zipped):
     _, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"])

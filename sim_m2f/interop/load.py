@@ -24,6 +24,7 @@ from sim_m2f.interop.names import (
 CONTAINERS = ("model", "state_dict", "model_state", "blobs")  # where others keep the weights in their files
 CLASS_HEAD = "sem_seg_head.predictor.class_embed."
 HEAD = "sem_seg_head."
+META_ARCHITECTURE = "network."  # where sim_m2f.integrations.detectron2 has the network among other modules
 # What others keep beside their weights and a network computes itself.
 COMPUTED = re.compile(
     r"(num_batches_tracked|relative_position_index|attn_mask|empty_weight|pixel_mean|pixel_std)$"
@@ -144,6 +145,12 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
         state = state[key]
     named = state.items() if isinstance(state, Mapping) else ()
     arrays = {str(name): value for name, value in named if _is_array(value)}
+    if any(name.startswith(META_ARCHITECTURE) for name in arrays):
+        arrays = {
+            name.removeprefix(META_ARCHITECTURE): value
+            for name, value in arrays.items()
+            if name.startswith(META_ARCHITECTURE)
+        }
     return {
         stored_transformers_name(name.removeprefix("module.")): torch.as_tensor(value)
         for name, value in arrays.items()
