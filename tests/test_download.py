@@ -106,6 +106,31 @@ def test_hashes(server):
         assert "\n" not in str(raised.value)
 
 
+def test_every_query_has_a_file_of_its_own(server):
+    server.files |= {"get?id=A": CONTENT, "get?id=B": CONTENT[::-1]}
+    first, second = (download(server.address(f"get?id={name}")) for name in "AB")
+    assert (first.read_bytes(), second.read_bytes()) == (CONTENT, CONTENT[::-1])
+    assert download(server.address("get?id=A")) == first
+    assert len(server.ranges) == 2
+
+
+def test_the_cache_may_lie_above_the_working_directory(server, tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("SIM_M2F_CACHE", "../cache")
+    server.files["weights.bin"] = CONTENT
+    assert download(server.address("weights.bin")).resolve().is_relative_to(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "address", ["https://[abc/x.pth", "https://host", "https://host/../x.pth", "https://host/%2e%2e/x.pth"]
+)
+def test_what_is_no_address_of_a_file_is_refused_in_one_line(server, address):
+    with pytest.raises(UserError, match="not the address of a file") as raised:
+        download(address)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_missing_file_and_a_server_that_is_not_there(server):
     with pytest.raises(UserError, match=r"none\.pth: not downloaded \(Not Found\)"):
         download(server.address("none.pth"))

@@ -32,11 +32,8 @@ def download(address: str) -> Path:
     Raises:
         UserError: the address cannot be reached or broke off again, the disk is full, or the hash is another.
     """
+    path = cache_folder() / _cached_name(address)
     url, fragment = urldefrag(address)
-    parts = urlsplit(url)
-    path = cache_folder() / parts.netloc.replace(":", "_") / unquote(parts.path).lstrip("/")
-    if ".." in path.parts or not parts.path.strip("/"):
-        raise UserError(f"{address}: not the address of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -51,6 +48,23 @@ def download(address: str) -> Path:
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise UserError(f"{address}: not downloaded ({reason}); the same command goes on with it") from error
     return path
+
+
+def _cached_name(address: str) -> Path:
+    """Server, path and the beginning of the query's hash; a server may give another file for each query.
+
+    Raises:
+        UserError: the address is not that of a file.
+    """
+    try:
+        parts = urlsplit(address)
+    except ValueError as error:
+        raise UserError(f"{address}: not the address of a file ({error})") from error
+    file = Path(unquote(parts.path).lstrip("/"))
+    if ".." in file.parts or not file.name:
+        raise UserError(f"{address}: not the address of a file")
+    query = f"_{hashlib.sha256(parts.query.encode()).hexdigest()[:16]}" if parts.query else ""
+    return Path(parts.netloc.replace(":", "_") + query) / file
 
 
 def _expected_hash(name: str, fragment: str) -> str:
