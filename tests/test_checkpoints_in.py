@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -145,6 +146,49 @@ def test_msra_weights_ask_for_their_stride(tmp_path, capsys):
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(theirs))
     load_checkpoint(network, tmp_path / "R-50.pkl")
     assert "STRIDE_IN_1X1" in capsys.readouterr().out
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """timm's models with drawn weights in the place of the downloaded ones."""
+    build = timm.create_model
+
+    def create_model(name, pretrained=False, **options):
+        return build(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+
+
+FULL_WIDTH = ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+
+
+def test_timms_pretrained_backbone_says_what_was_loaded(offered, capsys):
+    _, network = small_network("ResNet-18", overrides=FULL_WIDTH)
+    before = network.backbone.body.conv1.weight.clone()
+    load_checkpoint(network, "timm://resnet18.tv_in1k")
+    assert not torch.equal(network.backbone.body.conv1.weight, before)
+    said = capsys.readouterr().out
+    assert "Weights: timm://resnet18.tv_in1k, backbone (timm)" in said
+    assert re.search(r"loaded +\d+  backbone", said)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "seresnet18", "resnet50"])
+def test_timms_weights_of_a_larger_backbone_are_refused(offered, name):
+    _, network = small_network("ResNet-18", overrides=FULL_WIDTH)
+    with pytest.raises(UserError, match="another backbone") as raised:
+        load_checkpoint(network, f"timm://{name}")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_download_of_timms_that_fails_without_a_word_is_refused_in_a_line(monkeypatch):
+    _, network = small_network("ResNet-18")
+
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(UserError, match=r"timm://resnet18: cannot be loaded \(TimeoutError\)"):
+        load_checkpoint(network, "timm://resnet18")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])

@@ -12,7 +12,10 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
+from sim_m2f.interop.load import COMPUTED, LoadReport
+from sim_m2f.interop.names import BODY
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -53,8 +56,10 @@ class TimmBackbone(nn.Module):
         self.name = name
         self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
 
-    def load_pretrained(self, name: str) -> None:
-        """Take timm's pretrained weights ``name``, such as "resnet50.tv_in1k"; they are downloaded once.
+    def load_pretrained(self, name: str) -> LoadReport:
+        """Take timm's pretrained weights ``name``, such as "resnet50.tv_in1k", and print what was loaded.
+
+        They are downloaded once, without timm's classifier, and have to fit completely.
 
         Raises:
             UserError: timm has no such weights, they cannot be downloaded, or they are of another backbone.
@@ -65,16 +70,23 @@ class TimmBackbone(nn.Module):
                 name, pretrained=True, features_only=True, out_indices=indices
             ).state_dict()
         except Exception as error:  # timm's ways of downloading raise errors of many libraries
-            reason = str(error).splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"timm://{name}: cannot be loaded ({reason}); set MODEL.WEIGHTS to a file or to ''"
             ) from error
         own = self.body.state_dict()
-        if any(key not in weights or weights[key].shape != value.shape for key, value in own.items()):
+        unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
+        surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
+        if unfit or surplus:
             raise UserError(
-                f"timm://{name}: weights of another backbone than {self.name}; check MODEL.BACKBONE"
+                f"timm://{name}: weights of another backbone than {self.name}: {len(unfit)} do not fit, "
+                f"{len(surplus)} are too many (such as {(unfit or surplus)[0]}); check MODEL.BACKBONE"
             )
         self.body.load_state_dict({key: weights[key] for key in own})
+        report = LoadReport(f"timm://{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
+        if is_first_rank():
+            print(report)
+        return report
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
