@@ -5,7 +5,8 @@
 prints a table and writes benchmarks/results/equality_*.json. Compared are Hugging Face's implementation and,
 where `detectron2` and `mask2former` are importable, the original, at full size with random weights: class and
 mask logits after every decoder layer, instances at the pictures' own size, and the losses of mask supervision
-at the same points with their gradients.
+at the same points with their gradients. The masked attention takes the other network's masks, so that a pixel
+at its threshold does not hide the rest; how many pixels would differ is counted.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sim_m2f
@@ -27,7 +29,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.files import atomic_write
 from sim_m2f.interop.detectron2 import detectron2_checkpoint
 from sim_m2f.interop.transformers import write_transformers
-from sim_m2f.modeling import position
+from sim_m2f.modeling import mask_decoder, position
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 
@@ -117,12 +119,8 @@ def original_outputs(model: nn.Module, images: Tensor) -> dict[str, Any]:
     return model.sem_seg_head(model.backbone(images))
 
 
-@torch.no_grad()
-def output_differences(
-    ours: nn.Module, theirs: Callable[[Tensor], dict[str, Any]], images: Tensor
-) -> list[dict]:
+def output_differences(own: Layers, other: Layers) -> list[dict]:
     """The largest difference of class and mask logits after each layer, and the largest of their values."""
-    own, other = as_layers(ours(images)), as_layers(theirs(images))
     return [
         {
             name: {
@@ -151,6 +149,37 @@ def instance_differences(
         for a, b in found
     ]
     return dict(zip(("scores", "labels", "pixels"), map(max, zip(*compared, strict=True)), strict=True))
+
+
+@contextmanager
+def same_attention(layers: Layers, images: Tensor) -> Iterator[dict[str, int]]:
+    """Inside, our decoder attends to the pixels of ``layers``, another network's predictions.
+
+    In float32 two ways to compute the same logit differ by their rounding, and where it lies at the threshold
+    of the masked attention, by a whole pixel. The value yielded counts the pixels seen and those that differ.
+    """
+    counts = {"pixels": 0, "different": 0}
+    own = mask_decoder._attention_mask
+    height, width = images.shape[-2:]
+    masks = (
+        attended(layer["pred_masks"], (height // stride, width // stride))
+        for layer, stride in zip(layers[:-1], itertools.cycle((32, 16, 8)), strict=False)
+    )
+
+    def attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
+        mask = next(masks)
+        counts["pixels"] += mask.numel()
+        counts["different"] += int((own(embedding, features) != mask).sum())
+        return mask
+
+    with mock.patch.object(mask_decoder, "_attention_mask", attention_mask):
+        yield counts
+
+
+def attended(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, Q, h * w): where the resized mask is at least one half, or everywhere if it is nowhere."""
+    mask = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2) >= 0
+    return mask | ~mask.any(-1, keepdim=True)
 
 
 @contextmanager
@@ -269,9 +298,11 @@ def compare(name: str, sizes: list[tuple[int, int]], against: str) -> dict[str, 
     else:
         model = original_model(network, name, cfg)
         run, losses = original_outputs, original_losses
-    layers = output_differences(network, lambda x: run(model, x), images)
     with torch.no_grad():
-        outputs, other = network(images), run(model, images)
+        other = run(model, images)
+        with same_attention(as_layers(other), images) as attention:
+            outputs = network(images)
+    layers = output_differences(as_layers(outputs), as_layers(other))
     return {
         "network": name,
         "against": against,
@@ -279,6 +310,7 @@ def compare(name: str, sizes: list[tuple[int, int]], against: str) -> dict[str, 
         "layers": layers,
         "class_logits": max(layer["pred_logits"]["difference"] for layer in layers),
         "mask_logits": max(layer["pred_masks"]["difference"] for layer in layers),
+        "attention": attention,
         "instances": instance_differences(outputs, other, sizes),
         "losses": loss_differences(cfg, lambda x, y: losses(model.criterion, x, y), other, images),
     }
@@ -291,8 +323,8 @@ def main() -> None:
     args = parser.parse_args()
     importable = {"transformers": "transformers", "the original": "mask2former"}
     others = [name for name, module in importable.items() if importlib.util.find_spec(module)]
-    print("| network | against | h x w | class logits | mask logits | scores | pixels | losses | gradients |")
-    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    values = "class logits | mask logits | scores | pixels | losses | gradients | attention"
+    print(f"| network | against | h x w | {values} |\n" + "|---" * 10 + "|", flush=True)
     for name in args.networks:
         rows: list[dict[str, Any]] = []
         for sizes, against in itertools.product(SIZES, others):
@@ -307,7 +339,8 @@ def as_line(row: dict[str, Any]) -> str:
     values = [row["class_logits"], row["mask_logits"], row["instances"]["scores"], row["instances"]["pixels"]]
     shown = ", ".join(f"{height} x {width}" for height, width in row["sizes"])
     numbers = " | ".join(f"{value:.1e}" for value in (*values, *row["losses"].values()))
-    return f"| {row['network']} | {row['against']} | {shown} | {numbers} |"
+    attention = "{different} of {pixels}".format(**row["attention"])
+    return f"| {row['network']} | {row['against']} | {shown} | {numbers} | {attention} |"
 
 
 if __name__ == "__main__":
