@@ -135,6 +135,11 @@ void cpu_backward(const Problem& p) {
         k.backward(p, first + task / bands, task % bands, bands, rows.slice(task / bands), grad_rows.slice(task / bands),
                    scratch.at());
     });
+    if (p.reference != nullptr)
+      for_rows(count, p.queries, kQueryGrain, [&](int64_t i, int64_t begin, int64_t end) {
+        const Buffer scratch(k.scratch_bytes(p));
+        k.softmax_backward(p, first + i, begin, end, scratch.at());
+      });
     for_rows(count, p.keys, kKeyGrain,
              [&](int64_t i, int64_t begin, int64_t end) { k.unpack(p, first + i, begin, end, grad_rows.slice(i)); });
   }

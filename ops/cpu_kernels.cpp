@@ -257,10 +257,11 @@ inline bool scatter_point(const Problem& p, Points<A>& s, int64_t k, int64_t ban
   return own;
 }
 
-// Writes the gradients of locations and weights of the points [begin, end) of a query and head, from their dot products.
+// Writes the gradients of locations and attention weights of the points [begin, end) of a query and head, from their dot products.
 template <typename A>
-void store_point_gradients(const Problem& p, Points<A>& s, int64_t first, int64_t begin, int64_t end, A delta) {
+void store_point_gradients(const Problem& p, Points<A>& s, int64_t first, int64_t begin, int64_t end) {
   const bool fused = p.reference != nullptr;
+  A* grad_weights = static_cast<A*>(p.grad_weights) + first;
 #pragma GCC ivdep
   for (int64_t k = begin; k < end; ++k) {
     const A dot[4] = {s.dot[0][k], s.dot[1][k], s.dot[2][k], s.dot[3][k]};
@@ -268,20 +269,9 @@ void store_point_gradients(const Problem& p, Points<A>& s, int64_t first, int64_
     const PointGradient<A> gradient = point_gradient(x, y, s.attention[k], dot);
     s.pair[2 * k] = gradient.x * (fused ? A(1) : A(s.width[k]));
     s.pair[2 * k + 1] = gradient.y * (fused ? A(1) : A(s.height[k]));
-    s.x[k] = fused ? s.attention[k] * (gradient.weight - delta) : gradient.weight;
+    grad_weights[k] = gradient.weight;
   }
   store(s.pair + 2 * begin, 2 * (end - begin), p.grad_locations, p.point_type, 2 * (first + begin));
-  store(s.x + begin, end - begin, p.grad_weights, p.point_type, first + begin);
-}
-
-// <gradient of the output, output> of a query and head: the mean that the derivative of the softmax subtracts.
-template <typename A>
-A softmax_delta(const Problem& p, Points<A>& s, int64_t offset) {
-  if (p.reference == nullptr) return 0;
-  load(p.forward_output, p.value_type, offset, p.channels, s.channel);
-  A delta = 0;
-  for (int64_t c = 0; c < p.channels; ++c) delta += s.channel[c] * s.grad_channel[c];
-  return delta;
 }
 
 template <typename A>
@@ -292,7 +282,6 @@ void backward(const Problem& p, int64_t slice, int64_t band, int64_t bands, cons
   for (int64_t query = 0; query < p.queries; ++query) {
     const int64_t pair = (picture * p.queries + query) * p.heads + head;
     load(p.grad_output, p.value_type, pair * p.channels, p.channels, s.grad_channel);
-    const A delta = softmax_delta(p, s, pair * p.channels);
     read_points(p, picture, query, head, s);
     find_corners(p, s);
     for (int corner = 0; corner < 4; ++corner)
@@ -300,10 +289,25 @@ void backward(const Problem& p, int64_t slice, int64_t band, int64_t bands, cons
     int64_t begin = 0;  // of the run of own points that has not been written yet
     for (int64_t k = 0; k < s.count; ++k) {
       if (scatter_point(p, s, k, band, static_cast<const A*>(rows), static_cast<A*>(grad_rows))) continue;
-      store_point_gradients(p, s, pair * s.count, begin, k, delta);
+      store_point_gradients(p, s, pair * s.count, begin, k);
       begin = k + 1;
     }
-    store_point_gradients(p, s, pair * s.count, begin, s.count, delta);
+    store_point_gradients(p, s, pair * s.count, begin, s.count);
+  }
+}
+
+template <typename A>
+void softmax_backward(const Problem& p, int64_t slice, int64_t begin, int64_t end, void* scratch) {
+  const int64_t picture = slice / p.heads, head = slice % p.heads;
+  Points<A> s(p, scratch);
+  for (int64_t query = begin; query < end; ++query) {
+    const int64_t first = ((picture * p.queries + query) * p.heads + head) * s.count;
+    A* gradient = static_cast<A*>(p.grad_weights) + first;
+    load(p.weights, p.point_type, first, s.count, s.attention);
+    softmax(s.attention, s.count, s.padded);
+    A mean = 0;
+    for (int64_t k = 0; k < s.count; ++k) mean += s.attention[k] * gradient[k];
+    for (int64_t k = 0; k < s.count; ++k) gradient[k] = s.attention[k] * (gradient[k] - mean);
   }
 }
 
@@ -326,8 +330,8 @@ void unpack(const Problem& p, int64_t slice, int64_t begin, int64_t end, const v
 }
 
 template <typename A>
-constexpr Kernels kTable = {MSDA_NAME,  sizeof(A),     row_width<A>, Points<A>::bytes, pack<A>,
-                            unpack<A>,  forward<A>,    backward<A>};
+constexpr Kernels kTable = {MSDA_NAME, sizeof(A),  row_width<A>, Points<A>::bytes,   pack<A>,
+                            unpack<A>, forward<A>, backward<A>,  softmax_backward<A>};
 
 }  // namespace
 

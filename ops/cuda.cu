@@ -329,25 +329,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_k
   Points<C, A, Fused> points(p, picture, query, pair);
   points.prepare(count);
 
+  A* grad_weights = static_cast<A*>(p.grad_weights) + pair * count;
+
   A gradient[V] = {};
   const auto read_gradient = [&](int channel) {
     const Pack<T, V> pack = load<T, V>(grad_output + channel);
 #pragma unroll
     for (int v = 0; v < V; ++v) gradient[v] = to_float(pack.number[v]);
   };
-  A delta = 0;  // <gradient, output>, which the derivative of the softmax subtracts
-  for (int block = 0; block < blocks; ++block) {
-    const int channel = (block * lanes + place.lane) * V;
-    if (channel >= channels || !place.exists) continue;
-    read_gradient(channel);
-    if constexpr (Fused) {
-      const Pack<T, V> output = load<T, V>(static_cast<const T*>(p.forward_output) + pair * channels + channel);
-#pragma unroll
-      for (int v = 0; v < V; ++v) delta += gradient[v] * static_cast<A>(to_float(output.number[v]));
-    }
+  if constexpr (V > 1) {
+    if (place.lane * V < channels && place.exists) read_gradient(place.lane * V);
   }
-  if constexpr (Fused) delta = sum_over_group(delta, lanes);
 
+  A mean = 0;  // of the gradients of the weights, which the derivative of the softmax subtracts
   PointGradient<A> kept{};
   for (int k = 0, l = 0, next_level = static_cast<int>(p.points); k < count; ++k) {
     if (k == next_level) ++l, next_level += static_cast<int>(p.points);
@@ -368,16 +362,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_k
     sum.weight = sum_over_group(sum.weight, lanes);
     sum.x = sum_over_group(sum.x, lanes) * (Fused ? A(1) : A(level.width));
     sum.y = sum_over_group(sum.y, lanes) * (Fused ? A(1) : A(level.height));
-    if constexpr (Fused) sum.weight = sample.attention * (sum.weight - delta);
+    mean += sample.attention * sum.weight;
     const int turn = k & (lanes - 1);
     if (turn == place.lane) kept = sum;
     if ((turn == lanes - 1 || k == count - 1) && place.lane <= turn && place.exists) {
-      const int64_t own = pair * count + (k - turn + place.lane);
+      const int own = k - turn + place.lane;
       Pack<C, 2> location;
       location.number[0] = From<C>::number(kept.x), location.number[1] = From<C>::number(kept.y);
-      *reinterpret_cast<Pack<C, 2>*>(static_cast<C*>(p.grad_locations) + 2 * own) = location;
-      static_cast<C*>(p.grad_weights)[own] = From<C>::number(kept.weight);
+      *reinterpret_cast<Pack<C, 2>*>(static_cast<C*>(p.grad_locations) + 2 * (pair * count + own)) = location;
+      grad_weights[own] = kept.weight;
     }
+  }
+  if constexpr (Fused) {
+    if (!place.exists) return;
+    for (int k = place.lane; k < count; k += lanes)  // those that this thread wrote
+      grad_weights[k] = points.attention(k) * (grad_weights[k] - mean);
   }
 }
 

@@ -191,15 +191,17 @@ Tensor run_forward(Arguments& arguments) {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of value, locations, weights
 
+ScalarType accumulation_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Atomic additions need zeros in the accumulation type; the CPU kernels write every number of the gradient themselves.
 Tensor new_grad_value(const Tensor& value) {
   if (!value.is_cuda()) return torch::stable::new_empty(value, sizes_of(value));
-  const ScalarType type = value.scalar_type();
-  return torch::stable::new_zeros(value, sizes_of(value), type == ScalarType::Double ? type : ScalarType::Float);
+  return torch::stable::new_zeros(value, sizes_of(value), accumulation_type(value));
 }
 
-Gradients run_backward(Arguments& arguments, const std::optional<Tensor>& forward_output, const Tensor& grad_output_,
-                       bool deterministic) {
+Gradients run_backward(Arguments& arguments, const Tensor& grad_output_, bool deterministic) {
   Problem& p = arguments.problem;
   const Tensor& value = arguments.value;
   const Sizes shape = {p.batch, p.queries, p.heads * p.channels};
@@ -209,15 +211,10 @@ Gradients run_backward(Arguments& arguments, const std::optional<Tensor>& forwar
     return {torch::stable::new_zeros(value, sizes_of(value)),
             torch::stable::new_zeros(arguments.locations, sizes_of(arguments.locations)),
             torch::stable::new_zeros(arguments.weights, sizes_of(arguments.weights))};
-  Tensor output = grad_output;
-  if (forward_output) {
-    check_number("output", *forward_output, value, shape);
-    output = dense(torch::stable::to(*forward_output, value.scalar_type()));
-  }
   Tensor grad_value = new_grad_value(value);
   const Tensor grad_locations = torch::stable::new_empty(arguments.locations, sizes_of(arguments.locations));
-  const Tensor grad_weights = torch::stable::new_empty(arguments.weights, sizes_of(arguments.weights));
-  p.forward_output = output.const_data_ptr();
+  const Tensor grad_weights =
+      torch::stable::new_empty(arguments.weights, sizes_of(arguments.weights), accumulation_type(value));
   p.grad_output = grad_output.const_data_ptr();
   p.grad_value = grad_value.mutable_data_ptr();
   p.grad_locations = grad_locations.mutable_data_ptr();
@@ -242,7 +239,7 @@ Tensor forward(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Ten
 Gradients backward(Tensor value, Tensor shapes, Tensor starts, Tensor locations, Tensor weights, Tensor grad_output,
                    bool deterministic) {
   Arguments arguments(value, shapes, starts, locations, weights, std::nullopt);
-  const auto [grad_value, grad_locations, grad_weights] = run_backward(arguments, std::nullopt, grad_output, deterministic);
+  const auto [grad_value, grad_locations, grad_weights] = run_backward(arguments, grad_output, deterministic);
   return {grad_value, torch::stable::to(grad_locations, locations.scalar_type()),
           torch::stable::to(grad_weights, weights.scalar_type())};
 }
@@ -253,9 +250,9 @@ Tensor fused_forward(Tensor value, Tensor shapes, Tensor starts, Tensor referenc
 }
 
 Gradients fused_backward(Tensor value, Tensor shapes, Tensor starts, Tensor reference, Tensor offsets, Tensor logits,
-                         Tensor output, Tensor grad_output, bool deterministic) {
+                         Tensor grad_output, bool deterministic) {
   Arguments arguments(value, shapes, starts, offsets, logits, reference);
-  const auto [grad_value, grad_offsets, grad_logits] = run_backward(arguments, output, grad_output, deterministic);
+  const auto [grad_value, grad_offsets, grad_logits] = run_backward(arguments, grad_output, deterministic);
   return {grad_value, torch::stable::to(grad_offsets, offsets.scalar_type()),
           torch::stable::to(grad_logits, logits.scalar_type())};
 }
@@ -284,7 +281,7 @@ STABLE_TORCH_LIBRARY(msda, library) {
       "Tensor sampling_offsets, Tensor attention_logits) -> Tensor");
   library.def(
       "ms_deform_attn_fused_backward(Tensor value, Tensor spatial_shapes, Tensor level_start_index, "
-      "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, Tensor output, Tensor grad_output, "
+      "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, Tensor grad_output, "
       "bool deterministic) -> (Tensor, Tensor, Tensor)");
   library.def("build_info() -> str");
 }

@@ -13,7 +13,7 @@ enum class Type { f32, f64, f16, bf16 };
 // Fused form: `locations` are offsets in pixels from the reference points, `weights` are logits.
 struct Problem {
   int64_t batch, keys, heads, channels, queries, levels, points;
-  Type value_type, point_type;  // of value, output, gradients of both; of locations, weights, reference
+  Type value_type, point_type;  // of value, output, gradients of both; of locations and their gradient, weights, reference
   const void* value;            // (batch, keys, heads, channels)
   const int64_t* shapes;        // (levels, 2): height, width
   const int64_t* starts;        // (levels)
@@ -21,12 +21,11 @@ struct Problem {
   const void* weights;          // (batch, queries, heads, levels, points)
   const void* reference;        // (batch, queries, levels, 2): x, y
   int64_t reference_strides[3];
-  const void* forward_output;  // backward of the fused form: what the forward returned
-  const void* grad_output;     // backward: (batch, queries, heads * channels)
+  const void* grad_output;  // backward: (batch, queries, heads * channels)
   void* output;                // forward
   void* grad_value;
   void* grad_locations;
-  void* grad_weights;
+  void* grad_weights;  // in the accumulation type: float; double for f64
 
   int64_t samples() const { return levels * points; }
 };
@@ -35,7 +34,7 @@ void cpu_forward(const Problem& problem);
 void cpu_backward(const Problem& problem);
 const char* cpu_instructions();  // the instruction set that this machine's processor will use
 
-// On the current device. `grad_value` of the problem points to zeros in the accumulation type (float; double for f64).
+// On the current device. `grad_value` of the problem points to zeros in the accumulation type.
 void cuda_forward(const Problem& problem, void* stream);
 void cuda_backward(const Problem& problem, bool deterministic, void* stream);
 

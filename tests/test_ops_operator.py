@@ -7,7 +7,7 @@ import sys
 import MultiScaleDeformableAttention as msda  # noqa: N813
 import pytest
 import torch
-from msda_definition import by_grid_sample, by_loops, distance, gradients, random_problem
+from msda_definition import Problem, by_grid_sample, by_loops, distance, gradients, random_problem
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 HALVES = [torch.float16, torch.bfloat16]
@@ -158,36 +158,68 @@ def test_levels_in_any_order(device):
     assert distance(output, by_grid_sample(problem)) < 1e-10
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("reference_shape", [(2, 1), (1, 3)])
-def test_fused_front(device, dtype, reference_shape):
-    """Against softmax and location arithmetic in front of the definition, gradients included."""
-    problem = random_problem()
+def fused_inputs(problem, reference_shape):
+    """Value, reference points (of N or 1, L or 1), offsets and logits, in float32 but for the value."""
     n, q, m, levels, p = problem.weights.shape
     generator = torch.Generator().manual_seed(1)
     reference = torch.rand(reference_shape[0], q, reference_shape[1], 2, generator=generator)
     offsets = torch.randn(n, q, m, levels, p, 2, generator=generator)
     logits = torch.randn(n, q, m, levels, p, generator=generator) * 3
-    grad_output = noise(problem)
+    return problem.value, reference, offsets, logits
 
-    def arguments(*place):
-        tensors = (problem.value, reference, offsets, logits)
-        return [tensor.to(*place).detach().requires_grad_() for tensor in tensors]
 
-    value, centre, steps, numbers = arguments(torch.float64)
-    sizes = torch.tensor([(w, h) for h, w in problem.shapes], dtype=torch.float64)[:, None]
-    locations = centre[:, :, None, :, None] + steps / sizes
-    weights = numbers.flatten(3).softmax(-1).view(logits.shape)
-    expected = by_grid_sample(type(problem)(problem.shapes, value, locations, weights))
-    expected_grads = torch.autograd.grad(expected, (value, centre, steps, numbers), grad_output)
+def fused_results(shapes, inputs, grad_output):
+    """The output and the gradients of value, reference points, offsets and logits."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = msda.ms_deform_attn_fused(inputs[0], shapes, None, *inputs[1:])
+    return output, *torch.autograd.grad(output, inputs, grad_output)
 
-    inputs = arguments(device, dtype)
-    output = msda.ms_deform_attn_fused(inputs[0], problem.shapes, None, *inputs[1:])
-    grads = torch.autograd.grad(output, inputs, grad_output.to(device, dtype))
-    for result, same in zip((output, *grads), (expected, *expected_grads), strict=True):
+
+def expected_fused_results(shapes, inputs, grad_output):
+    """The same by softmax and location arithmetic in front of the definition, in float64 on the CPU."""
+    inputs = [tensor.detach().cpu().double().requires_grad_() for tensor in inputs]
+    value, reference, offsets, logits = inputs
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64)[:, None]
+    locations = reference[:, :, None, :, None] + offsets / sizes
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    output = by_grid_sample(Problem(shapes, value, locations, weights))
+    return output, *torch.autograd.grad(output, inputs, grad_output.cpu().double())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("reference_shape", [(2, 1), (1, 3)])
+def test_fused_front(device, dtype, reference_shape):
+    problem = random_problem()
+    inputs, grad_output = fused_inputs(problem, reference_shape), noise(problem)
+    expected = expected_fused_results(problem.shapes, inputs, grad_output)
+    placed = [tensor.to(device, dtype) for tensor in inputs]
+    results = fused_results(problem.shapes, placed, grad_output.to(device, dtype))
+    for result, same in zip(results, expected, strict=True):
         assert result.dtype == dtype
         assert distance(result, same.detach()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("points", ["half", "float32"])
+@pytest.mark.parametrize("channels", [20, 32])
+@compiled
+def test_fused_front_in_half_precision_is_the_rounded_exact_result(device, dtype, points, channels):
+    """Output and gradients of value, offsets and logits differ from float64 by their own rounding alone."""
+    problem = random_problem(channels=channels)
+    value, reference, offsets, logits = fused_inputs(problem, (1, 3))
+    offsets = (4 * offsets).round() / 4 + 1 / 8  # off the pixel centres, where the derivative jumps
+    point_type = dtype if points == "half" else torch.float32
+    numbers = (torch.full_like(reference, 0.5), offsets, logits)
+    inputs = [value.to(dtype), *(tensor.to(point_type) for tensor in numbers)]
+    grad_output = noise(problem).to(dtype)
+    expected = expected_fused_results(problem.shapes, inputs, grad_output)
+    results = fused_results(problem.shapes, [tensor.to(device) for tensor in inputs], grad_output.to(device))
+    for index in (0, 1, 3, 4):
+        result, exact = results[index].detach().cpu(), expected[index].detach()
+        rounding = torch.finfo(result.dtype).eps / 2 * exact.abs() + 1e-5 * exact.abs().max()
+        assert ((result.double() - exact).abs() <= rounding).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

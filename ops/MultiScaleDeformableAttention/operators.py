@@ -106,13 +106,11 @@ def _plain_backward_fake(value, shapes, starts, locations, weights, grad_output,
     return _gradients_like(value, locations, weights)
 
 
-def _fused_backward_fake(
-    value, shapes, starts, reference, offsets, logits, output, grad_output, deterministic
-):
+def _fused_backward_fake(value, shapes, starts, reference, offsets, logits, grad_output, deterministic):
     return _gradients_like(value, offsets, logits)
 
 
-def _plain_setup(ctx, inputs, output) -> None:
+def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -122,10 +120,6 @@ def _plain_backward(ctx, grad_output):
     )
     grad_value, grad_locations, grad_weights = grads
     return grad_value, None, None, grad_locations, grad_weights
-
-
-def _fused_setup(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output)
 
 
 def _fused_backward(ctx, grad_output):
@@ -164,12 +158,12 @@ def _autocast(name: str, device_type: str):
 
 def _register() -> torch.library.Library:
     rules = torch.library.Library("msda", "FRAGMENT")
-    for name, fake, setup, backward in (
-        ("ms_deform_attn", _plain_fake, _plain_setup, _plain_backward),
-        ("ms_deform_attn_fused", _fused_fake, _fused_setup, _fused_backward),
+    for name, fake, backward in (
+        ("ms_deform_attn", _plain_fake, _plain_backward),
+        ("ms_deform_attn_fused", _fused_fake, _fused_backward),
     ):
         torch.library.register_fake(f"msda::{name}", fake, lib=rules)
-        torch.library.register_autograd(f"msda::{name}", backward, setup_context=setup, lib=rules)
+        torch.library.register_autograd(f"msda::{name}", backward, setup_context=_setup, lib=rules)
         rules.impl(name, _autocast(name, "cpu"), "AutocastCPU")
         rules.impl(name, _autocast(name, "cuda"), "AutocastCUDA")
     for name, fake in (
