@@ -238,7 +238,7 @@ inline void scatter(Points<A>& s, int64_t k, const int32_t grad_row[4], const A*
 template <typename A>
 inline bool scatter_point(const Problem& p, Points<A>& s, int64_t k, int64_t band, const A* rows, A* grad_rows) {
   const int32_t line = s.y_low[k] < 0 ? 0 : s.y_low[k];
-  const bool own = line >= s.band_begin[k] && line < s.band_end[k];
+  const bool own = s.height[k] > 0 ? line >= s.band_begin[k] && line < s.band_end[k] : band == 0;
   const int32_t nowhere = static_cast<int32_t>(p.keys), trash = static_cast<int32_t>(p.keys + band);
   int32_t grad_row[4];
   bool needed = own;

@@ -18,7 +18,7 @@ struct Kernels {
   void (*forward)(const Problem&, int64_t slice, int64_t begin, int64_t end, const void* rows, void* scratch);
   // All queries of a slice, restricted to band `band` of `bands` (bands of lines of each level): the corners in the band
   // receive their gradient in `grad_rows`, and points whose upper line is in the band the gradient of location and
-  // attention weight. Row `keys + band` of `grad_rows` takes what belongs to no pixel of the band.
+  // attention weight; those of a level without lines belong to band 0. Row `keys + band` of `grad_rows` takes what belongs to no pixel of the band.
   void (*backward)(const Problem&, int64_t slice, int64_t band, int64_t bands, const void* rows, void* grad_rows,
                    void* scratch);
   // Of the fused form, after `backward` of all bands: makes gradients of logits of those of the attention weights.

@@ -262,6 +262,25 @@ def test_cuda_is_deterministic_when_asked(channels):
 
 
 @compiled
+def test_points_of_a_level_without_lines_have_no_gradient():
+    """Threads outnumber heads, so each takes a band of lines; PyTorch fills what nobody writes with NaN."""
+    problem = random_problem(batch=1, heads=1, shapes=((5, 4), (3, 3), (2, 2))).to(torch.float32)
+    shapes = [(5, 4), (0, 3), (2, 2)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        emptied = Problem(shapes, *problem.tensors)
+        results = forward_and_gradients(emptied, noise(problem).float())
+        fused = fused_results(shapes, fused_inputs(emptied, (1, 3)), noise(problem).float())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    assert all(result.isfinite().all() for result in (*results, *fused))
+    assert not any(gradient[:, :, :, 1].any() for gradient in (*results[2:], fused[3]))
+
+
+@compiled
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """The instruction set is chosen once per process, so each choice runs the comparison in its own."""
