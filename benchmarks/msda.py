@@ -265,6 +265,7 @@ def check(device: str) -> None:
 
 def measure(names: list[str], inputs: Inputs, device: str, repeat: int) -> dict[str, dict]:
     """Median seconds and peak bytes by implementation; what cannot run says why."""
+    torch._dynamo.reset()  # it would fall back to eager when the cases before had used up its recompilations
     steps, results = {}, {}
     for name in names:
         try:
@@ -381,6 +382,7 @@ def main() -> None:
         *([f"compiled {GRID_SAMPLE}"] if args.compile else []),
         *args.peer,
     ]
+    output = args.output or ROOT / "benchmarks" / "results" / f"msda_{args.device}.json"
     print("\n" + "\n".join(f"{key}: {number}" for key, number in report.items() if key != "cases"))
     for case in args.case or DEFAULT_CASES[args.device]:
         for dtype in args.dtype:
@@ -391,7 +393,6 @@ def main() -> None:
                 entry = {"case": case, "dtype": dtype, "local": local, "results": results}
                 report["cases"].append(entry)
                 print(table(entry), flush=True)
-    output = args.output or ROOT / "benchmarks" / "results" / f"msda_{args.device}.json"
     temporary = output.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(output)

@@ -1,0 +1,28 @@
+"""The operator's benchmark: what it measures is what it says, and what it has measured is kept."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_msda", ROOT / "benchmarks/msda.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_case_is_compiled_anew(benchmark, monkeypatch):
+    """A case takes two compilations, one for each direction, as many as are allowed here."""
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_function(function, backend="eager"))
+    name = f"compiled {benchmark.GRID_SAMPLE}"
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for dtype in (torch.float32, torch.float64):
+            inputs = benchmark.make_inputs("tiny", True, dtype, "cpu")
+            assert "error" not in benchmark.measure([name], inputs, "cpu", 1)[name]
