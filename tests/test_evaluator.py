@@ -243,6 +243,20 @@ def test_missing_areas_and_crowd_flags_are_filled_in(coloured, tmp_path):
     assert run(coloured_cfg(coloured), tmp_path) == pytest.approx(complete, nan_ok=True)
 
 
+@pytest.mark.parametrize("area", [None, "768", float("nan"), True])
+def test_an_area_that_is_no_number_counts_as_missing(coloured, area):
+    content = json.loads((coloured / "set.json").read_text())
+    expected = [
+        annotation["area"]
+        for annotation in coco_metrics.load_truth(coloured / "set.json").dataset["annotations"]
+    ]
+    for annotation in content["annotations"]:
+        annotation["area"] = area
+    (coloured / "set.json").write_text(json.dumps(content))
+    truth = coco_metrics.load_truth(coloured / "set.json")
+    assert [annotation["area"] for annotation in truth.dataset["annotations"]] == expected
+
+
 def test_annotation_with_the_id_zero_counts(coloured):
     content = json.loads((coloured / "set.json").read_text())
     content["annotations"] = content["annotations"][:1]

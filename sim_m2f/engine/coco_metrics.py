@@ -30,9 +30,10 @@ FOLD_CLASSES_ABOVE = 24  # more classes are printed in three blocks abreast
 def load_truth(annotations_file: str | Path) -> COCO:
     """Annotations for scoring, with what pycocotools needs and users' files may lack.
 
-    Where they are missing, ``iscrowd`` is 0 and ``area`` that of the mask (else of the box). Every
-    segmentation becomes an RLE. Annotations are numbered from 1 in the order of the file, because pycocotools
-    takes a detection that matches annotation 0 for unmatched; no other score depends on their ids.
+    Where they are missing, ``iscrowd`` is 0 and ``area`` that of the mask (else of the box); an ``area`` that
+    is no number counts as missing. Every segmentation becomes an RLE. Annotations are numbered from 1 in the
+    order of the file, because pycocotools takes a detection that matches annotation 0 for unmatched; no other
+    score depends on their ids.
 
     Raises:
         UserError: a segmentation cannot be read, or is not of its picture's size; names file and annotation.
@@ -42,13 +43,18 @@ def load_truth(annotations_file: str | Path) -> COCO:
     for number, annotation in enumerate(dataset["annotations"], start=1):
         if annotation.get("segmentation"):
             annotation["segmentation"] = _rle(truth, annotation, annotations_file)
-        if "area" not in annotation:
+        if not _is_number(annotation.get("area")):
             segmentation = annotation.get("segmentation")
             width, height = annotation["bbox"][2:]
             annotation["area"] = float(mask_utils.area(segmentation)) if segmentation else width * height
         annotation.setdefault("iscrowd", 0)
         annotation["id"] = number
     return _coco(dataset)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def has_masks(truth: COCO) -> bool:
