@@ -138,6 +138,16 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, t
         assert torch.equal(weight, weights(resumed)[name]), name
 
 
+def test_copy_paste_may_begin_in_a_resumed_run(few):
+    settings = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.KEEP_CHECKPOINTS", True)
+    teacher = ("MODEL.SIM.TEACHER.ENABLED", True)
+    output = train(few, *settings, *teacher)
+    point_to(output / "model_0000001.pth")
+    started = ("MODEL.SIM.COPY_PASTE.ENABLED", True, "MODEL.SIM.COPY_PASTE.START", 0)
+    train(few, *settings, *teacher, *started, resume=True)
+    assert "loss_copy_paste" in train_losses(output)[-1]
+
+
 def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
     whole = '{"iteration": 0, "total_loss": 1.5}'
     (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"iteration": 1, "total_lo')

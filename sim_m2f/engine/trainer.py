@@ -280,7 +280,7 @@ class Trainer:
             self.criterion.load_state_dict(state["criterion"])
             if self.teacher:
                 self.teacher.load_state_dict(state["teacher"])
-            if self.bank is not None:
+            if self.bank is not None and state["banks"]:  # of a run without copy-paste there are none
                 banks = state["banks"]
                 self.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
             self.optimizer.load_state_dict(state["optimizer"])
