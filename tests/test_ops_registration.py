@@ -180,6 +180,16 @@ def broken(name):
     return arguments
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(True, marks=compiled), False])
+@pytest.mark.parametrize("size", [(3, 37, 1, 2), (2, 37, 2, 2), (2, 36, 3, 2), (2, 37, 3, 1), (37, 3, 2)])
+def test_reference_points_of_a_wrong_shape_are_named(size, kernel, monkeypatch):
+    if not kernel:
+        monkeypatch.setattr(msda, "has_kernel", lambda device: False)
+    value, shapes, starts, _, offsets, logits = fused_arguments()
+    with pytest.raises(RuntimeError, match="reference_points: expected shape"):
+        msda.ms_deform_attn_fused(value, shapes, starts, torch.rand(size), offsets, logits)
+
+
 NAMES = ["value", "spatial_shapes", "level_start_index", "sampling_locations", "attention_weights"]
 
 

@@ -116,10 +116,12 @@ def ms_deform_attn_fused(
     Raises:
         RuntimeError: an argument of the wrong shape, type or device, by its name.
     """
-    if reference_points.dim() != 4:
-        shape = tuple(reference_points.shape)
-        raise RuntimeError(f"ms_deform_attn: reference_points: expected shape (N, Q, L, 2), got {shape}")
-    reference_points = reference_points.expand(value.shape[0], -1, len(spatial_shapes), -1)
+    batch, levels = value.shape[0], len(spatial_shapes)
+    shape = tuple(reference_points.shape)
+    if len(shape) != 4 or shape[0] not in (1, batch) or shape[2] not in (1, levels):
+        expected = f"({batch} or 1, Q, {levels} or 1, 2)"
+        raise RuntimeError(f"ms_deform_attn: reference_points: expected shape {expected}, got {shape}")
+    reference_points = reference_points.expand(batch, -1, levels, -1)
     if has_kernel(value.device):
         shapes, starts = _levels(spatial_shapes, level_start_index, value.device)
         return torch.ops.msda.ms_deform_attn_fused(
