@@ -8,6 +8,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/ops:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 
+failed=""
+check() {  # runs a command; a failure is remembered, so that the rest still runs
+  "$@" || failed="$failed${failed:+; }$*"
+}
+find_sanitizer() {  # where ops/build.py looks for nvcc
+  PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin" command -v compute-sanitizer
+}
 step() { printf '\n== %s\n' "$*"; }
 
 step "Build"
@@ -16,24 +23,29 @@ python -c 'import torch, MultiScaleDeformableAttention as m; print(m.LOAD_ERROR 
 assert torch.cuda.is_available() and m.has_kernel(torch.device("cuda")), "no GPU, or no kernel for it"'
 
 step "Comparison with float64 on the GPU"
-python benchmarks/msda.py --device cuda --check-only
+check python benchmarks/msda.py --device cuda --check-only
 
 if python -c 'import pytest, hypothesis' 2>/dev/null; then
   step "Tests"
-  python -m pytest -q --noconftest -p no:cacheprovider tests/test_ops_operator.py tests/test_ops_registration.py \
+  check python -m pytest -q --noconftest -p no:cacheprovider tests/test_ops_operator.py tests/test_ops_registration.py \
     tests/test_ops_random_shapes.py
 else
   step "Tests left out: pytest and hypothesis are not installed"
 fi
 
-if command -v compute-sanitizer >/dev/null; then
+if sanitizer=$(find_sanitizer); then
   for tool in memcheck racecheck; do
     step "compute-sanitizer $tool"
-    compute-sanitizer --tool "$tool" --error-exitcode 1 python benchmarks/msda.py --device cuda --check-only
+    check "$sanitizer" --tool "$tool" --error-exitcode 1 python benchmarks/msda.py --device cuda --check-only
   done
 else
   step "compute-sanitizer is not installed"
 fi
 
 step "Benchmark"
-python benchmarks/msda.py --device cuda --dtype float32 bfloat16 float16 float64 --compile "$@"
+check python benchmarks/msda.py --device cuda --dtype float32 bfloat16 float16 float64 --compile "$@"
+
+if [ -n "$failed" ]; then
+  step "Failed: $failed"
+  exit 1
+fi

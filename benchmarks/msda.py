@@ -358,6 +358,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write(report: dict, output: Path) -> None:
+    """The cases so far, whole or not at all."""
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(output)
+
+
 def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
@@ -393,9 +400,7 @@ def main() -> None:
                 entry = {"case": case, "dtype": dtype, "local": local, "results": results}
                 report["cases"].append(entry)
                 print(table(entry), flush=True)
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(output)
+                write(report, output)
 
 
 if __name__ == "__main__":
