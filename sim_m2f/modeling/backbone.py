@@ -65,7 +65,7 @@ class TimmBackbone(nn.Module):
             UserError: timm has no such weights, they cannot be downloaded, or they are of another backbone.
         """
         try:
-            indices = tuple(self.body.out_indices)
+            indices = tuple(self.body.feature_info.out_indices)
             weights = timm.create_model(
                 name, pretrained=True, features_only=True, out_indices=indices
             ).state_dict()
