@@ -243,7 +243,12 @@ def test_keys_without_effect_are_named_once_in_one_line(capsys):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("MODEL.SWIN.APE", "True"), ("MODEL.RESNETS.STEM_TYPE", "deeplab"), ("MODEL.SWIN.PATCH_NORM", "False")],
+    [
+        *[("MODEL.SWIN.APE", "True"), ("MODEL.SWIN.PATCH_NORM", "False")],
+        *[("MODEL.RESNETS.STEM_TYPE", "deeplab"), ("MODEL.RESNETS.OUT_FEATURES", "['res4']")],
+        *[("MODEL.SWIN.OUT_FEATURES", "['res5']"), ("MODEL.SEM_SEG_HEAD.NORM", "")],
+        *[("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8"), ("INPUT.FORMAT", "BGR")],
+    ],
 )
 def test_a_network_that_does_not_exist_here_is_refused(key, value):
     with pytest.raises(UserError, match=f"{key}.*the only choice"):

@@ -11,16 +11,21 @@ from sim_m2f.modeling.pixel_decoder import PixelDecoder
 
 # Keys of Mask2Former's files that choose among implementations, and the one that exists here.
 ONLY_CHOICE = {
-    "RESNETS.STEM_TYPE": "basic",
-    "RESNETS.STEM_OUT_CHANNELS": 64,
-    "SWIN.QKV_BIAS": True,
-    "SWIN.APE": False,
-    "SWIN.PATCH_NORM": True,
-    "META_ARCHITECTURE": "MaskFormer",
-    "SEM_SEG_HEAD.NAME": "MaskFormerHead",
-    "SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
-    "MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
-    "MASK_FORMER.TRANSFORMER_IN_FEATURE": "multi_scale_pixel_decoder",
+    "INPUT.FORMAT": "RGB",
+    "MODEL.RESNETS.STEM_TYPE": "basic",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.SWIN.QKV_BIAS": True,
+    "MODEL.SWIN.APE": False,
+    "MODEL.SWIN.PATCH_NORM": True,
+    "MODEL.META_ARCHITECTURE": "MaskFormer",
+    "MODEL.SEM_SEG_HEAD.NAME": "MaskFormerHead",
+    "MODEL.SEM_SEG_HEAD.NORM": "GN",
+    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
+    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
+    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
+    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "multi_scale_pixel_decoder",
 }
 
 
@@ -71,9 +76,9 @@ def build_model(cfg: CfgNode) -> Mask2Former:
         UserError: a key asks for something that does not exist.
     """
     for key, only in ONLY_CHOICE.items():
-        value = value_of(cfg.MODEL, key)
+        value = value_of(cfg, key)
         if value != only:
-            raise UserError(f"MODEL.{key}: {value!r} does not exist here; the only choice is {only!r}")
+            raise UserError(f"{key}: {value!r} does not exist here; the only choice is {only!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.SEED)
         return Mask2Former(cfg)
