@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,22 +40,22 @@ def run(args: argparse.Namespace) -> int:
     """
     from sim_m2f.pretrained import from_pretrained
 
-    files = [file for path in args.pictures for file in _pictures_in(path)]
+    given = [Path(os.path.abspath(path)) for path in args.pictures]
+    files = list(dict.fromkeys(file for path in given for file in _pictures_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
     content, problems = _described(model, files), []
-    for number, file in enumerate(tqdm(files, "predict", unit="picture"), start=1):
+    named = zip(tqdm(files, "predict", unit="picture"), _names(files, given), strict=True)
+    for number, (file, name) in enumerate(named, start=1):
         try:
             found = model.predict(file, args.threshold)
         except UserError as error:
             problems.append(str(error))
             continue
         height, width = found.masks.shape[1:]
-        content["images"].append(
-            {"id": number, "file_name": _name(file, args.pictures), "height": height, "width": width}
-        )
+        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
         first = len(content["annotations"]) + 1
         content["annotations"] += _annotations(found, number, first)
-        _draw(file, found, args.output / OVERLAYS / Path(_name(file, args.pictures)).with_suffix(".png"))
+        _draw(file, found, args.output / OVERLAYS / f"{name}.png")
     with atomic_write(args.output / PREDICTIONS) as file:
         json.dump(content, file)
     done = len(content["images"])
@@ -74,10 +76,17 @@ def _pictures_in(path: Path) -> list[Path]:
     return files
 
 
-def _name(file: Path, given: list[Path]) -> str:
-    """The file's path within the folder that was given, or its name."""
-    folder = next((path for path in given if path != file and path in file.parents), file.parent)
-    return file.relative_to(folder).as_posix()
+def _names(files: list[Path], given: list[Path]) -> list[str]:
+    """A name for every file, each one once: its path within the folder that was given, or its own name.
+
+    Where two files have the same one, as many of the folders above stand before it as tell them apart.
+    """
+    parents = [next((path for path in given if path in file.parents), file.parent) for file in files]
+    names = [file.relative_to(parent).as_posix() for file, parent in zip(files, parents, strict=True)]
+    while common := {name for name, number in Counter(names).items() if number > 1}:
+        parents = [p.parent if name in common else p for name, p in zip(names, parents, strict=True)]
+        names = [file.relative_to(parent).as_posix() for file, parent in zip(files, parents, strict=True)]
+    return names
 
 
 def _described(model: Segmenter, files: list[Path]) -> dict[str, Any]:
