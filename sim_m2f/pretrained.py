@@ -129,9 +129,14 @@ def _of_transformers(folder: Path) -> _Found:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object of JSON; take another file")
+    return content
 
 
 def _weights_in(folder: Path) -> Path:

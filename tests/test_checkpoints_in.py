@@ -76,6 +76,15 @@ def test_training_checkpoint_of_the_detectron2_integration(tmp_path):
     assert_same_weights(network, source)
 
 
+def test_arrays_of_another_byte_order(tmp_path):
+    _, source = small_network("ResNet-18", seed=1)
+    _, network = small_network("ResNet-18", seed=2)
+    model = {name: weight.numpy().astype(">f4") for name, weight in source.state_dict().items()}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": model}))
+    load_checkpoint(network, tmp_path / "model.pkl", complete=True)
+    assert_same_weights(network, source)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torchvision(tmp_path, zipped):
     _, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"])

@@ -6,8 +6,10 @@ from other_networks import CLASSES, assert_same_weights, small_network, stirred
 from PIL import Image
 
 from sim_m2f import cli
+from sim_m2f.config import get_cfg
 from sim_m2f.engine.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
+from sim_m2f.interop.transformers import transformers_config
 from sim_m2f.pretrained import from_pretrained
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.tools.export import export
@@ -123,6 +125,21 @@ def test_formats_refuse_networks_that_they_do_not_have(tmp_path, small_cfg):
     cfg, network = small_network("ResNet-18")
     with pytest.raises(UserError, match="2 class names"):
         export(Segmenter(network, cfg, CLASSES[:2]), "transformers", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.RESNETS.DEPTH", "26"),
+        ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", "['res4', 'res5']"),
+    ],
+)
+def test_transformers_has_no_such_network(key, value):
+    cfg = get_cfg()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=key.rpartition(".")[2]) as raised:
+        transformers_config(cfg, [str(label) for label in range(80)])
+    assert "\n" not in str(raised.value)
 
 
 def test_command(tmp_path, capsys):

@@ -168,3 +168,12 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
         load_checkpoint(network, "hf://somebody/nothing")
     with pytest.raises(UserError, match="owner/name"):
         load_checkpoint(network, "hf://nothing")
+
+
+def test_a_failure_of_the_hub_without_a_word_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"hf://somebody/stars: cannot be had .*\(TimeoutError\)"):
+        sources.hub_folder("hf://somebody/stars")

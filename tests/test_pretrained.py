@@ -2,7 +2,9 @@
 
 import json
 import re
+from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,10 @@ def test_names_of_classes(model, tmp_path):
         ({"config.yaml": "SEED: 1", "a.pth": "", "b.pth": ""}, "without model.safetensors"),
         ({"config.json": '{"model_type": "bert"}', "model.safetensors": ""}, "not of Mask2Former"),
         ({"config.json": "{", "model.safetensors": ""}, "not JSON"),
+        ({"config.json": "[]", "model.safetensors": ""}, "holds a list"),
+        ({"config.json": '{"model_type": "mask2former", "id2label": ["a"]}'}, "id2label is an object"),
+        ({"config.json": '{"model_type": "mask2former", "id2label": {"a": "b"}}'}, "id2label has a number"),
+        ({"config.json": '{"model_type": "mask2former", "backbone_config": "swin"}'}, "backbone_config is"),
         ({"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"}, "class_names"),
     ],
 )
@@ -178,6 +184,35 @@ def test_a_folder_of_something_else_is_named(tmp_path, files, message):
     with pytest.raises(UserError, match=message) as caught:
         sim_m2f.from_pretrained(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_configuration_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(UserError, match=r"config\.json: cannot be read \(Is a directory\)"):
+        sim_m2f.from_pretrained(tmp_path)
+
+
+class Hub:
+    """huggingface_hub.HfApi without the network: what would be sent is noted."""
+
+    def __init__(self):
+        self.created, self.files = [], {}
+
+    def create_repo(self, repo_id, **options):
+        self.created.append((repo_id, options))
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    def upload_folder(self, *, repo_id, folder_path):
+        self.files[repo_id] = {file.name: file.read_bytes() for file in Path(folder_path).iterdir()}
+
+
+def test_an_uploaded_network_is_the_saved_one(model, tmp_path, monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert model.push_to_hub("somebody/stars", private=True) == "https://huggingface.co/somebody/stars"
+    assert hub.created == [("somebody/stars", {"exist_ok": True, "private": True})]
+    model.save_pretrained(tmp_path)
+    assert hub.files == {"somebody/stars": {file.name: file.read_bytes() for file in tmp_path.iterdir()}}
 
 
 def test_a_device_that_does_not_exist_is_named(model, tmp_path):
@@ -208,8 +243,24 @@ def test_the_command_writes_a_coco_json_and_overlays(model, picture, tmp_path, c
     for item, mask in zip(second, found.masks.numpy(), strict=True):
         assert np.array_equal(coco_mask.decode(item["segmentation"]).astype(bool), mask)
         assert item["area"] == mask.sum()
-    assert Image.open(tmp_path / "out/overlays/a.png").size[0] >= 70
+    assert Image.open(tmp_path / "out/overlays/a.jpg.png").size[0] >= 70
     assert str(tmp_path / "out") in capsys.readouterr().out
+
+
+def test_pictures_of_the_same_name_stay_apart(model, picture, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    for name in ("a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(tmp_path / name)
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    pictures = [tmp_path / "a", tmp_path / "b", tmp_path / "a/1.jpg"]  # the last one for the second time
+    assert main(["predict", *folders, *map(str, pictures)]) == 0
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    names = ["a/1.jpg", "1.png", "b/1.jpg", "2.jpg"]
+    assert [image["file_name"] for image in content["images"]] == names
+    overlays = tmp_path / "out/overlays"
+    found = {file.relative_to(overlays).as_posix() for file in overlays.rglob("*.png")}
+    assert found == {f"{name}.png" for name in names}
 
 
 def test_the_command_without_pictures_says_so(model, tmp_path, capsys):

@@ -152,7 +152,7 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
             if name.startswith(META_ARCHITECTURE)
         }
     return {
-        stored_transformers_name(name.removeprefix("module.")): torch.as_tensor(value)
+        stored_transformers_name(name.removeprefix("module.")): _as_tensor(value)
         for name, value in arrays.items()
         if not name.endswith("_momentum")
     }
@@ -164,6 +164,13 @@ def _is_group(state: Mapping[str, Any], key: str) -> bool:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
+
+
+def _as_tensor(value: Tensor | np.ndarray) -> Tensor:
+    """A tensor with the byte order of this machine, the only one that PyTorch has."""
+    return (
+        value if isinstance(value, Tensor) else torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))
+    )
 
 
 def _origin(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[str, Naming]:

@@ -65,7 +65,7 @@ def hub_folder(address: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = _snapshot(*match.groups(), "*.bin")
     except Exception as error:  # of the network, the Hub or the disk, in many classes
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{address}: cannot be had from the Hugging Face Hub ({reason})") from error
     return folder
 

@@ -18,6 +18,7 @@ from sim_m2f.files import atomic_write
 from sim_m2f.interop.names import to_names, transformers_names
 from sim_m2f.interop.swin import relative_position_indices
 
+LEVELS = ["res3", "res4", "res5"]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 ENCODER = "model.pixel_level_module.encoder."
@@ -69,6 +70,11 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
         raise UserError(
             "transformers has one number of heads; MODEL.MASK_FORMER.NHEADS and the encoder's differ"
         )
+    if list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES) != LEVELS:
+        raise UserError(
+            f"transformers' encoder has the levels {', '.join(LEVELS)}; "
+            "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES differs"
+        )
     if head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS != 4:
         raise UserError("transformers has 4 points per head; DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS differs")
     if len(class_names) != head.NUM_CLASSES:
@@ -101,6 +107,11 @@ def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
         raise UserError(
             f"transformers' Mask2Former has ResNet with batch norm and Swin, not {name} with {resnet.NORM}; "
             "export to safetensors or onnx"
+        )
+    if resnet.DEPTH not in RESNET_DEPTHS:
+        raise UserError(
+            f"MODEL.RESNETS.DEPTH {resnet.DEPTH}: exported to transformers are the depths "
+            f"{', '.join(map(str, RESNET_DEPTHS))}; export to safetensors or onnx"
         )
     return {
         "model_type": "resnet",
@@ -151,13 +162,27 @@ def cfg_from_transformers(
     cfg = get_cfg()
     _merge(cfg, {ours: config[theirs] for theirs, ours in SAME.items() if theirs in config})
     _merge(cfg, {"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": cfg.MODEL.MASK_FORMER.NHEADS})
-    _merge(cfg, _backbone_keys(config.get("backbone_config") or {}))
-    labels = {int(index): name for index, name in (config.get("id2label") or {}).items()}
+    _merge(cfg, _backbone_keys(_mapping(config, "backbone_config")))
+    labels = _labels(_mapping(config, "id2label"))
     class_names = [labels[index] for index in sorted(labels)]
     if class_names:
         _merge(cfg, {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(class_names)})
     _merge(cfg, _pixel_keys(processor or {}))
     return cfg, class_names
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json: {key} is an object, not {value!r}; take transformers' own file")
+    return value
+
+
+def _labels(names: Mapping[str, Any]) -> dict[int, str]:
+    try:
+        return {int(index): name for index, name in names.items()}
+    except ValueError as error:
+        raise UserError(f"config.json: id2label has a number for each class ({error}); correct it") from error
 
 
 def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
