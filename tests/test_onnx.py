@@ -2,10 +2,13 @@
 
 import pytest
 import torch
-from other_networks import small_network
+from other_networks import CLASSES, small_network
 
+from sim_m2f import cli
+from sim_m2f.errors import UserError
 from sim_m2f.interop.onnx import GridSampleAttention, onnx_bytes
 from sim_m2f.modeling.deformable_attention import MSDeformAttn
+from sim_m2f.segmenter import Segmenter
 
 
 def test_grid_sample_attention_is_the_attention():
@@ -19,6 +22,35 @@ def test_grid_sample_attention_is_the_attention():
     query, source = torch.randn(2, pixels, 32), torch.randn(2, pixels, 32)
     arguments = query, torch.rand(1, pixels, 1, 2), source, shapes
     torch.testing.assert_close(portable(*arguments), attention(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_that_cannot_be_exported_is_refused_in_a_line():
+    pytest.importorskip("onnxscript")
+    _, network = small_network("ResNet-18")
+
+    class DataDependent(torch.nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
+    network.backbone.body.act1 = DataDependent()
+    with pytest.raises(UserError, match="backbone resnet18: cannot be exported to ONNX") as raised:
+        onnx_bytes(network)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_command_writes_the_network(tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    cfg, network = small_network("ResNet-18")
+    Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")
+    output = str(tmp_path / "network.onnx")
+    assert cli.main(["export", str(tmp_path / "trained"), "--format", "onnx", "--output", output]) == 0
+    session = runtime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    images = torch.randn(1, 3, 64, 96)
+    (masks,) = session.run(["pred_masks"], {"images": images.numpy()})
+    with torch.no_grad():
+        expected = network(images)["pred_masks"]
+    torch.testing.assert_close(torch.from_numpy(masks), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backbone", ["ResNet-18", "Swin"])

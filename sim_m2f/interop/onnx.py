@@ -66,13 +66,22 @@ def onnx_bytes(network: Mask2Former) -> bytes:
         if isinstance(module, MSDeformAttn):
             module.__class__ = GridSampleAttention
     sides = {2: DIVISOR * torch.export.Dim("height", min=1), 3: DIVISOR * torch.export.Dim("width", min=1)}
-    graph = torch.export.export(_LastLayer(portable).eval(), (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,))
-    program = torch.onnx.export(
-        graph,
-        input_names=["images"],
-        output_names=["pred_logits", "pred_masks"],
-        opset_version=OPSET,
-        dynamo=True,
-        verbose=False,
-    )
+    try:
+        graph = torch.export.export(
+            _LastLayer(portable).eval(), (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,)
+        )
+        program = torch.onnx.export(
+            graph,
+            input_names=["images"],
+            output_names=["pred_logits", "pred_masks"],
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # what a backbone of timm's does to the exporter has many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"backbone {network.backbone.name}: cannot be exported to ONNX ({reason}); "
+            "export to safetensors, or take another backbone"
+        ) from error
     return program.model_proto.SerializeToString()
