@@ -9,6 +9,7 @@ import copy
 import difflib
 import functools
 import operator
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ class CfgNode(FvcoreNode):
         """Merge a YAML file (and the files that its ``_BASE_`` names).
 
         Raises:
-            UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+            UserError: the file is missing or not YAML, its ``_BASE_`` leads back to itself, a key is unknown,
+                or a value has the wrong type.
         """
         try:
             loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
@@ -39,6 +41,9 @@ class CfgNode(FvcoreNode):
             raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
+        except RecursionError as error:
+            circle = " -> ".join(_base_circle(str(cfg_filename)))
+            raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error
         if not isinstance(loaded, Mapping):
             raise UserError(
                 f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}"
@@ -62,6 +67,17 @@ class CfgNode(FvcoreNode):
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
         _assign(self, _checked(values, self, "", source))
+
+
+def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The files whose ``_BASE_`` name each other in a circle, the first one also at the end; or nothing."""
+    file = os.path.abspath(file)
+    if file in above:
+        return (*above[above.index(file) :], file)
+    bases = yaml.safe_load(Path(file).read_bytes()).get(BASE_KEY, [])
+    names = [bases] if isinstance(bases, str) else bases
+    paths = (Path(file).parent / Path(name).expanduser() for name in names)
+    return next(filter(None, (_base_circle(str(path), (*above, file)) for path in paths)), ())
 
 
 def _checked(values: Mapping[str, Any], defaults: CfgNode, prefix: str, source: str) -> dict[str, Any]:
@@ -98,7 +114,11 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
     elif isinstance(default, float) and type(decoded) is int:
         decoded = float(decoded)
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
-        decoded = type(default)([decoded] if isinstance(decoded, str) else decoded)
+        elements = [decoded] if isinstance(decoded, str) else decoded
+        decoded = type(default)(
+            _coerced(element, default[0], f"{path}[{index}]", source)
+            for index, element in enumerate(elements)
+        )
     if default is not None and type(decoded) is not type(default):
         raise UserError(
             f"{source}: {path} takes a {type(default).__name__} such as {default!r}, not {value!r} "
@@ -309,7 +329,7 @@ _C.SOLVER.WEIGHT_DECAY_NORM = 0.0  # Weight decay of norm layers.
 _C.SOLVER.WEIGHT_DECAY_EMBED = 0.0  # Weight decay of embeddings.
 _C.SOLVER.MAX_ITER = 368750  # Steps of the run.
 _C.SOLVER.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # Or "WarmupPolyLR", "WarmupCosineLR".
-_C.SOLVER.STEPS = (327778, 355092)  # Steps at which the learning rate is multiplied by GAMMA.
+_C.SOLVER.STEPS = (327778.0, 355092.0)  # Steps at which the learning rate is multiplied by GAMMA.
 _C.SOLVER.GAMMA = 0.1  # Factor at each of STEPS.
 _C.SOLVER.POLY_LR_POWER = 0.9  # Power of WarmupPolyLR.
 _C.SOLVER.POLY_LR_CONSTANT_ENDING = 0.0  # Least factor of WarmupPolyLR.
@@ -365,6 +385,60 @@ WITHOUT_EFFECT = tuple(
 def without_effect(cfg: CfgNode) -> list[str]:
     """The keys that ask for something that does not happen here."""
     return [key for key in WITHOUT_EFFECT if value_of(cfg, key) != value_of(_C, key)]
+
+
+_LEAST = {
+    **dict.fromkeys(
+        (
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES",
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+            "MODEL.SEM_SEG_HEAD.MASK_DIM",
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS",
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS",
+            "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD",
+            "MODEL.MASK_FORMER.HIDDEN_DIM",
+            "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
+            "MODEL.MASK_FORMER.NHEADS",
+            "MODEL.MASK_FORMER.DIM_FEEDFORWARD",
+            "MODEL.MASK_FORMER.SIZE_DIVISIBILITY",
+            "MODEL.MASK_FORMER.DEC_LAYERS",
+            "MODEL.MASK_FORMER.TRAIN_NUM_POINTS",
+            "MODEL.SIM.PAIRWISE.DILATION",
+            "MODEL.SIM.PROTOTYPES.COUNT",
+            "MODEL.SIM.COPY_PASTE.PICTURES",
+            "INPUT.MAX_SIZE_TEST",
+            "SOLVER.MAX_ITER",
+            "SOLVER.LOG_PERIOD",
+            "TEST.DETECTIONS_PER_IMAGE",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        ("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "INPUT.MIN_SIZE_TEST", "INPUT.BOTTOM_ROWS"), 0
+    ),
+}
+_MULTIPLES = (  # of a number, or of another key's value
+    ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 32),  # groups of the pixel decoder's norms
+    ("MODEL.SEM_SEG_HEAD.CONVS_DIM", "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS"),
+    ("MODEL.MASK_FORMER.HIDDEN_DIM", 2),  # position embeddings of x and y
+    ("MODEL.MASK_FORMER.HIDDEN_DIM", "MODEL.MASK_FORMER.NHEADS"),
+)
+
+
+def validate(cfg: CfgNode) -> None:
+    """Check what types cannot say.
+
+    Raises:
+        UserError: a number is below the least that makes sense, or no multiple of what it is divided by.
+    """
+    for key, least in _LEAST.items():
+        if value_of(cfg, key) < least:
+            raise UserError(f"{key} is {value_of(cfg, key)}; use a number of at least {least}")
+    for key, divisor in _MULTIPLES:
+        number = value_of(cfg, divisor) if isinstance(divisor, str) else divisor
+        if value_of(cfg, key) % number:
+            name = f"{divisor} ({number})" if isinstance(divisor, str) else number
+            raise UserError(f"{key} is {value_of(cfg, key)}; use a multiple of {name}")
 
 
 def get_cfg() -> CfgNode:

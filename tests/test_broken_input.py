@@ -98,6 +98,17 @@ CONFIGURATIONS = {
     "unknown precision": (["SOLVER.AMP.DTYPE", "fp8"], ["fp8", "bf16"]),
     "unknown schedule": (["SOLVER.LR_SCHEDULER_NAME", "Step"], ["Step", "WarmupPolyLR"]),
     "unknown optimizer": (["SOLVER.OPTIMIZER", "SGD"], ["SGD", "ADAMW"]),
+    "no step": (["SOLVER.MAX_ITER", "0"], ["SOLVER.MAX_ITER is 0", "at least 1"]),
+    "no log period": (["SOLVER.LOG_PERIOD", "0"], ["SOLVER.LOG_PERIOD is 0", "at least 1"]),
+    "no divisibility": (["MODEL.MASK_FORMER.SIZE_DIVISIBILITY", "0"], ["SIZE_DIVISIBILITY is 0"]),
+    "negative size": (["INPUT.MIN_SIZE_TEST", "-5"], ["INPUT.MIN_SIZE_TEST is -5", "at least 0"]),
+    "texts for numbers": (["SOLVER.STEPS", "('a', 'b')"], ["SOLVER.STEPS[0] takes a float", "'a'"]),
+    "heads of the decoder": (["MODEL.MASK_FORMER.NHEADS", "7"], ["HIDDEN_DIM is 32", "NHEADS (7)"]),
+    "heads of the encoder": (
+        ["MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", "5"],
+        ["CONVS_DIM is 32", "ENCODER_N_HEADS (5)"],
+    ),
+    "width without groups": (["MODEL.SEM_SEG_HEAD.CONVS_DIM", "50"], ["CONVS_DIM is 50", "multiple of 32"]),
     "missing checkpoint": (["MODEL.WEIGHTS", "none.pth"], ["none.pth"]),
     "unknown pretrained weights": (["MODEL.WEIGHTS", "timm://resnet5000"], ["resnet5000"]),
 }
@@ -121,6 +132,15 @@ def test_configuration(capsys, tmp_path, name):
 def test_configuration_file(capsys, tmp_path, content, said):
     (tmp_path / "broken.yaml").write_text(content)
     fails(capsys, ["--config-file", str(tmp_path / "broken.yaml")], said)
+
+
+@pytest.mark.parametrize("bases", ["second.yaml", "[third.yaml, second.yaml]"])
+def test_bases_in_a_circle_are_named(capsys, tmp_path, bases):
+    (tmp_path / "first.yaml").write_text(f"_BASE_: {bases}")
+    (tmp_path / "second.yaml").write_text("_BASE_: first.yaml")
+    (tmp_path / "third.yaml").write_text("SEED: 1")
+    circle = " -> ".join(str(tmp_path / f"{name}.yaml") for name in ("first", "second", "first"))
+    fails(capsys, ["--config-file", str(tmp_path / "first.yaml")], f"in a circle: {circle}")
 
 
 def test_missing_configuration_file(capsys):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, get_cfg, without_effect
+from sim_m2f.config import CfgNode, get_cfg, validate, without_effect
 from sim_m2f.errors import UserError
 
 
@@ -46,11 +46,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def configuration(config_file: str, overrides: list[str]) -> CfgNode:
-    """The defaults, changed by a YAML file and by ``KEY VALUE`` pairs."""
+    """The defaults, changed by a YAML file and by ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: a file, a key or a value has a fault.
+    """
     cfg = get_cfg()
     if config_file:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
+    validate(cfg)
     unheeded = without_effect(cfg)
     if unheeded and os.environ.get("RANK", "0") == "0":
         print(f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config.py", file=sys.stderr)
