@@ -199,7 +199,7 @@ _C.MODEL.SEM_SEG_HEAD.NAME = "MaskFormerHead"  # The only one; kept for Mask2For
 _C.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 80  # Classes of the data set, without "no object".
 _C.MODEL.SEM_SEG_HEAD.CONVS_DIM = 256  # Width of the pixel decoder.
 _C.MODEL.SEM_SEG_HEAD.MASK_DIM = 256  # Width of the mask features.
-_C.MODEL.SEM_SEG_HEAD.NORM = "GN"  # Norm of the pixel decoder's convolutions: "GN" or "".
+_C.MODEL.SEM_SEG_HEAD.NORM = "GN"  # Norm of the pixel decoder's convolutions; the only one.
 _C.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"  # The only one.
 # Feature maps that the pixel decoder takes.
 _C.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
@@ -209,7 +209,7 @@ _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # Sampling po
 _C.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8  # Attention heads of the encoder.
 _C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 6  # Deformable encoder layers.
 _C.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024  # Hidden width of the encoder's MLPs.
-_C.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = 4  # Stride of the mask features.
+_C.MODEL.SEM_SEG_HEAD.COMMON_STRIDE = 4  # Stride of the mask features; the only one.
 
 _C.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"  # The only one.
 _C.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "multi_scale_pixel_decoder"  # The only one.
@@ -260,9 +260,7 @@ _C.MODEL.SIM.PROTOTYPES.COUNT = 10  # Prototypes per class.
 _C.MODEL.SIM.PROTOTYPES.MOMENTUM = 0.999  # Share of the old prototype that an update keeps.
 _C.MODEL.SIM.PROTOTYPES.EPSILON = 0.05  # Weight of the entropy in the optimal transport.
 _C.MODEL.SIM.PROTOTYPES.ITERATIONS = 3  # Sinkhorn iterations.
-_C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = (
-    512  # Most pixels of a class that an update takes from a mean rank.
-)
+_C.MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS = 512  # Most pixels of a class per update, on a mean rank.
 _C.MODEL.SIM.PROTOTYPES.TEMPERATURE = 0.1  # Divides the similarity to the nearest prototype in M_S.
 _C.MODEL.SIM.PROTOTYPES.CENTER = 0.0  # Similarity at which M_S is one half.
 _C.MODEL.SIM.PROTOTYPES.CONFIDENT = 0.7  # Pixels above this teacher probability belong to the object.
@@ -300,7 +298,6 @@ _C.MODEL.SIM.SHOW.PICTURES = 4  # Training pictures that are shown: the first on
 
 # ------------------------------------------------------------------------------------------------ pictures
 _C.INPUT.FORMAT = "RGB"  # Order of the channels that the network sees; only "RGB".
-_C.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"  # Large-scale jitter; the only one.
 _C.INPUT.IMAGE_SIZE = 1024  # Side of the square training crop in pixels.
 _C.INPUT.MIN_SCALE = 0.1  # Smallest scale of the large-scale jitter.
 _C.INPUT.MAX_SCALE = 2.0  # Largest scale of the large-scale jitter.
@@ -341,7 +338,6 @@ _C.SOLVER.KEEP_CHECKPOINTS = False  # Keep every checkpoint, not only the newest
 _C.SOLVER.LOG_PERIOD = 20  # Steps between lines of metrics.jsonl.
 _C.SOLVER.CLIP_GRADIENTS = CfgNode()
 _C.SOLVER.CLIP_GRADIENTS.ENABLED = True  # Clip the gradient.
-_C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # The norm of all gradients together; the only one.
 _C.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 0.01  # The most that the norm may be.
 _C.SOLVER.CLIP_GRADIENTS.NORM_TYPE = 2.0  # Which norm.
 _C.SOLVER.AMP = CfgNode()
@@ -376,6 +372,8 @@ _C.MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False  # Of 
 _C.INPUT.COLOR_AUG_SSD = False  # Augmentation of colours.
 _C.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0  # Of semantic segmentation.
 _C.INPUT.SIZE_DIVISIBILITY = -1  # Padding of training pictures; IMAGE_SIZE is their size.
+_C.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"  # How pictures are read: with large-scale jitter.
+_C.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"  # What is clipped: the norm of all gradients together.
 _C.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True  # Leave pictures without objects out of training.
 WITHOUT_EFFECT = tuple(
     key for key in _leaf_keys(_C) if key not in _EFFECTIVE and not isinstance(value_of(_C, key), CfgNode)

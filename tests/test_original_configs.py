@@ -233,12 +233,16 @@ def test_the_rows_of_the_papers_table(name):
 
 
 def test_keys_without_effect_are_named_once_in_one_line(capsys):
-    overrides = ["MODEL.MASK_FORMER.TEST.PANOPTIC_ON", "True", "INPUT.COLOR_AUG_SSD", "True"]
-    configuration("", overrides)
+    asked = {
+        "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": "True",
+        "INPUT.COLOR_AUG_SSD": "True",
+        "INPUT.DATASET_MAPPER_NAME": "mask_former_instance",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "value",
+    }
+    configuration("", [word for pair in asked.items() for word in pair])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "MODEL.MASK_FORMER.TEST.PANOPTIC_ON" in lines[0]
-    assert "INPUT.COLOR_AUG_SSD" in lines[0]
+    assert all(key in lines[0] for key in asked)
 
 
 @pytest.mark.parametrize(
