@@ -270,9 +270,7 @@ _C.MODEL.SIM.POSITIVE_MASKS.MIN_IOU = 0.5  # ... if their box overlaps the annot
 _C.MODEL.SIM.PSEUDO_MASKS.ALPHA = 0.5  # Share of M_S in the blend, M_I has the rest.
 _C.MODEL.SIM.PSEUDO_MASKS.POSITIVE = (0.7, 0.8)  # Range of the adaptive threshold of positive pixels.
 _C.MODEL.SIM.PSEUDO_MASKS.NEGATIVE = 0.4  # Pixels below are negative.
-_C.MODEL.SIM.PSEUDO_MASKS.CONFIDENT = (
-    0.7  # That threshold lets through as many pixels as have an M_I above this.
-)
+_C.MODEL.SIM.PSEUDO_MASKS.CONFIDENT = 0.7  # It lets as many pixels through as have an M_I above this.
 _C.MODEL.SIM.PSEUDO_MASKS.FOCAL_ALPHA = 0.25  # Weight of positive pixels in the focal losses.
 _C.MODEL.SIM.PSEUDO_MASKS.FOCAL_GAMMA = 2.0  # Exponent of the focal losses.
 _C.MODEL.SIM.PSEUDO_SEMANTIC.ENABLED = False  # Use loss_pseudo_semantic.

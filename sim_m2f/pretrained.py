@@ -13,7 +13,7 @@ import huggingface_hub
 import torch
 from safetensors.torch import save
 
-from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.class_names import class_names, read_class_names
 from sim_m2f.engine.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
@@ -114,6 +114,7 @@ def _located(source: str | Path, config: str | Path) -> _Found:
 def _of_config(config: str | Path, weights: Path) -> _Found:
     cfg = get_cfg()
     cfg.merge_from_file(config)
+    validate(cfg)
     return _Found(cfg, class_names(cfg), weights, {})
 
 
