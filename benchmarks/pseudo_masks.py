@@ -4,8 +4,8 @@
 
 reads the run's config.yaml and last checkpoint, looks at its training pictures, and writes
 benchmarks/results/pseudo_masks.json (--output: another file). The share of M_S in the blend, its centre and
-the threshold of the affinity are varied, because the thresholds have to fit the distribution of what they
-divide.
+the threshold of the affinity are varied, besides those of the run, because the thresholds have to fit the
+distribution of what they divide.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def main() -> None:
     product = edges["colour"] * edges["features"]
     keys = get_cfg()
     keys.merge_from_file(args.run / "config.yaml")
-    truth = found["truth"]
+    sim, truth = keys.MODEL.SIM, found["truth"]
     levels = [0.05, 0.25, 0.5, 0.75, 0.95]
     results: dict[str, Any] = {
         "command": f"python benchmarks/pseudo_masks.py {args.run} --batches {args.batches}",
@@ -180,9 +180,9 @@ def main() -> None:
         "similarity on the object": quantiles(found["similarity"][truth], levels),
         "similarity beside it": quantiles(found["similarity"][~truth], levels),
         "labels": [
-            {"ALPHA": share, "CENTER": center, **quality(found, share, center, keys.MODEL.SIM)}
-            for share in SHARES
-            for center in CENTERS
+            {"ALPHA": share, "CENTER": center, **quality(found, share, center, sim)}
+            for share in sorted({*SHARES, sim.PSEUDO_MASKS.ALPHA})
+            for center in sorted({*CENTERS, sim.PROTOTYPES.CENTER})
         ],
         "edges by colour": [edge_quality(edges["colour"], edges["right"], t) for t in COLOUR_THRESHOLDS],
         "edges by colour x features": [edge_quality(product, edges["right"], t) for t in PRODUCT_THRESHOLDS],
