@@ -5,7 +5,7 @@ import argparse
 import sys
 
 from sim_m2f.cli import guarded
-from sim_m2f.tools import train
+from sim_m2f.commands import train
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -4,7 +4,7 @@
 
 prints a table and writes benchmarks/results/equality_*.json. Compared are Hugging Face's implementation and,
 where `detectron2` and `mask2former` are importable, the original, at full size with random weights: class and
-mask logits after every decoder layer, instances at the pictures' own size, and the losses of mask supervision
+mask logits after every decoder layer, instances at the images' own size, and the losses of mask supervision
 at the same points with their gradients. The masked attention takes the other network's masks, so that a pixel
 at its threshold does not hide the rest; how many pixels would differ is counted.
 """
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 import sim_m2f
 from sim_m2f.config import CfgNode
 from sim_m2f.files import atomic_write
-from sim_m2f.interop.detectron2 import detectron2_checkpoint
-from sim_m2f.interop.transformers import write_transformers
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
+from sim_m2f.weights.transformers import write_transformers
 from sim_m2f.modeling import mask_decoder, position
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.supervision.mask_criterion import MaskCriterion
@@ -39,7 +39,7 @@ ORIGINAL_FILES = {
     "R-50": "maskformer2_R50_bs16_50ep.yaml",
     "Swin-T": "swin/maskformer2_swin_tiny_bs16_50ep.yaml",
 }
-# Sizes of two pictures each, (height, width); a batch is padded to the larger one, in multiples of 32.
+# Sizes of two images each, (height, width); a batch is padded to the larger one, in multiples of 32.
 SIZES = ([(128, 160), (128, 160)], [(224, 180), (150, 192)])
 LOSSES = {"loss_ce": "loss_cross_entropy", "loss_mask": "loss_mask", "loss_dice": "loss_dice"}
 

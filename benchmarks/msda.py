@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "ops"))
 import MultiScaleDeformableAttention as msda  # noqa: E402, N813
 import torch.nn.functional as F  # noqa: E402
 
-CASES = {  # height and width of the picture, batch
+CASES = {  # height and width of the image, batch
     "tiny": (64, 96, 1),
     "800x1088": (800, 1088, 1),
     "1024x1024, batch 2": (1024, 1024, 2),

@@ -1,9 +1,9 @@
-"""Times the whole network on the CPU, from a picture to instances at its own size, against another one.
+"""Times the whole network on the CPU, from an image to instances at its own size, against another one.
 
     python benchmarks/network.py --original DIR [--original-python PY]    DIR: a checkout of Mask2Former
     python benchmarks/network.py                                          against Hugging Face's transformers
 
-R-50, 100 queries, 80 classes, float32; a picture of 480 x 640 that the network sees as 800 x 1088; the best
+R-50, 100 queries, 80 classes, float32; an image of 480 x 640 that the network sees as 800 x 1088; the best
 100 instances. Each implementation runs in a process of its own; repetitions alternate; times are medians.
 Weights are random, the same for the original as for ours. Writes benchmarks/results/network_cpu.json.
 
@@ -40,10 +40,10 @@ Found = tuple[Tensor, Tensor]  # scores (K,), masks (K, H0, W0)
 Segment = Callable[[Tensor], Found]
 
 
-def padded(picture: Tensor) -> Tensor:
+def padded(image: Tensor) -> Tensor:
     """(1, 3, H, W), normalised, then padded to multiples of 32."""
-    normalised = (picture - MEAN[:, None, None]) / STD[:, None, None]
-    height, width = picture.shape[1:]
+    normalised = (image - MEAN[:, None, None]) / STD[:, None, None]
+    height, width = image.shape[1:]
     return torch.nn.functional.pad(normalised, (0, -width % 32, 0, -height % 32))[None]
 
 
@@ -56,9 +56,9 @@ def ours(weights: Path) -> Segment:
     network = sim_m2f.build_model(sim_m2f.get_cfg()).eval()
     network.load_state_dict(torch.load(weights / "ours.pth"))
 
-    def segment(picture: Tensor) -> Found:
-        outputs = network(padded(picture), auxiliary=False)
-        (found,) = instances(outputs, [tuple(picture.shape[1:])], [ORIGINAL_SIZE], INSTANCES)
+    def segment(image: Tensor) -> Found:
+        outputs = network(padded(image), auxiliary=False)
+        (found,) = instances(outputs, [tuple(image.shape[1:])], [ORIGINAL_SIZE], INSTANCES)
         return found["scores"], found["masks"]
 
     return segment
@@ -92,8 +92,8 @@ def original(weights: Path, checkout: Path) -> Segment:
         raise RuntimeError(f"no weights for {len(missing)} of its tensors, such as {min(missing)}")
     height, width = ORIGINAL_SIZE
 
-    def segment(picture: Tensor) -> Found:
-        (found,) = network([{"image": picture, "height": height, "width": width}])
+    def segment(image: Tensor) -> Found:
+        (found,) = network([{"image": image, "height": height, "width": width}])
         return found["instances"].scores, found["instances"].pred_masks
 
     return segment
@@ -108,8 +108,8 @@ def hugging_face() -> Segment:
     config = Mask2FormerConfig(backbone_config=ResNetConfig(out_features=stages), num_labels=CLASSES)
     network = Mask2FormerForUniversalSegmentation(config).eval()
 
-    def segment(picture: Tensor) -> Found:
-        outputs = network(padded(picture))
+    def segment(image: Tensor) -> Found:
+        outputs = network(padded(image))
         (found,) = Processor().post_process_instance_segmentation(
             outputs, threshold=0.0, target_sizes=[ORIGINAL_SIZE], return_binary_maps=True
         )
@@ -124,7 +124,7 @@ def worker(name: str, args: argparse.Namespace) -> None:
     os.dup2(2, 1)  # what libraries print is not an answer
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    picture = torch.randint(0, 256, (3, *RESIZED)).float()
+    image = torch.randint(0, 256, (3, *RESIZED)).float()
     if name == OURS:
         segment = ours(args.weights)
     else:
@@ -133,7 +133,7 @@ def worker(name: str, args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         start = time.perf_counter()
         with torch.no_grad():
-            scores, masks = segment(picture)
+            scores, masks = segment(image)
         seconds = time.perf_counter() - start
         answer = {"seconds": seconds, "instances": len(masks), "loaded_mib": loaded, "peak_mib": peak_mib()}
         answer |= {"size": list(masks.shape[1:]), "scores": sorted(scores.tolist(), reverse=True)}
@@ -149,7 +149,7 @@ def write_weights(folder: Path) -> None:
     """Random weights under our names and under the original's."""
     sys.path[:0] = [str(ROOT), str(ROOT / "ops")]
     import sim_m2f
-    from sim_m2f.interop.names import detectron2_names, to_names
+    from sim_m2f.weights.names import detectron2_names, to_names
 
     weights = sim_m2f.build_model(sim_m2f.get_cfg()).state_dict()
     torch.save(weights, folder / "ours.pth")
@@ -235,7 +235,7 @@ def main() -> None:
     answers = measure([baseline, OURS], args)
     results = {name: summary(found) for name, found in answers.items()}
     report = {
-        "picture": {"resized": RESIZED, "original": ORIGINAL_SIZE},
+        "image": {"resized": RESIZED, "original": ORIGINAL_SIZE},
         "threads": args.threads,
         "repetitions": args.repeat,
         "load_average_before": round(load_average, 2),

@@ -2,7 +2,7 @@
 
     python benchmarks/pseudo_masks.py output/shapes_box
 
-reads the run's config.yaml and last checkpoint, looks at its training pictures, and writes
+reads the run's config.yaml and last checkpoint, looks at its training images, and writes
 benchmarks/results/pseudo_masks.json (--output: another file). The share of M_S in the blend, its centre and
 the threshold of the affinity are varied, besides those of the run, because the thresholds have to fit the
 distribution of what they divide.
@@ -24,7 +24,7 @@ import hardware
 
 from sim_m2f.config import get_cfg
 from sim_m2f.data.loader import Batch, train_loader
-from sim_m2f.engine.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
+from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
 from sim_m2f.modeling import build_model
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
@@ -90,7 +90,7 @@ def gather_edges(batch: Batch, features: Tensor, criterion: SIMCriterion) -> dic
     boxes = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
     inside = torch.zeros(instances.shape, dtype=torch.bool)
     pixels = box_pixels(boxes)
-    inside[boxes.picture[pixels.target], pixels.y, pixels.x] = True
+    inside[boxes.image_index[pixels.target], pixels.y, pixels.x] = True
     counted = edge_mask(torch.ones_like(inside), dilation) & inside[:, None]
     ends = [torch.roll(instances, (-dy, -dx), (1, 2)) for dy, dx in neighbour_offsets(dilation)]
     images = batch["images"] * criterion.std + criterion.mean

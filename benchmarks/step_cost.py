@@ -2,7 +2,7 @@
 
     python benchmarks/step_cost.py
 
-Both rows of configs/ablation take turns on the same pictures of the embedded shapes, with networks of the
+Both rows of configs/ablation take turns on the same images of the embedded shapes, with networks of the
 shapes' and of the COCO recipe's size; medians over the steps. Writes benchmarks/results/step_cost.json.
 """
 

@@ -2,7 +2,7 @@
 
     python benchmarks/subsets.py output/ablation_shapes
 
-scores the detections of every run on the pictures of each tag, once as they are and once with all classes
+scores the detections of every run on the images of each tag, once as they are and once with all classes
 taken for one, so that mistakes of the class and of the mask come apart. Prints a table and writes
 benchmarks/results/ablation_subsets.json.
 """
@@ -20,11 +20,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sim_m2f.config import get_cfg
-from sim_m2f.data.catalog import test_sources
+from sim_m2f.data.catalog import eval_sources
 from sim_m2f.engine.evaluator import RESULTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
-AP, RECALL = 0, 8  # places in COCOeval.stats: AP, and AR with 100 detections per picture
+AP, RECALL = 0, 8  # places in COCOeval.stats: AP, and AR with 100 detections per image
 
 
 def load(annotations: Path) -> COCO:
@@ -33,17 +33,17 @@ def load(annotations: Path) -> COCO:
 
 
 def tagged(truth: COCO) -> dict[str, list[int]]:
-    """The ids of the pictures with each tag."""
+    """The ids of the images with each tag."""
     images = truth.dataset["images"]
     tags = sorted({tag for image in images for tag in image["tags"]})
     return {tag: [image["id"] for image in images if tag in image["tags"]] for tag in tags}
 
 
-def mask_scores(truth: COCO, results: Path, pictures: list[int], classes: bool) -> tuple[float, float]:
-    """AP and AR of the masks on some pictures, in percent."""
+def mask_scores(truth: COCO, results: Path, images: list[int], classes: bool) -> tuple[float, float]:
+    """AP and AR of the masks on some images, in percent."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes(str(results)), "segm")
-        evaluation.params.imgIds = pictures
+        evaluation.params.imgIds = images
         evaluation.params.useCats = int(classes)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -56,15 +56,15 @@ def compare(ablation: Path) -> Iterator[dict[str, Any]]:
     configs = sorted(ablation.glob("*/seed*/config.yaml"))
     cfg = get_cfg()
     cfg.merge_from_file(configs[0])
-    (source,) = test_sources(cfg)
+    (source,) = eval_sources(cfg)
     truth = load(source.annotations)
     rows = sorted({config.parents[1] for config in configs})
-    for tag, pictures in tagged(truth).items():
+    for tag, images in tagged(truth).items():
         for row in rows:
             files = sorted(row.glob(f"seed*/{RESULTS_FILE}"))
-            entry: dict[str, Any] = {"tag": tag, "pictures": len(pictures), "row": row.name}
+            entry: dict[str, Any] = {"tag": tag, "images": len(images), "row": row.name}
             for name, classes in (("", True), (", classes ignored", False)):
-                scores = [mask_scores(truth, file, pictures, classes) for file in files]
+                scores = [mask_scores(truth, file, images, classes) for file in files]
                 for metric, values in zip(("AP", "AR"), zip(*scores, strict=True), strict=True):
                     entry[f"segm/{metric}{name}"] = round(fmean(values), 2)
             yield entry

@@ -2,7 +2,7 @@
 
     MASK2FORMER_REPO=/path/of/Mask2Former python examples/original_mask2former.py
 
-trains the original's R-50 for a few steps on made-up pictures with boxes. It needs detectron2 and, on the
+trains the original's R-50 for a few steps on made-up images with boxes. It needs detectron2 and, on the
 Python path, the original's repository. The operator MultiScaleDeformableAttention that the original imports
 is the one that this project installs.
 """
@@ -65,7 +65,7 @@ def original_cfg(config_file: str, *overrides: str) -> CfgNode:
 
 
 def made_up_batch(size: int) -> list[dict]:
-    """Two pictures with a bright rectangle each, in detectron2's form."""
+    """Two images with a bright rectangle each, in detectron2's form."""
     batch = []
     for label, (left, top) in enumerate([(size // 8, size // 4), (size // 2, size // 3)]):
         image = torch.full((3, size, size), 60.0)
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     files = Path(os.environ.get("MASK2FORMER_REPO", ".")) / "configs/coco/instance-segmentation"
     parser.add_argument("--config-file", default=str(files / "maskformer2_R50_bs16_50ep.yaml"))
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides of the original's configuration")
     args = parser.parse_args(arguments)
     torch.manual_seed(0)

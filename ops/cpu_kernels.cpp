@@ -127,8 +127,8 @@ void softmax(A* numbers, int64_t count, int64_t padded) {
 
 // Reads locations and weights of a query: the columns x, y, shift_x, shift_y and attention.
 template <typename A>
-void read_points(const Problem& p, int64_t picture, int64_t query, int64_t head, Points<A>& s) {
-  const int64_t first = ((picture * p.queries + query) * p.heads + head) * s.count;
+void read_points(const Problem& p, int64_t image, int64_t query, int64_t head, Points<A>& s) {
+  const int64_t first = ((image * p.queries + query) * p.heads + head) * s.count;
   load(p.locations, p.point_type, 2 * first, 2 * s.count, s.pair);
   load(p.weights, p.point_type, first, s.count, s.attention);
   if (p.reference == nullptr) {
@@ -140,7 +140,7 @@ void read_points(const Problem& p, int64_t picture, int64_t query, int64_t head,
   for (int64_t level = 0; level < p.levels; ++level) {
     A centre[2];
     const int64_t* stride = p.reference_strides;
-    load(p.reference, p.point_type, picture * stride[0] + query * stride[1] + level * stride[2], 2, centre);
+    load(p.reference, p.point_type, image * stride[0] + query * stride[1] + level * stride[2], 2, centre);
     for (int64_t k = level * p.points; k < (level + 1) * p.points; ++k) s.x[k] = centre[0], s.y[k] = centre[1];
   }
   softmax(s.attention, s.count, s.padded);
@@ -204,15 +204,15 @@ inline void gather(const Points<A>& s, const A* rows, int64_t width, int64_t cha
 
 template <typename A>
 void forward(const Problem& p, int64_t slice, int64_t begin, int64_t end, const void* rows, void* scratch) {
-  const int64_t picture = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
+  const int64_t image = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
   Points<A> s(p, scratch);
   for (int64_t query = begin; query < end; ++query) {
-    read_points(p, picture, query, head, s);
+    read_points(p, image, query, head, s);
     find_corners(p, s);
     for_channel_blocks<A>(width, [&](int64_t channel, auto vectors) {
       gather<A, decltype(vectors)::value>(s, static_cast<const A*>(rows), width, channel);
     });
-    store(s.channel, p.channels, p.output, p.value_type, ((picture * p.queries + query) * p.heads + head) * p.channels);
+    store(s.channel, p.channels, p.output, p.value_type, ((image * p.queries + query) * p.heads + head) * p.channels);
   }
 }
 
@@ -276,13 +276,13 @@ void store_point_gradients(const Problem& p, Points<A>& s, int64_t first, int64_
 
 template <typename A>
 void backward(const Problem& p, int64_t slice, int64_t band, int64_t bands, const void* rows, void* grad_rows, void* scratch) {
-  const int64_t picture = slice / p.heads, head = slice % p.heads;
+  const int64_t image = slice / p.heads, head = slice % p.heads;
   Points<A> s(p, scratch, band, bands);
   for (int64_t c = 0; c < row_width<A>(p); ++c) s.grad_channel[c] = 0;
   for (int64_t query = 0; query < p.queries; ++query) {
-    const int64_t pair = (picture * p.queries + query) * p.heads + head;
+    const int64_t pair = (image * p.queries + query) * p.heads + head;
     load(p.grad_output, p.value_type, pair * p.channels, p.channels, s.grad_channel);
-    read_points(p, picture, query, head, s);
+    read_points(p, image, query, head, s);
     find_corners(p, s);
     for (int corner = 0; corner < 4; ++corner)
       for (int64_t k = 0; k < s.count; ++k) s.dot[corner][k] = 0;
@@ -298,10 +298,10 @@ void backward(const Problem& p, int64_t slice, int64_t band, int64_t bands, cons
 
 template <typename A>
 void softmax_backward(const Problem& p, int64_t slice, int64_t begin, int64_t end, void* scratch) {
-  const int64_t picture = slice / p.heads, head = slice % p.heads;
+  const int64_t image = slice / p.heads, head = slice % p.heads;
   Points<A> s(p, scratch);
   for (int64_t query = begin; query < end; ++query) {
-    const int64_t first = ((picture * p.queries + query) * p.heads + head) * s.count;
+    const int64_t first = ((image * p.queries + query) * p.heads + head) * s.count;
     A* gradient = static_cast<A*>(p.grad_weights) + first;
     load(p.weights, p.point_type, first, s.count, s.attention);
     softmax(s.attention, s.count, s.padded);
@@ -313,20 +313,20 @@ void softmax_backward(const Problem& p, int64_t slice, int64_t begin, int64_t en
 
 template <typename A>
 void pack(const Problem& p, int64_t slice, int64_t begin, int64_t end, void* rows) {
-  const int64_t picture = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
+  const int64_t image = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
   A* row = static_cast<A*>(rows) + begin * width;
   for (int64_t key = begin; key < end; ++key, row += width) {
-    load(p.value, p.value_type, ((picture * p.keys + key) * p.heads + head) * p.channels, p.channels, row);
+    load(p.value, p.value_type, ((image * p.keys + key) * p.heads + head) * p.channels, p.channels, row);
     for (int64_t c = p.channels; c < width; ++c) row[c] = 0;
   }
 }
 
 template <typename A>
 void unpack(const Problem& p, int64_t slice, int64_t begin, int64_t end, const void* grad_rows) {
-  const int64_t picture = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
+  const int64_t image = slice / p.heads, head = slice % p.heads, width = row_width<A>(p);
   const A* row = static_cast<const A*>(grad_rows) + begin * width;
   for (int64_t key = begin; key < end; ++key, row += width)
-    store(row, p.channels, p.grad_value, p.value_type, ((picture * p.keys + key) * p.heads + head) * p.channels);
+    store(row, p.channels, p.grad_value, p.value_type, ((image * p.keys + key) * p.heads + head) * p.channels);
 }
 
 template <typename A>

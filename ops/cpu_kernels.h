@@ -5,7 +5,7 @@
 
 namespace msda {
 
-// A slice is one head of one picture, number batch * heads + head. Its value is packed into rows of `width` numbers of
+// A slice is one head of one image, number batch * heads + head. Its value is packed into rows of `width` numbers of
 // the accumulation type (float; double for f64), followed by one row of zeros, which stands for all that lies outside.
 // Rows and scratch begin at multiples of kAlignment bytes.
 struct Kernels {

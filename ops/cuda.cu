@@ -140,13 +140,13 @@ struct Points {
   int64_t reference_stride;
   A largest, scale;  // of the softmax
 
-  __device__ Points(const Problem& p, int64_t picture, int64_t query, int64_t pair) {
+  __device__ Points(const Problem& p, int64_t image, int64_t query, int64_t pair) {
     const int count = static_cast<int>(p.levels * p.points);
     locations = static_cast<const C*>(p.locations) + pair * count * 2;
     weights = static_cast<const C*>(p.weights) + pair * count;
     if constexpr (Fused) {
       const int64_t* stride = p.reference_strides;
-      reference = static_cast<const C*>(p.reference) + picture * stride[0] + query * stride[1];
+      reference = static_cast<const C*>(p.reference) + image * stride[0] + query * stride[1];
       reference_stride = stride[2];
     }
   }
@@ -223,7 +223,7 @@ struct Sample {
 
 // Where a thread works: which query and head, which of the group's lanes.
 struct Place {
-  int64_t pair, picture, query;
+  int64_t pair, image, query;
   int head, lane;
   bool exists;
 
@@ -232,16 +232,16 @@ struct Place {
     lane = threadIdx.x % lanes;
     const int64_t line = pair / p.heads;
     head = static_cast<int>(pair - line * p.heads);
-    picture = line / p.queries;
-    query = line - picture * p.queries;
-    exists = picture < p.batch;
+    image = line / p.queries;
+    query = line - image * p.queries;
+    exists = image < p.batch;
   }
 };
 
-// Rows of one head of one picture: row r begins at rows(...) + r * heads * channels.
+// Rows of one head of one image: row r begins at rows(...) + r * heads * channels.
 template <typename T>
-__device__ __forceinline__ T* rows(T* tensor, const Problem& p, int64_t picture, int head) {
-  return tensor + (picture * p.keys * p.heads + head) * p.channels;
+__device__ __forceinline__ T* rows(T* tensor, const Problem& p, int64_t image, int head) {
+  return tensor + (image * p.keys * p.heads + head) * p.channels;
 }
 
 // V > 1: the group's lanes cover all channels at once. V = 1: a warp walks over the channels.
@@ -252,11 +252,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) forward_ke
   read_levels(p, levels);
   const Place place(p, lanes);
   if (!place.exists) return;
-  Points<C, A, Fused> points(p, place.picture, place.query, place.pair);
+  Points<C, A, Fused> points(p, place.image, place.query, place.pair);
   points.prepare(static_cast<int>(p.levels * p.points));
   const int channels = static_cast<int>(p.channels), stride = static_cast<int>(p.heads) * channels;
   for (int channel = place.lane * V; channel < channels; channel += lanes * V) {
-    const T* value = rows(static_cast<const T*>(p.value), p, place.picture, place.head) + channel;
+    const T* value = rows(static_cast<const T*>(p.value), p, place.image, place.head) + channel;
     A total[V] = {};
     for (int l = 0, k = 0; l < p.levels; ++l) {
       const Level level = levels[l];
@@ -321,12 +321,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_k
   const int channels = static_cast<int>(p.channels), stride = static_cast<int>(p.heads) * channels;
   const int count = static_cast<int>(p.levels * p.points), blocks = (channels + lanes * V - 1) / (lanes * V);
   const int64_t pair = place.exists ? place.pair : 0;  // idle groups follow, because shuffles need the whole warp
-  const int64_t picture = place.exists ? place.picture : 0, query = place.exists ? place.query : 0;
+  const int64_t image = place.exists ? place.image : 0, query = place.exists ? place.query : 0;
   const int head = place.exists ? place.head : 0;
-  const T* value = rows(static_cast<const T*>(p.value), p, picture, head);
-  A* grad_value = rows(static_cast<A*>(p.grad_value), p, picture, head);
+  const T* value = rows(static_cast<const T*>(p.value), p, image, head);
+  A* grad_value = rows(static_cast<A*>(p.grad_value), p, image, head);
   const T* grad_output = static_cast<const T*>(p.grad_output) + pair * channels;
-  Points<C, A, Fused> points(p, picture, query, pair);
+  Points<C, A, Fused> points(p, image, query, pair);
   points.prepare(count);
 
   A* grad_weights = static_cast<A*>(p.grad_weights) + pair * count;
@@ -380,13 +380,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) backward_k
   }
 }
 
-// The gradient of value in a fixed order of additions. A warp owns one line of one level of one head and picture at a time:
+// The gradient of value in a fixed order of additions. A warp owns one line of one level of one head and image at a time:
 // its lanes look at 32 points of the level, then add those that touch the line one after the other, a lane per channel.
 template <typename T, typename C, bool Fused>
 struct OrderedLine {
   using A = AccumulationOf<T>;
   const Problem& p;
-  int64_t picture;
+  int64_t image;
   int head, l, line;
   Level level;
 
@@ -396,10 +396,10 @@ struct OrderedLine {
     A left = 0, right = 0;
   };
 
-  __device__ __forceinline__ int64_t pair(unsigned query) const { return (picture * p.queries + query) * p.heads + head; }
+  __device__ __forceinline__ int64_t pair(unsigned query) const { return (image * p.queries + query) * p.heads + head; }
 
   __device__ __forceinline__ Contribution look_at(unsigned query, int k) const {
-    Points<C, A, Fused> points(p, picture, query, pair(query));
+    Points<C, A, Fused> points(p, image, query, pair(query));
     AxisPoint<A> x, y;
     points.locate_point(k, l, level, x, y);
     Contribution contribution;
@@ -416,7 +416,7 @@ struct OrderedLine {
   __device__ __forceinline__ void add_up(int lane) const {
     const int channels = static_cast<int>(p.channels), stride = static_cast<int>(p.heads) * channels;
     const unsigned points = static_cast<unsigned>(p.points), candidates = static_cast<unsigned>(p.queries) * points;
-    A* target = rows(static_cast<A*>(p.grad_value), p, picture, head) +
+    A* target = rows(static_cast<A*>(p.grad_value), p, image, head) +
                 (static_cast<int64_t>(level.start) + static_cast<int64_t>(line) * level.width) * stride;
     for (unsigned first = 0; first < candidates; first += kWarp) {
       const unsigned candidate = first + lane, query = candidate / points;
@@ -443,14 +443,14 @@ template <typename T, typename C, bool Fused>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) ordered_kernel(const __grid_constant__ Problem p) {
   extern __shared__ Level levels[];
   read_levels(p, levels);
-  const int64_t slice = blockIdx.x / kBlocksPerSlice, picture = slice / p.heads;
+  const int64_t slice = blockIdx.x / kBlocksPerSlice, image = slice / p.heads;
   const int warp = (blockIdx.x % kBlocksPerSlice) * (kThreads / kWarp) + threadIdx.x / kWarp;
   int first_line = 0;  // of the level, among the lines of all levels
   for (int l = 0; l < p.levels; first_line += levels[l].height, ++l) {
     constexpr int kStep = kBlocksPerSlice * (kThreads / kWarp);
     const int past = first_line % kStep, start = warp >= past ? warp - past : warp - past + kStep;
     for (int line = start; line < levels[l].height; line += kStep)
-      OrderedLine<T, C, Fused>{p, picture, static_cast<int>(slice - picture * p.heads), l, line, levels[l]}.add_up(
+      OrderedLine<T, C, Fused>{p, image, static_cast<int>(slice - image * p.heads), l, line, levels[l]}.add_up(
           threadIdx.x % kWarp);
   }
 }

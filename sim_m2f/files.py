@@ -10,6 +10,11 @@ from typing import IO, Any
 from sim_m2f.errors import UserError
 
 
+def cache_folder() -> Path:
+    """Where data sets and weights are kept: ``$SIM_M2F_CACHE``, by default ~/.cache/sim_m2f."""
+    return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error.

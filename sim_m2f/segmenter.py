@@ -1,5 +1,6 @@
-"""A trained network as users want it: pictures in, instances out."""
+"""A trained network as users want it: images in, instances out."""
 
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,24 +10,27 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.augmentation import test_augmentation
+from sim_m2f.data.augmentation import eval_augmentation
+from sim_m2f.data.image import to_rgb
 from sim_m2f.data.loader import pad_and_cat
-from sim_m2f.data.picture import to_rgb
+from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
+from sim_m2f.pixels import Pixels
+from sim_m2f.weights.folder import TrainedNetwork, read_folder, write_folder
+from sim_m2f.weights.hub import upload_folder
 
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The K objects found in one picture, best first; boxes and masks are in pixels of that picture.
+    """The K objects found in one image, best first; boxes and masks are in pixels of that image.
 
     Attributes:
         labels: (K,) int64, 0 to C-1.
@@ -48,12 +52,11 @@ class Instances:
     @cached_property
     def rles(self) -> list[dict[str, Any]]:
         """The masks as COCO's compressed RLE: {"size": [H, W], "counts": text}."""
-        columns = np.asfortranarray(self.masks.permute(1, 2, 0).to("cpu", torch.uint8).numpy())
-        return [{**rle, "counts": rle["counts"].decode("ascii")} for rle in coco_mask.encode(columns)]
+        return encode_masks(self.masks.cpu().numpy())
 
 
 class Segmenter(nn.Module):
-    """A network with the configuration that says how it sees pictures, and the names of its classes.
+    """A network with the configuration that says how it sees images, and the names of its classes.
 
     Args:
         network: ``sim_m2f.build_model(cfg)`` with its weights.
@@ -68,29 +71,28 @@ class Segmenter(nn.Module):
         network: Mask2Former,
         cfg: CfgNode,
         class_names: list[str],
-        metrics: dict[str, float] | None = None,
+        metrics: dict[str, float | None] | None = None,
     ) -> None:
         super().__init__()
         self.network = network.eval()
         self.cfg = cfg
         self.class_names = class_names
         self.metrics = metrics or {}
-        self.resize = test_augmentation(cfg)
-        self.register_buffer("mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.resize = eval_augmentation(cfg)
+        self.pixels = Pixels(cfg)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
-        """The network's outputs for pictures that are normalised and padded already; see ``Mask2Former``."""
+        """The network's outputs for images that are normalised and padded already; see ``Mask2Former``."""
         return self.network(images)
 
     @torch.no_grad()
     def predict(
-        self, pictures: Picture | Iterable[Picture], threshold: float = 0.0
+        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.0
     ) -> Instances | list[Instances]:
-        """Find the objects in one picture, or in each of several.
+        """Find the objects in one image, or in each of several.
 
         Args:
-            pictures: a path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; or
+            images: a path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; or
                 several of them. An orientation in the EXIF data of a path or a Pillow image is applied.
             threshold: least score.
 
@@ -100,14 +102,14 @@ class Segmenter(nn.Module):
         Raises:
             UserError: a file cannot be decoded, or an array has another shape or type.
         """
-        if not isinstance(pictures, Picture):
-            return [self.predict(picture, threshold) for picture in pictures]
-        pixels = _pixels(pictures)
+        if not isinstance(images, ImageLike):
+            return [self.predict(image, threshold) for image in images]
+        pixels = _pixels(images)
         original = tuple(pixels.shape[-2:])
-        resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.mean.device)
+        resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size, divisor = tuple(resized.shape[-2:]), self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         padded = pad_and_cat(
-            [(resized - self.mean) / self.std], *(-(-side // divisor) * divisor for side in size)
+            [self.pixels.normalise(resized)], *(-(-side // divisor) * divisor for side in size)
         )
         training = self.network.training
         outputs = self.network.eval()(padded[None], auxiliary=False)
@@ -116,11 +118,14 @@ class Segmenter(nn.Module):
         kept = {key: value[found["scores"] >= threshold] for key, value in found.items()}
         return Instances(**kept, names=[self.class_names[label] for label in kept["labels"].tolist()])
 
+    @property
+    def trained(self) -> TrainedNetwork:
+        """What is written and exported."""
+        return TrainedNetwork(self.network, self.cfg, self.class_names, self.metrics)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``sim_m2f.from_pretrained`` reads and that can be uploaded as it is."""
-        from sim_m2f.pretrained import write_folder
-
-        write_folder(Path(folder), self)
+        write_folder(Path(folder), self.trained)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Upload to the Hugging Face Hub; ``options`` are those of ``huggingface_hub.HfApi.create_repo``.
@@ -128,25 +133,49 @@ class Segmenter(nn.Module):
         Returns:
             the address of the repository.
         """
-        from sim_m2f.pretrained import upload
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload_folder(Path(folder), repository, **options)
 
-        return upload(self, repository, **options)
+
+def from_pretrained(source: str | Path, config: str | Path = "", device: str = "auto") -> Segmenter:
+    """A trained network, ready for ``predict``.
+
+    Args:
+        source: a folder that ``save_pretrained`` wrote, the OUTPUT_DIR of a run, a folder with one checkpoint
+            and ``config.yaml``, a folder of transformers' Mask2Former, "owner/name" (or "hf://owner/name") of
+            one of these on the Hugging Face Hub, or a checkpoint.
+        config: YAML file; needed for a checkpoint, replaces the folder's otherwise.
+        device: "auto" (the GPU when there is one), "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        UserError: there is nothing of the kind, a file is damaged, weights and configuration do not fit, or
+            the device is not there.
+    """
+    trained = read_folder(source, config)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return Segmenter(trained.network, trained.cfg, trained.class_names, trained.metrics).to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device}: cannot be used ({reason}); take auto or cpu") from error
 
 
-def _pixels(picture: Picture) -> Tensor:
+def _pixels(image: ImageLike) -> Tensor:
     """(3, H, W) uint8 RGB."""
-    if isinstance(picture, (str, Path)):
+    if isinstance(image, (str, Path)):
         try:
-            with Image.open(picture) as stored:
+            with Image.open(image) as stored:
                 return _pixels(stored)
         except Exception as error:  # Pillow's decoders raise anything on a broken file
-            raise UserError(f"{picture}: cannot be decoded ({error}); give the path of a picture") from error
-    if isinstance(picture, Image.Image):
-        picture = to_rgb(ImageOps.exif_transpose(picture))
-    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3:
-        picture = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
-    if not isinstance(picture, Tensor) or picture.dtype != torch.uint8 or picture.shape[:-2] != (3,):
+            raise UserError(f"{image}: cannot be decoded ({error}); give the path of an image") from error
+    if isinstance(image, Image.Image):
+        image = to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
+        image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
         raise UserError(
-            "a picture is an array (H, W, 3) or a tensor (3, H, W) of RGB values, uint8, 0 to 255; convert it"
+            "an image is an array (H, W, 3) or a tensor (3, H, W) of RGB values, uint8, 0 to 255; convert it"
         )
-    return picture
+    return image

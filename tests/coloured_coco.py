@@ -18,7 +18,7 @@ SIZES = {5: (64, 96), 2: (80, 64), 9: (128, 128), 4: (50, 70), 8: (96, 96)}  # i
 
 
 class ColourNetwork(nn.Module):
-    """Three queries, one per class, whose mask is the red, the green or the blue of the picture."""
+    """Three queries, one per class, whose mask is the red, the green or the blue of the image."""
 
     def __init__(self, scores: tuple[float, ...] = (0.9, 0.8, 0.7)) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def coloured_cfg(folder: Path, annotations: str = "set.json") -> CfgNode:
 
 
 def write_coloured(folder: Path) -> dict[str, Any]:
-    """Write five pictures and their JSON ``set.json``; returns its content. Picture 4 has no object."""
+    """Write five images and their JSON ``set.json``; returns its content. Image 4 has no object."""
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {
         "images": [

@@ -42,7 +42,7 @@ def small_cfg(tmp_path) -> CfgNode:
 
 @pytest.fixture(scope="session")
 def coco_root() -> Path:
-    """The folder that holds coco/, with real pictures; the test is skipped where there is none."""
+    """The folder that holds coco/, with real images; the test is skipped where there is none."""
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     if not (root / "coco/annotations/instances_train2017.json").exists():
         pytest.skip("DETECTRON2_DATASETS has no coco/ here")

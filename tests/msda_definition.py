@@ -75,7 +75,7 @@ def by_loops(problem: Problem) -> Tensor:
     n, _, m, d = problem.value.shape
     output = torch.zeros(n, problem.locations.shape[1], m, d, dtype=torch.float64)
     for index in itertools.product(*(range(size) for size in problem.weights.shape)):
-        picture, query, head, level, _ = index
+        image, query, head, level, _ = index
         height, width = problem.shapes[level]
         start = sum(h * w for h, w in problem.shapes[:level])
         x, y = (problem.locations[index] * torch.tensor([width, height]) - 0.5).tolist()
@@ -84,8 +84,8 @@ def by_loops(problem: Problem) -> Tensor:
         for row, column in itertools.product(range(height), range(width)):
             hat = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
             if hat > 0:
-                number = problem.value[picture, start + row * width + column, head]
-                output[picture, query, head] += problem.weights[index] * hat * number
+                number = problem.value[image, start + row * width + column, head]
+                output[image, query, head] += problem.weights[index] * hat * number
     return output.flatten(2)
 
 

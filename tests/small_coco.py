@@ -20,7 +20,7 @@ def rectangle(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarr
     return mask
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     rng = np.random.default_rng(0)
     for number, (height, width) in SIZES.items():
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -28,13 +28,13 @@ def write_pictures(folder: Path) -> None:
 
 
 def small_coco(folder: Path) -> dict[str, Any]:
-    """Write three pictures into folder/images; returns a right COCO JSON for them.
+    """Write three images into folder/images; returns a right COCO JSON for them.
 
     It has sparse category ids, all three kinds of segmentation, a crowd region, a box of zero area, a box
-    that reaches half a pixel out of its picture and a picture without annotations.
+    that reaches half a pixel out of its image and an image without annotations.
     """
     (folder / "images").mkdir(parents=True)
-    write_pictures(folder / "images")
+    write_images(folder / "images")
     compressed = coco_mask.encode(rectangle(SIZES[12], (5, 10, 20, 30)))
     compressed["counts"] = compressed["counts"].decode()
     uncompressed = {"size": [60, 80], "counts": [60 * 10 + 20, 20, 40, 20, 60 * 80 - 60 * 10 - 100]}

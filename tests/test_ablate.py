@@ -21,16 +21,16 @@ from conftest import ROOT, SMALL
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.cocoeval import COCOeval
-from test_training import as_data_set, few_pictures, weights
+from test_training import as_data_set, few_images, weights
 
 from sim_m2f.cli import main
 from sim_m2f.config import get_cfg
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import coco_metrics
-from sim_m2f.engine.checkpoint import point_to
+from sim_m2f.weights.checkpoint import point_to
 from sim_m2f.errors import UserError
-from sim_m2f.tools import ablate
-from sim_m2f.tools.ablation_report import Result, Row, draw_plot, read_result, score_tags, write_tables
+from sim_m2f.commands import ablate
+from sim_m2f.report.ablation import Result, Row, draw_plot, read_result, score_tags, write_tables
 
 STEPS = 4
 OVERRIDES = {
@@ -69,7 +69,7 @@ def workshop(tmp_path_factory) -> Path:
     settings = ["SOLVER.MAX_ITER", STEPS, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.KEEP_CHECKPOINTS", True]
     settings += ["TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", folder / "output"]
     for split, name, count in (("train", "train", 12), ("test", "val", 3)):
-        data = few_pictures(folder / "data", name, count)
+        data = few_images(folder / "data", name, count)
         settings += as_data_set(data, folder / f"data/{split}.json", split)
     cfg.merge_from_list([*SMALL, *map(str, settings)])
     (folder / "base.yaml").write_text(cfg.dump())
@@ -147,7 +147,7 @@ def test_rows_by_name_and_path(workshop):
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(workshop, tmp_path, capsys, more, message):
-    data = few_pictures(workshop / "data", "val", 3)
+    data = few_images(workshop / "data", "val", 3)
     for annotation in data["annotations"]:
         del annotation["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(data))
@@ -272,7 +272,7 @@ def test_sigterm_stops_the_runs_with_a_checkpoint(workshop, tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_scores_on_tagged_pictures_are_pycocotools_own():
+def test_scores_on_tagged_images_are_pycocotools_own():
     truth = coco_metrics.load_truth(cached_shapes() / "annotations/val.json")
     rng = np.random.default_rng(0)
     results = []

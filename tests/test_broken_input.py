@@ -13,7 +13,7 @@ from PIL import Image
 
 import sim_m2f
 from sim_m2f.cli import main
-from sim_m2f.engine.checkpoint import save_checkpoint
+from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.errors import UserError
 
 CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
@@ -21,7 +21,7 @@ CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
 
 @pytest.fixture
 def data(tmp_path) -> dict:
-    """A sound data set of two pictures; ``write`` stores it, damaged or not, and returns its overrides."""
+    """A sound data set of two images; ``write`` stores it, damaged or not, and returns its overrides."""
     for number in (1, 2):
         Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(tmp_path / f"{number}.png")
     return {
@@ -153,10 +153,10 @@ JSON_DAMAGE = {
     "outside": ("annotations", "bbox", [50, 5, 30, 5], ["annotation id 2"]),
     "three numbers": ("annotations", "bbox", [5, 5, 3], ["annotation id 2"]),
     "unknown category": ("annotations", "category_id", 77, ["annotation id 2", "77"]),
-    "unknown picture": ("annotations", "image_id", 77, ["annotation id 2", "77"]),
+    "unknown image": ("annotations", "image_id", 77, ["annotation id 2", "77"]),
     "duplicate annotation": ("annotations", "id", 1, ["annotation id 1"]),
-    "duplicate picture": ("images", "id", 1, ["1"]),
-    "missing picture": ("images", "file_name", "none.png", ["none.png"]),
+    "duplicate image": ("images", "id", 1, ["1"]),
+    "missing image": ("images", "file_name", "none.png", ["none.png"]),
     "another size": ("images", "width", 60, ["2.png", "60"]),
     "duplicate category": ("categories", "id", 1, ["1"]),
 }
@@ -166,7 +166,7 @@ JSON_DAMAGE = {
 def test_annotations(capsys, tmp_path, data, name):
     what, key, value, said = JSON_DAMAGE[name]
     data[what][1][key] = value
-    if name in ("duplicate picture", "duplicate category"):
+    if name in ("duplicate image", "duplicate category"):
         data["annotations"].pop()
     train_fails(
         capsys,
@@ -184,10 +184,10 @@ def test_annotation_file(capsys, tmp_path, content):
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 @pytest.mark.parametrize("content", ["truncated", "text", "empty"])
-def test_picture(capsys, tmp_path, data, content, workers):
+def test_image(capsys, tmp_path, data, content, workers):
     whole = (tmp_path / "1.png").read_bytes()
     for number in (1, 2):
-        damaged = {"truncated": whole[: len(whole) // 2], "text": b"no picture", "empty": b""}[content]
+        damaged = {"truncated": whole[: len(whole) // 2], "text": b"no image", "empty": b""}[content]
         (tmp_path / f"{number}.png").write_bytes(damaged)
     train_fails(capsys, tmp_path, [*overrides(tmp_path, data), "DATALOADER.NUM_WORKERS", workers], ".png")
 

@@ -16,12 +16,12 @@ import torchvision
 from other_networks import assert_same_weights, small_network
 from safetensors.torch import save_file
 
-from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
-from sim_m2f.interop.detectron2 import detectron2_checkpoint
-from sim_m2f.interop.names import detectron2_names, to_names
-from sim_m2f.interop.pickles import multiarray, read_pickle
-from sim_m2f.interop.weight_files import read_weight_file
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
+from sim_m2f.weights.names import detectron2_names, to_names
+from sim_m2f.weights.pickles import multiarray, read_pickle
+from sim_m2f.weights.weight_files import read_weight_file
 
 
 def backbone_file(network) -> dict[str, torch.Tensor]:
@@ -220,7 +220,7 @@ def test_swin(tmp_path, suffix):
 
 def test_transformers_weights_as_they_are_in_memory(tmp_path):
     library = pytest.importorskip("transformers")
-    from sim_m2f.interop.transformers import transformers_config
+    from sim_m2f.weights.transformers import transformers_config
 
     cfg, network = small_network("Swin")
     config = library.Mask2FormerConfig.from_dict(transformers_config(cfg, ["a", "b", "c"]))

@@ -7,12 +7,12 @@ from PIL import Image
 
 from sim_m2f import cli
 from sim_m2f.config import get_cfg
-from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
-from sim_m2f.interop.transformers import transformers_config
-from sim_m2f.pretrained import from_pretrained
+from sim_m2f.weights.transformers import transformers_config
+from sim_m2f.weights.folder import from_pretrained
 from sim_m2f.segmenter import Segmenter
-from sim_m2f.tools.export import export
+from sim_m2f.commands.export import export
 
 FILES = {"safetensors": "folder", "transformers": "folder", "detectron2": "model.pth"}
 
@@ -86,20 +86,20 @@ def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transfor
     cfg, network = small_network("ResNet-18")
     model = Segmenter(network, cfg, CLASSES)
     export(model, "transformers", tmp_path)
-    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+    image = Image.effect_noise((90, 60), 80).convert("RGB")
 
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
     seen = []
     network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.predict(picture)
+    model.predict(image)
     assert pixels.shape == seen[0].shape
     assert (pixels - seen[0]).abs().max() < 0.03  # the libraries round resized pixels differently
 
     segment = transformers.pipeline("image-segmentation", model=str(tmp_path), image_processor=processor)
-    found = segment(picture, subtask="instance", threshold=0.0)
+    found = segment(image, subtask="instance", threshold=0.0)
     assert {item["label"] for item in found} <= set(CLASSES)
-    assert all(item["mask"].size == picture.size for item in found)
+    assert all(item["mask"].size == image.size for item in found)
 
 
 def test_a_network_returns_from_transformers_with_its_classes(tmp_path):

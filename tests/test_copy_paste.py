@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
 
-from sim_m2f.data.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
 from sim_m2f.supervision.targets import flatten_targets
 
 HEIGHT, WIDTH = 32, 64
@@ -35,7 +35,7 @@ def random_boxes(number, height=HEIGHT, width=WIDTH):
     return torch.where(on_border, torch.tensor([0.0, 0.0, width, height]), boxes).tolist()
 
 
-def random_pictures(number, height=HEIGHT, width=WIDTH):
+def random_images(number, height=HEIGHT, width=WIDTH):
     """Normalised pixels that float16 holds exactly."""
     return torch.randint(-2000, 2000, (number, 3, height, width)) / 1024
 
@@ -49,14 +49,14 @@ def enter(bank, images, targets, masks, scores=None):
 
 
 def random_bank(*sizes, capacity=50, objects=4):
-    """A bank of pictures of the given sizes; every object has a label of its own, from 100 on.
+    """A bank of images of the given sizes; every object has a label of its own, from 100 on.
 
     Returns:
         the bank, and by label (pixels (3, H, W), mask (h, w), box).
     """
     bank, by_label = PasteBank(capacity, CPU), {}
     for number, (height, width) in enumerate(sizes):
-        image = random_pictures(1, height, width)
+        image = random_images(1, height, width)
         target = make_target(random_boxes(objects, height, width), 100 + objects * number)
         masks = torch.rand(objects, height // 4, width // 4) < torch.rand(objects, 1, 1)
         enter(bank, image, [target], masks)
@@ -78,7 +78,7 @@ def painter(image, target, pasted, by_label):
     """Paint the objects with the labels ``pasted``, in order, pixel by pixel; then look what is left of each.
 
     Returns:
-        the picture, {label: box} of the annotated and of the pasted objects, {label: visible pixels}, and all
+        the image, {label: box} of the annotated and of the pasted objects, {label: visible pixels}, and all
         painted pixels.
     """
     image, (height, width) = image.numpy().copy(), image.shape[1:]
@@ -109,7 +109,7 @@ def painter(image, target, pasted, by_label):
 
 
 def assert_painted(image, target, new_image, new, by_label):
-    """A picture after pasting is what the painter makes of it; returns how many objects it received."""
+    """An image after pasting is what the painter makes of it; returns how many objects it received."""
     pasted = new["labels"][new["pasted"]].tolist()
     painted, boxes, visible, covered = painter(image, target, pasted, by_label)
     np.testing.assert_array_equal(new_image.numpy(), painted)
@@ -127,21 +127,21 @@ def assert_painted(image, target, new_image, new, by_label):
 def test_paste_is_what_a_painter_makes(seed):
     torch.manual_seed(seed)
     bank, by_label = random_bank((32, 64), (32, 32), (64, 32))
-    images = random_pictures(4)
+    images = random_images(4)
     targets = [
         make_target(random_boxes(number), valid=torch.rand(HEIGHT, WIDTH) < 0.5) for number in (5, 0, 1, 8)
     ]
     new_images, new_targets = paste(images, targets, bank, 0.8, 3)
     received = [
-        assert_painted(*picture, by_label)
-        for picture in zip(images, targets, new_images, new_targets, strict=True)
+        assert_painted(*image, by_label)
+        for image in zip(images, targets, new_images, new_targets, strict=True)
     ]
     assert 0 < max(received) <= 3
 
 
-def test_a_picture_that_receives_nothing_stays_as_it_is():
+def test_a_image_that_receives_nothing_stays_as_it_is():
     bank, _ = random_bank((32, 64))
-    images, targets = random_pictures(8), [make_target(random_boxes(3)) for _ in range(8)]
+    images, targets = random_images(8), [make_target(random_boxes(3)) for _ in range(8)]
     new_images, new = paste(images, targets, bank, 0.5, 3)
     spared = [i for i in range(8) if not new[i]["pasted"].any()]
     assert 0 < len(spared) < 8
@@ -166,7 +166,7 @@ def test_without_receiver_or_bank_nothing_changes(probability, filled):
 
 
 def bank_of(*masks, scores=None):
-    """A bank of one picture of nines, an object with labels 100, 101, ... for each mask."""
+    """A bank of one image of nines, an object with labels 100, 101, ... for each mask."""
     bank = PasteBank(50, CPU)
     target = make_target([[0.0, 0.0, WIDTH, HEIGHT]] * len(masks), 100)
     enter(bank, torch.full((1, 3, HEIGHT, WIDTH), 9.0), [target], torch.stack(masks), scores)
@@ -203,10 +203,10 @@ def test_boxes_are_refitted_or_dropped():
     assert new["pasted"].tolist() == [False] * 4 + [True]
 
 
-def test_a_picture_covered_wholly_has_the_pasted_object_alone():
+def test_a_image_covered_wholly_has_the_pasted_object_alone():
     bank = bank_of(cells(slice(None), slice(None)))
     targets = [make_target(random_boxes(5)), make_target([])]
-    images, new = paste(random_pictures(2), targets, bank, 1.0, 3)
+    images, new = paste(random_images(2), targets, bank, 1.0, 3)
     assert images.unique().tolist() == [9.0]
     for target in new:
         assert target["labels"].tolist() == [100]
@@ -224,7 +224,7 @@ def test_a_pasted_object_covers_earlier_ones():
     assert seen == {100, 101}
 
 
-def test_an_object_outside_a_smaller_picture_is_dropped_and_one_on_its_border_cut():
+def test_an_object_outside_a_smaller_image_is_dropped_and_one_on_its_border_cut():
     bank = bank_of(cells(slice(0, 2), slice(14, 16)), cells(slice(1, 8), slice(6, 16)))
     for _ in range(10):
         images, (new,) = paste(torch.zeros(1, 3, 16, 32), [make_target([])], bank, 1.0, 2)
@@ -258,13 +258,13 @@ def test_objects_are_drawn_by_the_cube_of_their_score():
 
 
 def contents(bank):
-    """Per object, in order: (a pixel of its picture, label, score, box, mask)."""
-    columns = bank.pictures[bank.slots, 0, 0, 0], bank.labels, bank.scores, bank.boxes, bank.masks
+    """Per object, in order: (a pixel of its image, label, score, box, mask)."""
+    columns = bank.images[bank.slots, 0, 0, 0], bank.labels, bank.scores, bank.boxes, bank.masks
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7])
-def test_bank_holds_the_last_pictures_with_objects_each_once(batch):
+def test_bank_holds_the_last_images_with_objects_each_once(batch):
     bank, expected, number = PasteBank(4, CPU), [], 0
     for _ in range(10):
         counts = torch.randint(0, 3, (batch,)).tolist()
@@ -273,7 +273,7 @@ def test_bank_holds_the_last_pictures_with_objects_each_once(batch):
         scores, masks = torch.rand(sum(counts)), torch.rand(sum(counts), 2, 2) < 0.5
         masks[:, 0, 0] = True
         objects = enter(bank, images, targets, masks, scores)
-        columns = (number + objects.picture) / 64, objects.labels, scores, objects.boxes, masks
+        columns = (number + objects.image_index) / 64, objects.labels, scores, objects.boxes, masks
         new = list(zip(*(column.tolist() for column in columns), strict=True))
         expected += [[row for row in new if row[0] == (number + k) / 64] for k in range(batch) if counts[k]]
         number += batch
@@ -284,7 +284,7 @@ def test_bank_holds_the_last_pictures_with_objects_each_once(batch):
 
 def test_soft_masks_are_positive_above_one_half():
     bank, soft = PasteBank(2, CPU), torch.rand(2, HEIGHT // 4, WIDTH // 4)
-    enter(bank, random_pictures(1), [make_target(random_boxes(2))], soft)
+    enter(bank, random_images(1), [make_target(random_boxes(2))], soft)
     assert torch.equal(bank.masks, soft > 0.5)
 
 
@@ -294,7 +294,7 @@ def test_pixels_are_kept_to_a_fraction_of_a_grey_level():
     images = ((grey - mean[:, None, None]) / std[:, None, None]).view(1, 3, 16, 16)
     bank = PasteBank(1, CPU)
     enter(bank, images, [make_target(random_boxes(1))], torch.ones(1, 4, 4))
-    restored = bank.pictures[0].float() * std[:, None, None] + mean[:, None, None]
+    restored = bank.images[0].float() * std[:, None, None] + mean[:, None, None]
     assert (restored.view(3, 256) - grey[..., 0]).abs().max() < 1 / 17
 
 
@@ -310,7 +310,7 @@ def save_and_load(bank, capacity):
 def test_a_loaded_bank_goes_on_bit_for_bit():
     bank, _ = random_bank((32, 64), (64, 32), (32, 32), (32, 32), capacity=3)
     loaded = save_and_load(bank, capacity=3)
-    image, target, masks = random_pictures(1), make_target(random_boxes(2)), torch.rand(2, 8, 16)
+    image, target, masks = random_images(1), make_target(random_boxes(2)), torch.rand(2, 8, 16)
     for one in (bank, loaded):
         enter(one, image, [target], masks)
     assert contents(loaded) == contents(bank)
@@ -332,24 +332,24 @@ def test_a_loaded_bank_shares_nothing():
     loaded = PasteBank(2, CPU)
     loaded.load_state_dict(bank.state_dict())
     before = contents(loaded)
-    enter(bank, random_pictures(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
+    enter(bank, random_images(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
     assert contents(loaded) == before != contents(bank)
 
 
 def test_an_empty_bank_can_be_saved_and_filled():
     loaded = save_and_load(PasteBank(3, CPU), capacity=3)
-    enter(loaded, random_pictures(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
+    enter(loaded, random_images(1), [make_target(random_boxes(2))], torch.ones(2, 8, 16))
     assert len(loaded) == 1
 
 
 def test_a_bank_of_another_capacity_is_refused():
-    with pytest.raises(ValueError, match="holds 3 pictures, this one 4"):
+    with pytest.raises(ValueError, match="holds 3 images, this one 4"):
         save_and_load(random_bank((32, 64), capacity=3)[0], capacity=4)
 
 
 def test_paste_depends_on_the_random_state_alone_and_leaves_its_arguments():
     bank, _ = random_bank((32, 64), (64, 64))
-    images = random_pictures(3).to(memory_format=torch.channels_last)
+    images = random_images(3).to(memory_format=torch.channels_last)
     targets = [make_target(random_boxes(3), valid=torch.rand(HEIGHT, WIDTH) < 0.5) for _ in range(3)]
     before = [images.clone(), *(value.clone() for target in targets for value in target.values())]
     results = []
@@ -365,28 +365,28 @@ def test_paste_depends_on_the_random_state_alone_and_leaves_its_arguments():
 
 def test_jitter_of_nothing_changes_nothing():
     bank, by_label = random_bank((32, 64), (64, 32))
-    images, targets = random_pictures(3), [make_target(random_boxes(3)) for _ in range(3)]
+    images, targets = random_images(3), [make_target(random_boxes(3)) for _ in range(3)]
     new_images, new_targets = paste(images, targets, bank, 1.0, 3, Jitter())
     plain = new_images.mul(1024).round() / 1024
     assert torch.allclose(plain, new_images, atol=1e-5)
-    for picture in zip(images, targets, plain, new_targets, strict=True):
-        assert assert_painted(*picture, by_label)
+    for image in zip(images, targets, plain, new_targets, strict=True):
+        assert assert_painted(*image, by_label)
 
 
 def test_jitter_moves_an_object_by_whole_cells():
-    image, mask = random_pictures(1), cells(slice(2, 5), slice(6, 10))
+    image, mask = random_images(1), cells(slice(2, 5), slice(6, 10))
     bank = PasteBank(50, CPU)
     enter(bank, image, [make_target([[24.0, 8.0, 40.0, 20.0]])], mask[None])
     images, targets = torch.zeros(40, 3, HEIGHT, WIDTH), [make_target([])] * 40
     images, new = paste(images, targets, bank, 1.0, 1, Jitter(shift=0.1))
     moves = set()
-    for picture, target in zip(images, new, strict=True):
+    for image, target in zip(images, new, strict=True):
         left, top, right, bottom = (int(side) for side in target["boxes"][0])
         assert (right - left, bottom - top) == (16, 12)
         moves.add((left - 24, top - 8))
         expected = torch.zeros(3, HEIGHT, WIDTH)
         expected[:, top:bottom, left:right] = image[0, :, 8:20, 24:40]
-        assert torch.allclose(picture, expected, atol=1e-4)
+        assert torch.allclose(image, expected, atol=1e-4)
     assert moves <= set(itertools.product((-8, -4, 0, 4, 8), (-4, 0, 4)))
     assert len(moves) > 5
 
@@ -414,6 +414,6 @@ def test_jitter_scales_an_object_around_its_box(scale):
     np.testing.assert_array_equal(visible[sure], soft[sure] > 0.5)
     inside = np.kron(visible, np.ones((4, 4), dtype=bool))
     for channel in range(3):
-        expected = resampled(bank.pictures[0, channel].double().numpy(), 1)
+        expected = resampled(bank.images[0, channel].double().numpy(), 1)
         np.testing.assert_allclose(new_image[0, channel].numpy()[inside], expected[inside], atol=1e-4)
     assert (new_image[0].numpy()[:, ~inside] == 99).all()

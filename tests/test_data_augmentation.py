@@ -21,7 +21,7 @@ def config(**keys):
 
 
 def sample(height, width, boxes, bottom_rows=0):
-    """A black picture with a white rectangle in each box, masks as the boxes, lowest rows not valid."""
+    """A black image with a white rectangle in each box, masks as the boxes, lowest rows not valid."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
@@ -123,11 +123,11 @@ def test_the_scale_is_uniform_and_the_aspect_ratio_kept():
 
 def test_the_crop_is_uniform_and_keeps_short_sides():
     crop = augmentation.CropToFit(10)
-    picture = torch.arange(14).repeat(1, 6, 1).to(torch.uint8)
+    image = torch.arange(14).repeat(1, 6, 1).to(torch.uint8)
     torch.manual_seed(0)
     starts = []
     for _ in range(500):
-        result = crop(tv_tensors.Image(picture))
+        result = crop(tv_tensors.Image(image))
         assert result.shape == (1, 6, 10)
         starts.append(int(result[0, 0, 0]))
         np.testing.assert_array_equal(result[0, 0].numpy(), np.arange(10) + starts[-1])
@@ -135,7 +135,7 @@ def test_the_crop_is_uniform_and_keeps_short_sides():
     assert len(np.bincount(starts)) == 5
 
 
-def test_narrow_pictures_keep_a_pixel():
+def test_narrow_images_keep_a_pixel():
     augment = augmentation.train_augmentation(config(MIN_SCALE=0.1, MAX_SCALE=0.1))
     assert augment(sample(2, 500, []))["image"].shape == (3, 1, 6)
 
@@ -158,9 +158,9 @@ def test_the_test_size_is_detectron2s():
         assert tuple(resize(blank).shape[-2:]) == expected
 
 
-def test_min_size_test_0_keeps_the_picture():
+def test_min_size_test_0_keeps_the_image():
     original = sample(50, 80, [(20, 10, 50, 35)])
-    result = augmentation.test_augmentation(config(MIN_SIZE_TEST=0))(original)
+    result = augmentation.eval_augmentation(config(MIN_SIZE_TEST=0))(original)
     assert torch.equal(result["image"], original["image"])
 
 

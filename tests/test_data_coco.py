@@ -16,17 +16,17 @@ from sim_m2f.data.dataset import read_mask
 from sim_m2f.errors import UserError
 
 
-def test_reads_boxes_classes_and_pictures(tmp_path):
+def test_reads_boxes_classes_and_images(tmp_path):
     data = read_coco(save(tmp_path, small_coco(tmp_path)), read_masks=False)
     assert data.category_ids == [3, 7, 90]
     assert data.class_names == ["a", "b", "c"]
-    assert [picture.id for picture in data.pictures] == [11, 12, 15]
-    first, second, third = data.pictures
+    assert [image.id for image in data.images] == [11, 12, 15]
+    first, second, third = data.images
     assert first.annotation_ids == [101, 102]
     np.testing.assert_array_equal(first.boxes, [[10, 20, 40, 40], [10, 20, 12, 40]])
     np.testing.assert_array_equal(first.labels, [2, 0])
     assert second.annotation_ids == [103, 106], "the crowd 104 and the empty box 105 are no targets"
-    np.testing.assert_array_equal(second.boxes[1], [8, 30, 48, 64], "clipped to the picture")
+    np.testing.assert_array_equal(second.boxes[1], [8, 30, 48, 64], "clipped to the image")
     assert third.boxes.shape == (0, 4)
     assert first.segmentations is None
     assert data.zero_area == 1
@@ -37,11 +37,11 @@ def test_masks_agree_with_pycocotools(tmp_path, capsys):
     source = save(tmp_path, small_coco(tmp_path))
     reference = COCO(source.annotations)
     data = read_coco(source, read_masks=True)
-    for picture in data.pictures:
-        for index, number in enumerate(picture.annotation_ids):
+    for image in data.images:
+        for index, number in enumerate(image.annotation_ids):
             expected = reference.annToMask(reference.anns[number])
             assert expected.any()
-            np.testing.assert_array_equal(read_mask(data, picture, index), expected)
+            np.testing.assert_array_equal(read_mask(data, image, index), expected)
 
 
 def test_a_json_without_annotations_is_a_test_set(tmp_path):
@@ -49,7 +49,7 @@ def test_a_json_without_annotations_is_a_test_set(tmp_path):
     del content["annotations"]
     data = read_coco(save(tmp_path, content), read_masks=False)
     assert not data.has_annotations
-    assert all(len(picture.labels) == 0 for picture in data.pictures)
+    assert all(len(image.labels) == 0 for image in data.images)
 
 
 def broken_annotation(**changes):
@@ -84,20 +84,20 @@ def replace_by_folder(content, folder):
 
 # What is done to the set -> words that its one line must have.
 BROKEN = {
-    "missing picture": (
+    "missing image": (
         lambda _, folder: (folder / "images/11.png").unlink(),
         ["image id 11", "11.png", "missing"],
     ),
-    "truncated picture": (truncate, ["images/11.png", "cannot be decoded"]),
-    "empty picture file": (replace_file(b""), ["images/11.png", "not a picture"]),
-    "text instead of a picture": (replace_file(b"hello"), ["images/11.png", "not a picture"]),
-    "folder instead of a picture": (replace_by_folder, ["image id 11", "11.png", "folder"]),
+    "truncated image": (truncate, ["images/11.png", "cannot be decoded"]),
+    "empty image file": (replace_file(b""), ["images/11.png", "not an image"]),
+    "text instead of an image": (replace_file(b"hello"), ["images/11.png", "not an image"]),
+    "folder instead of an image": (replace_by_folder, ["image id 11", "11.png", "folder"]),
     "another size": (broken_image(height=61), ["images/11.png", "80 x 60", "80 x 61"]),
     "NaN in a box": (broken_annotation(bbox=[1, math.nan, 3, 4]), ["annotation id 101", "not finite"]),
     "infinity in a box": (broken_annotation(bbox=[1, 2, math.inf, 4]), ["annotation id 101", "not finite"]),
     "negative box": (broken_annotation(bbox=[10, 10, -3, 4]), ["annotation id 101", "negative"]),
     "box outside": (broken_annotation(bbox=[70, 10, 12, 4]), ["annotation id 101", "80 x 60"]),
-    "box left of the picture": (broken_annotation(bbox=[-2, 10, 12, 4]), ["annotation id 101", "80 x 60"]),
+    "box left of the image": (broken_annotation(bbox=[-2, 10, 12, 4]), ["annotation id 101", "80 x 60"]),
     "three numbers": (broken_annotation(bbox=[1, 2, 3]), ["annotation id 101", "four numbers"]),
     "text in a box": (broken_annotation(bbox=["1", 2, 3, 4]), ["annotation id 101", "four numbers"]),
     "huge integer in a box": (
@@ -107,7 +107,7 @@ BROKEN = {
     "null box": (broken_annotation(bbox=None), ["annotation id 101", "four numbers"]),
     "no box": (remove("annotations", "bbox"), ["annotation id 101", "no bbox"]),
     "unknown category": (broken_annotation(category_id=4), ["annotation id 101", "category_id 4"]),
-    "unknown picture": (broken_annotation(image_id=99), ["annotation id 101", "image_id 99"]),
+    "unknown image": (broken_annotation(image_id=99), ["annotation id 101", "image_id 99"]),
     "crowd of crowds": (broken_annotation(iscrowd="no"), ["annotation id 101", "iscrowd"]),
     "duplicate annotation": (append_copy("annotations"), ["annotation id 101", "more than once"]),
     "duplicate image": (append_copy("images"), ["image id 11", "more than once"]),
@@ -119,8 +119,8 @@ BROKEN = {
         lambda content, _: content["categories"].append({"id": 4}),
         ["category id 4", "no name"],
     ),
-    "picture of no height": (lambda c, _: c["images"][2].update(height=0), ["image id 15", "height"]),
-    "picture without a name": (
+    "image of no height": (lambda c, _: c["images"][2].update(height=0), ["image id 15", "height"]),
+    "image without a name": (
         lambda c, _: c["images"][2].update(file_name=""),
         ["image id 15", "file_name"],
     ),
@@ -133,7 +133,7 @@ def test_broken_input_is_one_line_and_status_2(case, tmp_path, capsys):
     damage, words = BROKEN[case]
     damage(content, tmp_path)
     source = save(tmp_path, content)
-    status = main(["check", "--annotations", str(source.annotations), "--images", str(source.images)])
+    status = main(["check", "--annotations", str(source.annotations), "--images", str(source.image_root)])
     lines = capsys.readouterr().out.splitlines()
     assert status == 2
     assert len(lines) == 2, "the problem and the summary"
@@ -146,7 +146,7 @@ NOT_A_SET = {
     "no such file": (None, "no such file"),
     "empty file": (b"", "not JSON"),
     "broken JSON": (b'{"images": [', "not JSON"),
-    "a picture": (b"\x89PNG\r\n\x1a\n\xff", "not JSON"),
+    "an image": (b"\x89PNG\r\n\x1a\n\xff", "not JSON"),
     "a list (a results file)": (b"[]", "a list"),
     "a number": (b"3", "a number"),
     "no images": (b'{"annotations": [], "categories": [{"id": 1, "name": "a"}]}', "no list 'images'"),
@@ -177,10 +177,10 @@ def test_a_folder_in_place_of_the_json(tmp_path):
         read_coco(catalog.DatasetSource("set", tmp_path, tmp_path), read_masks=False)
 
 
-def test_a_missing_folder_of_pictures_is_one_line(tmp_path):
+def test_a_missing_folder_of_images_is_one_line(tmp_path):
     source = save(tmp_path, small_coco(tmp_path))
     source = catalog.DatasetSource("set", source.annotations, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"nowhere: no such folder of pictures") as error:
+    with pytest.raises(UserError, match=r"nowhere: no such folder of images") as error:
         read_coco(source, read_masks=False)
     assert len(str(error.value).splitlines()) == 1
 
@@ -225,7 +225,7 @@ def test_broken_segmentation_matters_for_masks_only(case, tmp_path, capsys):
     content = small_coco(tmp_path)
     content["annotations"][0]["segmentation"] = segmentation
     source = save(tmp_path, content)
-    arguments = ["check", "--annotations", str(source.annotations), "--images", str(source.images)]
+    arguments = ["check", "--annotations", str(source.annotations), "--images", str(source.image_root)]
     assert main(arguments) == 0
     capsys.readouterr()
     assert main([*arguments, "--masks"]) == 2
@@ -234,7 +234,7 @@ def test_broken_segmentation_matters_for_masks_only(case, tmp_path, capsys):
     assert words in line
 
 
-def test_pictures_in_folders_below_are_found(tmp_path):
+def test_images_in_folders_below_are_found(tmp_path):
     content = small_coco(tmp_path)
     (tmp_path / "images/day").mkdir()
     (tmp_path / "images/11.png").rename(tmp_path / "images/day/11.png")
@@ -262,9 +262,9 @@ def test_coco_is_found_in_its_folder_or_the_one_above(tmp_path, monkeypatch):
     expected = Path("datasets/coco/annotations/instances_val2017.json")
     assert catalog.find_source("coco_2017_val").annotations == expected
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert catalog.find_source("coco_2017_val").images == tmp_path / "coco/val2017"
+    assert catalog.find_source("coco_2017_val").image_root == tmp_path / "coco/val2017"
     (tmp_path / "annotations").mkdir()
-    assert catalog.find_source("coco_2017_val").images == tmp_path / "val2017"
+    assert catalog.find_source("coco_2017_val").image_root == tmp_path / "val2017"
 
 
 @pytest.mark.usefixtures("coco_root")
@@ -273,14 +273,14 @@ def test_real_coco_agrees_with_pycocotools(name, capsys):
     source = catalog.find_source(name)
     reference = COCO(source.annotations)
     data = read_coco(source, read_masks=True)
-    assert [picture.id for picture in data.pictures] == list(reference.imgs)
+    assert [image.id for image in data.images] == list(reference.imgs)
     content = json.loads(source.annotations.read_text())
     targets = [item for item in content["annotations"] if not item["iscrowd"] and min(item["bbox"][2:]) > 0]
-    assert sum(len(picture.labels) for picture in data.pictures) == len(targets)
-    for picture in data.pictures:
-        for index, number in enumerate(picture.annotation_ids):
+    assert sum(len(image.labels) for image in data.images) == len(targets)
+    for image in data.images:
+        for index, number in enumerate(image.annotation_ids):
             annotation = reference.anns[number]
-            assert data.category_ids[picture.labels[index]] == annotation["category_id"]
+            assert data.category_ids[image.labels[index]] == annotation["category_id"]
             x, y, w, h = annotation["bbox"]
-            np.testing.assert_allclose(picture.boxes[index], [x, y, x + w, y + h], atol=1)
-            np.testing.assert_array_equal(read_mask(data, picture, index), reference.annToMask(annotation))
+            np.testing.assert_allclose(image.boxes[index], [x, y, x + w, y + h], atol=1)
+            np.testing.assert_array_equal(read_mask(data, image, index), reference.annToMask(annotation))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
-from small_coco import SIZES, save, small_coco, write_pictures
+from small_coco import SIZES, save, small_coco, write_images
 
 from sim_m2f import get_cfg
 from sim_m2f.data import loader
@@ -29,7 +29,7 @@ def config(source, *overrides):
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, *overrides])
     for split in ("TRAIN", "TEST"):
         cfg.DATASETS[f"{split}_ANNOTATIONS"] = str(source.annotations)
-        cfg.DATASETS[f"{split}_IMAGES"] = str(source.images)
+        cfg.DATASETS[f"{split}_IMAGES"] = str(source.image_root)
     return cfg
 
 
@@ -85,7 +85,7 @@ def test_format_of_a_batch(source):
 
 
 def test_pixels_masks_and_valid_rows_without_augmentation(tmp_path):
-    """IMAGE_SIZE 90 on a picture of 90 x 90 leaves it as it is; the input is padded to 96."""
+    """IMAGE_SIZE 90 on an image of 90 x 90 leaves it as it is; the input is padded to 96."""
     content = small_coco(tmp_path)
     content["annotations"] = [
         {
@@ -100,7 +100,7 @@ def test_pixels_masks_and_valid_rows_without_augmentation(tmp_path):
     (batch,) = first_batches(
         1, config(source, *MASK, *PLAIN, "INPUT.IMAGE_SIZE", 90, "SOLVER.IMS_PER_BATCH", 1)
     )
-    pixels = np.asarray(Image.open(source.images / "15.png"), np.float64)
+    pixels = np.asarray(Image.open(source.image_root / "15.png"), np.float64)
     expected = (pixels - [123.675, 116.280, 103.530]) / [58.395, 57.120, 57.375]
     image = batch["images"][0]
     assert image.shape == (3, 96, 96)
@@ -155,7 +155,7 @@ def test_ranks_share_the_global_batch_in_order(source):
         assert batch["image_ids"] == first["image_ids"] + second["image_ids"]
 
 
-def test_epochs_are_permutations_of_the_pictures_with_objects(tmp_path):
+def test_epochs_are_permutations_of_the_images_with_objects(tmp_path):
     content = small_coco(tmp_path)
     content["annotations"].append({"id": 200, "image_id": 15, "category_id": 3, "bbox": [1, 1, 50, 50]})
     batches = first_batches(15, config(save(tmp_path, content)))
@@ -189,7 +189,7 @@ def test_the_global_random_states_are_left_alone(source, workers):
 
 def test_what_is_left_out_is_told_once(source, capsys):
     loader.train_loader(config(source), rank=0, world_size=2)
-    assert capsys.readouterr().err == "set: left out 1 boxes of zero area and 1 pictures without an object\n"
+    assert capsys.readouterr().err == "set: left out 1 boxes of zero area and 1 images without an object\n"
     loader.train_loader(config(source), rank=1, world_size=2)
     assert capsys.readouterr().err == ""
 
@@ -198,14 +198,14 @@ def test_what_is_left_out_is_told_once(source, capsys):
 def test_a_test_set_is_seen_once_over_all_ranks(source, world_size):
     ids = []
     for rank in range(world_size):
-        batches = loader.test_loader(config(source), source, rank, world_size)
-        assert [picture.id for picture in batches.dataset.data.pictures] == [11, 12, 15]
+        batches = loader.eval_loader(config(source), source, rank, world_size)
+        assert [image.id for image in batches.dataset.data.images] == [11, 12, 15]
         ids += [number for batch in batches for number in batch["image_ids"]]
     assert sorted(ids) == [11, 12, 15]
 
 
-def test_test_pictures_are_resized_and_their_boxes_with_them(source):
-    first, second, third = loader.test_loader(config(source, *MASK), source)
+def test_test_images_are_resized_and_their_boxes_with_them(source):
+    first, second, third = loader.eval_loader(config(source, *MASK), source)
     assert first["image_sizes"] == [(64, 85)]
     assert first["images"].shape == (1, 3, 64, 96)
     assert first["original_sizes"] == [(60, 80)]
@@ -218,8 +218,8 @@ def test_test_pictures_are_resized_and_their_boxes_with_them(source):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_one_line_from_any_worker(source, workers):
-    path = source.images / "12.png"
+def test_a_broken_image_is_one_line_from_any_worker(source, workers):
+    path = source.image_root / "12.png"
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError) as error:
         first_batches(6, config(source, "DATALOADER.NUM_WORKERS", workers))
@@ -271,7 +271,7 @@ def write_as_coco(root, split, content):
     (root / "coco/annotations").mkdir(parents=True, exist_ok=True)
     (root / f"coco/annotations/instances_{split}2017.json").write_text(json.dumps(content))
     (root / f"coco/{split}2017").mkdir(exist_ok=True)
-    write_pictures(root / f"coco/{split}2017")
+    write_images(root / f"coco/{split}2017")
 
 
 def test_several_sets_are_trained_on_together_if_their_categories_agree(tmp_path, monkeypatch):
@@ -296,7 +296,7 @@ def test_several_sets_are_trained_on_together_if_their_categories_agree(tmp_path
 @pytest.mark.parametrize("supervision", ["box", "mask"])
 def test_a_batch_may_have_no_object_left(tmp_path, supervision):
     content = small_coco(tmp_path)
-    content["annotations"] = content["annotations"][1:2]  # 2 pixels wide on a picture of 80
+    content["annotations"] = content["annotations"][1:2]  # 2 pixels wide on an image of 80
     cfg = config(save(tmp_path, content), "MODEL.SIM.SUPERVISION", supervision)
     cfg.merge_from_list(["INPUT.MIN_SCALE", 0.2, "INPUT.MAX_SCALE", 0.3])
     (batch,) = first_batches(1, cfg)
@@ -310,7 +310,7 @@ def test_a_batch_may_have_no_object_left(tmp_path, supervision):
 
 
 @pytest.mark.usefixtures("coco_root")
-def test_real_coco_pictures_train_and_test():
+def test_real_coco_images_train_and_test():
     cfg = get_cfg()
     cfg.merge_from_list(["INPUT.IMAGE_SIZE", 256, "DATALOADER.NUM_WORKERS", 2, *MASK])
     (batch,) = first_batches(1, cfg)
@@ -325,5 +325,5 @@ def test_real_coco_pictures_train_and_test():
                 assert columns.max() <= box[2] + 1
                 assert rows.max() <= box[3] + 1
     source = find_source("coco_2017_val")
-    sizes = [batch["image_sizes"][0] for batch in loader.test_loader(cfg, source)]
+    sizes = [batch["image_sizes"][0] for batch in loader.eval_loader(cfg, source)]
     assert all(min(size) == 800 or max(size) == 1333 for size in sizes)

@@ -1,10 +1,10 @@
-"""Decoding pictures: every mode of pixel, EXIF orientations, and what cannot be decoded."""
+"""Decoding images: every mode of pixel, EXIF orientations, and what cannot be decoded."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sim_m2f.data.picture import read_picture
+from sim_m2f.data.image import read_image
 from sim_m2f.errors import UserError
 
 HEIGHT, WIDTH = 24, 36
@@ -15,31 +15,31 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def save(tmp_path, picture, name="a.png", **options):
-    picture.save(tmp_path / name, **options)
+def save(tmp_path, image, name="a.png", **options):
+    image.save(tmp_path / name, **options)
     return tmp_path / name
 
 
 def test_rgb(tmp_path, pixels):
     path = save(tmp_path, Image.fromarray(pixels))
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), pixels)
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), pixels)
 
 
 def test_alpha_is_dropped(tmp_path, pixels):
     alpha = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 1), dtype=np.uint8)
     path = save(tmp_path, Image.fromarray(np.concatenate([pixels, alpha], axis=2)))
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), pixels)
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), pixels)
     path = save(tmp_path, Image.fromarray(np.concatenate([pixels[..., :1], alpha], axis=2), "LA"))
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), pixels[..., :1].repeat(3, axis=2))
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), pixels[..., :1].repeat(3, axis=2))
 
 
 def test_grey_and_black_and_white(tmp_path, pixels):
     grey = pixels[..., 0]
     path = save(tmp_path, Image.fromarray(grey))
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), np.stack([grey] * 3, axis=2))
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([grey] * 3, axis=2))
     path = save(tmp_path, Image.fromarray(grey > 127))
     np.testing.assert_array_equal(
-        read_picture(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2)
+        read_image(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2)
     )
 
 
@@ -48,7 +48,7 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
     deep = np.linspace(0, 65535, HEIGHT * WIDTH).round().astype(np.uint16).reshape(HEIGHT, WIDTH)
     path = save(tmp_path, Image.fromarray(deep), name)
     expected = np.rint(deep.astype(np.float64) / 65535 * 255)
-    read = read_picture(path, HEIGHT, WIDTH)
+    read = read_image(path, HEIGHT, WIDTH)
     for channel in range(3):
         np.testing.assert_array_equal(read[..., channel], expected)
 
@@ -58,10 +58,10 @@ def test_palette(tmp_path, transparency):
     generator = np.random.default_rng(0)
     palette = generator.integers(0, 256, (256, 3), dtype=np.uint8)
     index = generator.integers(0, 256, (HEIGHT, WIDTH), dtype=np.uint8)
-    picture = Image.fromarray(index, "P")
-    picture.putpalette(palette.tobytes())
-    path = save(tmp_path, picture, **({} if transparency is None else {"transparency": transparency}))
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), palette[index])
+    image = Image.fromarray(index, "P")
+    image.putpalette(palette.tobytes())
+    path = save(tmp_path, image, **({} if transparency is None else {"transparency": transparency}))
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), palette[index])
 
 
 def test_cmyk(tmp_path):
@@ -69,7 +69,7 @@ def test_cmyk(tmp_path):
     inks[:, : WIDTH // 2] = [255, 0, 0, 0]  # cyan: no red
     inks[:, WIDTH // 2 :] = [0, 0, 0, 128]  # black at half strength: grey
     path = save(tmp_path, Image.fromarray(inks, "CMYK"), "a.tif")
-    read = read_picture(path, HEIGHT, WIDTH)
+    read = read_image(path, HEIGHT, WIDTH)
     np.testing.assert_array_equal(read[0, 0], [0, 255, 255])
     np.testing.assert_array_equal(read[0, -1], [127, 127, 127])
 
@@ -93,7 +93,7 @@ def test_exif_orientation_is_applied_when_the_size_then_fits(tmp_path, pixels, o
     exif[0x0112] = orientation
     path = save(tmp_path, Image.fromarray(pixels), exif=exif)
     upright = UPRIGHT[orientation](pixels)
-    np.testing.assert_array_equal(read_picture(path, *upright.shape[:2]), upright)
+    np.testing.assert_array_equal(read_image(path, *upright.shape[:2]), upright)
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
@@ -101,26 +101,26 @@ def test_the_stored_orientation_is_kept_when_only_that_one_fits(tmp_path, pixels
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path, Image.fromarray(pixels), exif=exif)
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, WIDTH), pixels)
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), pixels)
 
 
-def test_square_pictures_are_turned(tmp_path, pixels):
+def test_square_images_are_turned(tmp_path, pixels):
     exif = Image.Exif()
     exif[0x0112] = 6
     square = pixels[:, :HEIGHT]
     path = save(tmp_path, Image.fromarray(square), exif=exif)
-    np.testing.assert_array_equal(read_picture(path, HEIGHT, HEIGHT), np.rot90(square, -1))
+    np.testing.assert_array_equal(read_image(path, HEIGHT, HEIGHT), np.rot90(square, -1))
 
 
 def test_broken_exif_is_ignored(tmp_path, pixels):
     path = save(tmp_path, Image.fromarray(pixels), "a.jpg", exif=b"Exif\0\0garbage", quality=95)
-    assert read_picture(path, HEIGHT, WIDTH).shape == (HEIGHT, WIDTH, 3)
+    assert read_image(path, HEIGHT, WIDTH).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_another_size_is_told_with_both_sizes(tmp_path, pixels):
     path = save(tmp_path, Image.fromarray(pixels))
     with pytest.raises(UserError, match=r"a\.png: is 36 x 24 pixels, but 30 x 24 in the JSON"):
-        read_picture(path, HEIGHT, 30)
+        read_image(path, HEIGHT, 30)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tif", "a.webp"])
@@ -129,7 +129,7 @@ def test_truncated_files_are_one_line(tmp_path, pixels, name, share):
     path = save(tmp_path, Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)), name)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(UserError, match=f"{name}: cannot be decoded") as error:
-        read_picture(path, HEIGHT * 8, WIDTH * 8)
+        read_image(path, HEIGHT * 8, WIDTH * 8)
     assert len(str(error.value).splitlines()) == 1
 
 
@@ -137,4 +137,4 @@ def test_truncated_files_are_one_line(tmp_path, pixels, name, share):
 def test_grey_without_a_known_range_is_refused(tmp_path, values):
     path = save(tmp_path, Image.fromarray(values), "a.tif")
     with pytest.raises(UserError, match="no known range; convert it"):
-        read_picture(path, 1, 2)
+        read_image(path, 1, 2)

@@ -22,8 +22,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from sim_m2f.data.catalog import test_sources as sources
-from sim_m2f.data.loader import test_loader as loader_of
+from sim_m2f.data.catalog import eval_sources as sources
+from sim_m2f.data.loader import eval_loader as loader_of
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, encode, evaluate
 from sim_m2f.errors import UserError
@@ -124,7 +124,7 @@ def test_numbers_are_those_of_plain_pycocotools(coloured, tmp_path, capsys):
     assert printed["disc"][1:] == [shown[f"{kind}/AP-disc"] for kind in ("segm", "bbox", "boxfill")]
 
 
-def test_numbers_on_real_pictures(coco_root, tmp_path):
+def test_numbers_on_real_images(coco_root, tmp_path):
     annotations = coco_root / "coco/annotations/instances_val2017.json"
     truth = coco_metrics.load_truth(annotations)
     rng = np.random.default_rng(0)
@@ -155,18 +155,18 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 from coloured_coco import ColourNetwork, coloured_cfg
-from sim_m2f.data.catalog import test_sources
-from sim_m2f.data.loader import test_loader
+from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.loader import eval_loader
 from sim_m2f.engine.evaluator import evaluate
 accelerator = Accelerator(cpu=True)
 cfg = coloured_cfg(Path(sys.argv[1]))
-loader = test_loader(cfg, test_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
+loader = eval_loader(cfg, eval_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
 metrics = evaluate(ColourNetwork(), loader, sys.argv[2], accelerator=accelerator, top_k=3)
 Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}").write_text(repr(metrics))
 """
 
 
-def test_two_ranks_count_every_picture_once(coloured, tmp_path):
+def test_two_ranks_count_every_image_once(coloured, tmp_path):
     one = run(coloured_cfg(coloured), tmp_path / "one")
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
@@ -181,8 +181,8 @@ def test_two_ranks_count_every_picture_once(coloured, tmp_path):
     assert (tmp_path / "two/rank0of2").read_text() == (tmp_path / "two/rank1of2").read_text() == repr(one)
 
 
-def test_pictures_that_were_left_out_are_noticed(coloured, tmp_path):
-    with pytest.raises(ValueError, match="saw 3 pictures"):
+def test_images_that_were_left_out_are_noticed(coloured, tmp_path):
+    with pytest.raises(ValueError, match="saw 3 images"):
         run(coloured_cfg(coloured), tmp_path, rank=0, world_size=2)
 
 
@@ -291,7 +291,7 @@ def test_a_broken_segmentation_is_named(coloured, tmp_path, segmentation):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_no_numbers_are_refused(value):
-    with pytest.raises(UserError, match="picture 7"):
+    with pytest.raises(UserError, match="image 7"):
         encode(7, (4, 5), found([0.5, value], [0, 0], torch.zeros(2, 4, 5, dtype=torch.bool)), [1])
 
 
@@ -307,7 +307,7 @@ def test_scores_that_are_no_numbers_are_refused(value):
     ],
 )
 def test_detections_that_do_not_fit_are_refused(labels, masks):
-    with pytest.raises(ValueError, match="picture 7"):
+    with pytest.raises(ValueError, match="image 7"):
         encode(7, (4, 5), found([0.5], labels, masks), [1])
 
 

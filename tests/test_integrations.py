@@ -33,7 +33,7 @@ def test_the_criterion_trains_hugging_faces_network(example, tmp_path, monkeypat
         "DATASETS.TRAIN_ANNOTATIONS",
         source.annotations,
         "DATASETS.TRAIN_IMAGES",
-        source.images,
+        source.image_root,
         *CLASSES,
     ]
     overrides += ["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "INPUT.IMAGE_SIZE", 96]
@@ -84,7 +84,7 @@ def detectron2_cfg(tmp_path):
     cfg.merge_from_list(
         ["DATASETS.TRAIN", ("small",), "DATASETS.TEST", ("small",), "OUTPUT_DIR", str(tmp_path / "out")]
     )
-    register_coco_instances("small", {}, str(source.annotations), str(source.images))
+    register_coco_instances("small", {}, str(source.annotations), str(source.image_root))
     yield cfg
     DatasetCatalog.remove("small")
     MetadataCatalog.remove("small")

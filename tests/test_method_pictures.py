@@ -11,7 +11,7 @@ from conftest import ROOT, SMALL
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import Reader
-from test_training import SUPERVISIONS, as_data_set, few_pictures, train
+from test_training import SUPERVISIONS, as_data_set, few_images, train
 from torch import Tensor, nn
 
 from sim_m2f.cli import main
@@ -22,12 +22,12 @@ from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import flatten_targets
-from sim_m2f.tools.method_pictures import (
+from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
     NEGATIVE_COLOUR,
     drop_later_steps,
-    heat_picture,
-    label_picture,
+    heat_image,
+    label_image,
     read_method,
     write_method,
 )
@@ -36,7 +36,7 @@ LAYERS, QUERIES, SIDE = 3, 8, 32  # of the network of SMALL on shapes, maps at s
 
 
 class FixedNetwork(nn.Module):
-    """Gives the same random outputs for every picture."""
+    """Gives the same random outputs for every image."""
 
     def __init__(self, seed: int, classes: int, width: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def everything(folder: Path, *overrides: str) -> CfgNode:
     cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
     cfg.merge_from_list([*SMALL, *SUPERVISIONS["everything"]])
     for split, name, count in (("train", "train", 6), ("test", "val", 2)):
-        data = few_pictures(folder, name, count)
+        data = few_images(folder, name, count)
         cfg.merge_from_list(as_data_set(data, folder / f"{split}.json", split))
     cfg.merge_from_list(["OUTPUT_DIR", str(folder / "output"), *overrides])
     return cfg
@@ -68,7 +68,7 @@ def everything(folder: Path, *overrides: str) -> CfgNode:
 
 @pytest.fixture
 def explained(tmp_path) -> tuple[MethodMaps, SIMCriterion, FixedNetwork, FixedNetwork]:
-    """The maps of a picture with several objects, and what they come from."""
+    """The maps of an image with several objects, and what they come from."""
     cfg = everything(tmp_path, "MODEL.SIM.PSEUDO_MASKS.POSITIVE", "(0.5, 0.6)")
     cfg.merge_from_list(["MODEL.SIM.POSITIVE_MASKS.MIN_IOU", "0.1"])
     criterion = build_criterion(cfg)
@@ -145,16 +145,16 @@ def rgb(colour: str) -> list[int]:
 def test_drawn_colours_pixel_by_pixel(explained):
     maps, *_ = explained
     colours = [f"#{40 * index:02x}80ff" for index in range(len(maps.boxes))]
-    heat = heat_picture(maps.picture, maps.blend)
-    labels = label_picture(maps.picture, maps.labels, colours)
-    assert heat.shape == labels.shape == maps.picture.shape
+    heat = heat_image(maps.image, maps.blend)
+    labels = label_image(maps.image, maps.labels, colours)
+    assert heat.shape == labels.shape == maps.image.shape
     viridis = matplotlib.colormaps["viridis"]
     owners = [set(cells(maps, index)) for index in range(len(maps.boxes))]
     for y, x in np.ndindex(SIDE, SIDE):
         corner = slice(4 * y, 4 * y + 4), slice(4 * x, 4 * x + 4)
         owning = [index for index, own in enumerate(owners) if (y, x) in own]
         if not owning:
-            grey = maps.picture[corner].mean(-1, keepdims=True)
+            grey = maps.image[corner].mean(-1, keepdims=True)
             for drawn in (heat, labels):
                 assert np.abs(drawn[corner] - (0.7 * 255 + 0.3 * grey)).max() <= 1
             continue
@@ -216,7 +216,7 @@ def test_page_and_tensorboard_show_the_method(runs):
     _, shown, silent = runs
     page = Reader((shown / "index.html").read_text())
     assert {"The method", "Training"} <= set(page.text)
-    assert len(page.pictures()) - len(Reader((silent / "index.html").read_text()).pictures()) == 2 * (2 + 1)
+    assert len(page.images()) - len(Reader((silent / "index.html").read_text()).images()) == 2 * (2 + 1)
     assert "The method" not in Reader((silent / "index.html").read_text()).text
     events = EventAccumulator(str(shown), size_guidance={"images": 0}).Reload()
     tags = events.Tags()["images"]
@@ -226,7 +226,7 @@ def test_page_and_tensorboard_show_the_method(runs):
 
 def test_command_draws_from_a_checkpoint_what_training_drew(runs, capsys, tmp_path):
     _, shown, _ = runs
-    command = ["explain", "--config-file", str(shown / "config.yaml"), "--pictures", "2"]
+    command = ["explain", "--config-file", str(shown / "config.yaml"), "--num-images", "2"]
     assert main([*command, "--folder", str(tmp_path / "look")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "look/index.html")
     drawn = sorted((shown / "method/0000004").iterdir())
@@ -235,7 +235,7 @@ def test_command_draws_from_a_checkpoint_what_training_drew(runs, capsys, tmp_pa
     for one, other in zip(drawn, again, strict=True):
         with Image.open(one) as first, Image.open(other) as second:
             assert np.array_equal(np.asarray(first), np.asarray(second))
-    assert len(Reader((tmp_path / "look/index.html").read_text()).pictures()) == 2 * 2
+    assert len(Reader((tmp_path / "look/index.html").read_text()).images()) == 2 * 2
 
 
 def with_prototypes(state: dict, prototypes: Tensor) -> dict:
@@ -245,7 +245,7 @@ def with_prototypes(state: dict, prototypes: Tensor) -> dict:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pictures", "0"], "give a number of at least 1"),
+        (["--num-images", "0"], "give a number of at least 1"),
         (["MODEL.SIM.SUPERVISION", "mask"], "no pseudo masks to explain"),
         (["OUTPUT_DIR", "empty"], "holds no checkpoint"),
         (["MODEL.WEIGHTS", "missing.pth"], "missing.pth: No such file"),

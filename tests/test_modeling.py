@@ -34,7 +34,7 @@ def resized(tensor, size):
 
 @pytest.mark.parametrize("original", [(37, 50), (150, 203)])
 def test_instances_are_those_of_two_resizings(original):
-    """To the network's input, without its padding, to the picture, then the threshold."""
+    """To the network's input, without its padding, to the image, then the threshold."""
     image_size, padded = (75, 101), (96, 128)
     logits = F.interpolate(torch.randn(1, 9, 6, 8), size=(24, 32), mode="bicubic") * 4
     logits[:, 4] = -1

@@ -6,8 +6,8 @@ from conftest import ROOT
 from other_networks import small_network
 
 from sim_m2f.config import get_cfg
-from sim_m2f.interop.load import COMPUTED
-from sim_m2f.interop.names import (
+from sim_m2f.weights.load import COMPUTED
+from sim_m2f.weights.names import (
     detectron2_names,
     from_names,
     own_names,
@@ -15,7 +15,7 @@ from sim_m2f.interop.names import (
     to_names,
     transformers_names,
 )
-from sim_m2f.interop.transformers import cfg_from_transformers, transformers_config
+from sim_m2f.weights.transformers import cfg_from_transformers, transformers_config
 from sim_m2f.modeling import build_model
 
 ZOO = [

@@ -1,4 +1,4 @@
-"""ONNX: one file for pictures of several sizes, run by onnxruntime on a CPU, with the network's own masks."""
+"""ONNX: one file for images of several sizes, run by onnxruntime on a CPU, with the network's own masks."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from other_networks import CLASSES, small_network
 
 from sim_m2f import cli
 from sim_m2f.errors import UserError
-from sim_m2f.interop.onnx import GridSampleAttention, onnx_bytes
+from sim_m2f.weights.onnx import GridSampleAttention, onnx_bytes
 from sim_m2f.modeling.deformable_attention import MSDeformAttn
 from sim_m2f.segmenter import Segmenter
 

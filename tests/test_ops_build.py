@@ -118,7 +118,7 @@ def test_cuda_kernels_compile_without_spills(tmp_path, architecture):
 
 
 def test_doctor_knows_which_gpus_a_build_serves():
-    from sim_m2f.tools.doctor import runs_on
+    from sim_m2f.commands.doctor import runs_on
 
     built = "7.5 8.0 8.6 9.0+PTX"
     assert runs_on((8, 0), built)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sim_m2f import build_model, get_cfg
-from sim_m2f.interop.detectron2 import detectron2_checkpoint
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.modeling.postprocess import instances
 
 mask2former = pytest.importorskip("mask2former")
@@ -71,13 +71,13 @@ def test_every_layer_and_the_instances_agree(networks, size, attention, monkeypa
     if attention == "its own":
         monkeypatch.delattr(msda, "ms_deform_attn_forward")  # it then computes in PyTorch
     height, width = size
-    picture = torch.randint(0, 256, (3, height, width)).float()
-    images = (picture - original.pixel_mean) / original.pixel_std
+    image = torch.randint(0, 256, (3, height, width)).float()
+    images = (image - original.pixel_mean) / original.pixel_std
     images = torch.nn.functional.pad(images, (0, -width % 32, 0, -height % 32))[None]
     with torch.no_grad():
         theirs = original.sem_seg_head(original.backbone(images))
         ours = network(images)
-        (found,) = original([{"image": picture, "height": 2 * height, "width": width // 2}])
+        (found,) = original([{"image": image, "height": 2 * height, "width": width // 2}])
     assert len(ours["aux_outputs"]) == len(theirs["aux_outputs"]) == 9
     for i, (layer, same) in enumerate(
         zip([*ours["aux_outputs"], ours], [*theirs["aux_outputs"], theirs], strict=True)

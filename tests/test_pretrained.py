@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 import sim_m2f
 from sim_m2f.cli import main
 from sim_m2f.data.class_names import class_names, coco_names
-from sim_m2f.engine.checkpoint import save_checkpoint
+from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
 
@@ -25,7 +25,7 @@ NAMES = ["crescent", "ring", "star"]
 
 @pytest.fixture
 def model():
-    """A small network with random weights that sees pictures at 64 pixels."""
+    """A small network with random weights that sees images at 64 pixels."""
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
     cfg.merge_from_list([*SMALL, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "INPUT.MIN_SIZE_TEST", "64"])
@@ -36,15 +36,15 @@ def model():
 
 
 @pytest.fixture
-def picture() -> np.ndarray:
+def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
 
 
-def test_predictions_are_those_of_the_network_at_the_pictures_size(model, picture):
+def test_predictions_are_those_of_the_network_at_the_images_size(model, image):
     """Height 50 is resized to 64, width 70 to 90, padded to 96; normalised by hand here."""
-    found = model.predict(picture)
+    found = model.predict(image)
     resized = torch.nn.functional.interpolate(
-        torch.from_numpy(picture).permute(2, 0, 1)[None].float(),
+        torch.from_numpy(image).permute(2, 0, 1)[None].float(),
         size=(64, 90),
         mode="bilinear",
         antialias=True,
@@ -62,34 +62,34 @@ def test_predictions_are_those_of_the_network_at_the_pictures_size(model, pictur
     assert found.names == [NAMES[label] for label in found.labels.tolist()]
 
 
-def test_rles_decode_to_the_masks(model, picture):
-    found = model.predict(picture)
+def test_rles_decode_to_the_masks(model, image):
+    found = model.predict(image)
     for rle, mask in zip(json.loads(json.dumps(found.rles)), found.masks.numpy(), strict=True):
         assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
 
 
-def test_all_kinds_of_pictures_are_the_same_picture(model, picture, tmp_path):
-    Image.fromarray(picture).save(tmp_path / "picture.png")
-    tensor = torch.from_numpy(picture).permute(2, 0, 1)
-    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), Image.fromarray(picture), tensor]
-    expected = model.predict(picture)
+def test_all_kinds_of_images_are_the_same_image(model, image, tmp_path):
+    Image.fromarray(image).save(tmp_path / "image.png")
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(image), tensor]
+    expected = model.predict(image)
     for found in model.predict(kinds):
         assert torch.equal(found.masks, expected.masks)
         assert torch.equal(found.scores, expected.scores)
 
 
-def test_a_threshold_leaves_out_what_is_below(model, picture):
-    everything = model.predict(picture)
+def test_a_threshold_leaves_out_what_is_below(model, image):
+    everything = model.predict(image)
     threshold = float(everything.scores[5])
     assert torch.equal(
-        model.predict(picture, threshold).scores, everything.scores[everything.scores >= threshold]
+        model.predict(image, threshold).scores, everything.scores[everything.scores >= threshold]
     )
 
 
-def test_the_orientation_of_a_photograph_is_applied(model, picture, tmp_path):
+def test_the_orientation_of_a_photograph_is_applied(model, image, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by a quarter
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(image).save(tmp_path / "turned.png", exif=exif)
     assert model.predict(tmp_path / "turned.png").masks.shape[1:] == (70, 50)
 
 
@@ -97,8 +97,8 @@ def test_the_orientation_of_a_photograph_is_applied(model, picture, tmp_path):
     "wrong",
     [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8), "nowhere.jpg"],
 )
-def test_what_is_no_picture_is_refused(model, wrong):
-    with pytest.raises(UserError, match="picture"):
+def test_what_is_no_image_is_refused(model, wrong):
+    with pytest.raises(UserError, match="image"):
         model.predict(wrong)
 
 
@@ -107,7 +107,7 @@ def same(one: sim_m2f.Segmenter, other: sim_m2f.Segmenter) -> bool:
     return all(torch.equal(weight, weights[name]) for name, weight in one.network.state_dict().items())
 
 
-def test_a_saved_folder_gives_the_same_model(model, picture, tmp_path):
+def test_a_saved_folder_gives_the_same_model(model, image, tmp_path):
     model.save_pretrained(tmp_path / "folder")
     assert {file.name for file in (tmp_path / "folder").iterdir()} == {
         *("model.safetensors", "config.yaml", "classes.json", "README.md")
@@ -115,7 +115,7 @@ def test_a_saved_folder_gives_the_same_model(model, picture, tmp_path):
     again = sim_m2f.from_pretrained(tmp_path / "folder", device="cpu")
     assert same(model, again)
     assert again.class_names == NAMES
-    assert torch.equal(again.predict(picture).masks, model.predict(picture).masks)
+    assert torch.equal(again.predict(image).masks, model.predict(image).masks)
     assert "/home/me" not in (tmp_path / "folder/config.yaml").read_text()
 
 
@@ -131,7 +131,7 @@ def test_the_model_card_has_metadata_and_figures(model, tmp_path):
     assert "crescent, ring, star" in card
 
 
-def test_the_folder_of_a_run_gives_its_last_weights(model, picture, tmp_path):
+def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     (tmp_path / "config.yaml").write_text(model.cfg.dump())
     save_checkpoint(tmp_path / "model_0000009.pth", {"model": model.network.state_dict()})
     (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
@@ -226,19 +226,19 @@ def test_a_folder_that_does_not_exist_is_named():
         sim_m2f.from_pretrained("no/such/folder")
 
 
-def test_the_command_writes_a_coco_json_and_overlays(model, picture, tmp_path, capsys):
+def test_the_command_writes_a_coco_json_and_overlays(model, image, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for name in ("b.png", "a.jpg"):
-        Image.fromarray(picture).save(tmp_path / "pictures" / name)
-    (tmp_path / "pictures/notes.txt").write_text("no picture")
+        Image.fromarray(image).save(tmp_path / "images" / name)
+    (tmp_path / "images/notes.txt").write_text("no image")
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    assert main(["predict", *folders, "--threshold", "0.01", str(tmp_path / "pictures")]) == 0
+    assert main(["predict", *folders, "--threshold", "0.01", str(tmp_path / "images")]) == 0
     content = json.loads((tmp_path / "out/predictions.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b.png"]
     assert [category["name"] for category in content["categories"]] == NAMES
     second = [item for item in content["annotations"] if item["image_id"] == content["images"][1]["id"]]
-    found = model.predict(picture, 0.01)
+    found = model.predict(image, 0.01)
     assert [item["score"] for item in second] == pytest.approx(found.scores.tolist())
     for item, mask in zip(second, found.masks.numpy(), strict=True):
         assert np.array_equal(coco_mask.decode(item["segmentation"]).astype(bool), mask)
@@ -247,14 +247,14 @@ def test_the_command_writes_a_coco_json_and_overlays(model, picture, tmp_path, c
     assert str(tmp_path / "out") in capsys.readouterr().out
 
 
-def test_pictures_of_the_same_name_stay_apart(model, picture, tmp_path):
+def test_images_of_the_same_name_stay_apart(model, image, tmp_path):
     model.save_pretrained(tmp_path / "model")
     for name in ("a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(tmp_path / name)
+        Image.fromarray(image).save(tmp_path / name)
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    pictures = [tmp_path / "a", tmp_path / "b", tmp_path / "a/1.jpg"]  # the last one for the second time
-    assert main(["predict", *folders, *map(str, pictures)]) == 0
+    images = [tmp_path / "a", tmp_path / "b", tmp_path / "a/1.jpg"]  # the last one for the second time
+    assert main(["predict", *folders, *map(str, images)]) == 0
     content = json.loads((tmp_path / "out/predictions.json").read_text())
     names = ["a/1.jpg", "1.png", "b/1.jpg", "2.jpg"]
     assert [image["file_name"] for image in content["images"]] == names
@@ -263,18 +263,18 @@ def test_pictures_of_the_same_name_stay_apart(model, picture, tmp_path):
     assert found == {f"{name}.png" for name in names}
 
 
-def test_the_command_without_pictures_says_so(model, tmp_path, capsys):
+def test_the_command_without_images_says_so(model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "empty").mkdir()
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert main(["predict", *folders, str(tmp_path / "empty")]) == 2
-    assert "holds no picture" in capsys.readouterr().err
+    assert "holds no image" in capsys.readouterr().err
 
 
-def test_a_broken_picture_costs_no_other_one(model, picture, tmp_path, capsys):
+def test_a_broken_image_costs_no_other_one(model, image, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    Image.fromarray(picture).save(tmp_path / "b.png")
+    (tmp_path / "a.png").write_bytes(b"no image")
+    Image.fromarray(image).save(tmp_path / "b.png")
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert main(["predict", *folders, str(tmp_path / "a.png"), str(tmp_path / "b.png")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

@@ -137,8 +137,8 @@ def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
     assert (drawn[:40] - 100).abs().max() < 5 * math.sqrt(400 * 0.25 * 0.75)
 
 
-def two_pictures(generator):
-    """Targets of two pictures at stride 4 (6 x 8), teacher outputs of 2 layers, 5 queries, 3 classes."""
+def two_images(generator):
+    """Targets of two images at stride 4 (6 x 8), teacher outputs of 2 layers, 5 queries, 3 classes."""
     boxes = [[0.0, 0, 20, 12], [8, 8, 32, 24]], [[4, 0, 12, 24]]
     targets = [{"boxes": torch.tensor(each), "labels": torch.arange(len(each))} for each in boxes]
     objects = flatten_targets(targets, (6, 8), torch.device("cpu"))
@@ -148,7 +148,7 @@ def two_pictures(generator):
 
 
 def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generator):
-    objects, logits, masks = two_pictures(generator)
+    objects, logits, masks = two_images(generator)
     match = Match(torch.tensor([[0, 1, 2], [3, 4, 0]]), torch.ones(2, 3, dtype=torch.bool))
     pixels = box_pixels(objects)
     profiles = masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid()
@@ -156,8 +156,8 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
     mean = instance_probability(list(masks), chosen, objects, pixels)
 
     def weight(layer, t, query):
-        p = logits[layer, objects.picture[t], query].softmax(0)[objects.labels[t]].item()
-        ys, xs = np.nonzero(masks[layer, objects.picture[t], query].numpy() > 0)
+        p = logits[layer, objects.image_index[t], query].softmax(0)[objects.labels[t]].item()
+        ys, xs = np.nonzero(masks[layer, objects.image_index[t], query].numpy() > 0)
         a = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * 4.0
         b = objects.boxes[t].numpy()
         sides = np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0)
@@ -171,11 +171,11 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
             (math.prod(weight(layer, t, match.query[layer, t])) + 1e-6, layer, match.query[layer, t])
             for layer in (0, 1)
         ]
-        taken = {match.query[1, s].item() for s in range(3) if objects.picture[s] == objects.picture[t]}
+        taken = {match.query[1, s].item() for s in range(3) if objects.image_index[s] == objects.image_index[t]}
         further = [(weight(1, t, q), q) for q in range(5) if q not in taken]
         claims = sorted(((p * o, 1, q) for (p, o), q in further if o >= 0.2), key=lambda claim: -claim[0])[:2]
         values = [
-            (w, masks[layer, objects.picture[t], q, y, x].sigmoid().item())
+            (w, masks[layer, objects.image_index[t], q, y, x].sigmoid().item())
             for w, layer, q in positives + claims
         ]
         expected = sum(w * value for w, value in values) / sum(w for w, _ in values)
@@ -184,7 +184,7 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
 
 def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     """With fewer queries than objects: nobody's mask is its own, and query 0 keeps its owner's class."""
-    objects, logits, masks = two_pictures(generator)
+    objects, logits, masks = two_images(generator)
     match = Match(
         torch.tensor([[1, 0, 2], [0, 0, 3]]), torch.tensor([[True, False, True], [True, False, True]])
     )
@@ -267,7 +267,7 @@ def losses_with(overrides: list[str], generator, dtype=torch.float32) -> dict[st
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
     cfg.merge_from_list([*FULL, *overrides])
-    objects, logits, masks = two_pictures(generator)
+    objects, logits, masks = two_images(generator)
     counts = objects.counts
     targets = [
         {"boxes": boxes, "labels": labels}
@@ -352,11 +352,11 @@ def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer(monkeypa
 
 
 def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
-    """And projection, towards boxes, is a mean over the pictures' own objects alone."""
+    """And projection, towards boxes, is a mean over the images' own objects alone."""
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
     cfg.merge_from_list([*FULL, "MODEL.SIM.COPY_PASTE.ENABLED", "True", "MODEL.SIM.COPY_PASTE.START", "0"])
-    objects, logits, masks = two_pictures(generator)
+    objects, logits, masks = two_images(generator)
     wanted = torch.rand(2, 6, 8, generator=generator) > 0.5
     targets = [
         {"boxes": objects.boxes[:2], "labels": objects.labels[:2], "pasted": torch.tensor([False, True])},
@@ -369,7 +369,7 @@ def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
 
     flat = flatten_targets(targets, (6, 8), torch.device("cpu"))
     match = criterion.matcher(logits[1:], masks[1:].amax(-2).sigmoid(), masks[1:].amax(-1).sigmoid(), flat)
-    own = [masks[1, flat.picture[t], match.query[0, t]].double() for t in range(3)]
+    own = [masks[1, flat.image_index[t], match.query[0, t]].double() for t in range(3)]
     target = wanted[1].double()
     p = own[1].sigmoid()
     dice = 1 - 2 * (p * target).sum() / ((p**2).sum() + target.sum() + 1e-5)

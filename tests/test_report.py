@@ -17,12 +17,12 @@ from scipy import ndimage
 from sim_m2f.cli import main
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, read_coco
-from sim_m2f.data.loader import test_loader as loader_of
+from sim_m2f.data.loader import eval_loader as loader_of
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, evaluate
 from sim_m2f.errors import UserError
-from sim_m2f.tools.curves import _running_mean, draw_curves, read_series
-from sim_m2f.tools.drawing import Shape, contact_sheet, draw
-from sim_m2f.tools.report import choose_pictures, match_boxes, write_report
+from sim_m2f.report.curves import _running_mean, draw_curves, read_series
+from sim_m2f.report.drawing import Shape, contact_sheet, draw
+from sim_m2f.report.run_page import choose_images, match_boxes, write_report
 
 
 class Reader(HTMLParser):
@@ -42,7 +42,7 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text.append(data)
 
-    def pictures(self) -> list[Image.Image]:
+    def images(self) -> list[Image.Image]:
         assert all(address.startswith("data:image/") for address in self.loaded)
         contents = [base64.b64decode(address.split(",", 1)[1]) for address in self.loaded]
         return [Image.open(io.BytesIO(content)) for content in contents]
@@ -75,7 +75,7 @@ def test_page_holds_everything_in_one_file(evaluated):
     page = page_of(output, data)
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert len(page.pictures()) == 3 * len(SIZES) + 2
+    assert len(page.images()) == 3 * len(SIZES) + 2
     assert {"annotated boxes", "predicted masks (score ≥ 0.5)", "true masks", "5.png"} <= set(page.text)
     metrics = json.loads((output / METRICS_FILE).read_text())
     for kind in ("segm", "bbox", "boxfill"):
@@ -126,7 +126,7 @@ def test_absent_parts_are_left_out(evaluated, tmp_path):
     assert not {"masks", "box fill", "masks / box fill"} & set(page.text)
     assert "boxes" in page.text
     assert not {"Training", "Configuration"} & set(page.text)
-    assert len(page.pictures()) == 2 * len(SIZES)
+    assert len(page.images()) == 2 * len(SIZES)
 
     del content["annotations"]
     (tmp_path / "set/set.json").write_text(json.dumps(content))
@@ -134,7 +134,7 @@ def test_absent_parts_are_left_out(evaluated, tmp_path):
     page = page_of(output, read_coco(source, read_masks=False))
     assert "annotated boxes" not in page.text
     assert "Average precision" not in page.text
-    assert len(page.pictures()) == len(SIZES)
+    assert len(page.images()) == len(SIZES)
 
 
 def test_score_from_which_predictions_are_drawn(evaluated):
@@ -142,7 +142,7 @@ def test_score_from_which_predictions_are_drawn(evaluated):
     entries = json.loads((output / RESULTS_FILE).read_text())
     scores = sorted(f"{entry['score']:.2f}" for entry in entries if entry["image_id"] == 9)
     for least in (0.0, 0.75, 1.0):
-        page = page_of(output, data, min_score=least, num_pictures=1)
+        page = page_of(output, data, min_score=least, num_images=1)
         named = [text.split()[-1] for text in page.text if text[-5:-4] == " " and text[-4] == "0"]
         assert sorted(named) == [score for score in scores if float(score) >= least]
 
@@ -188,9 +188,9 @@ def test_mistakes_give_one_line(evaluated, capsys, arguments, message):
 def test_masks_are_drawn_where_they_are():
     y, x = np.mgrid[:64, :100]
     mask = (np.hypot(y - 30, x - 60) < 20) & (np.hypot(y - 30, x - 60) > 8)
-    picture = Image.new("RGB", (100, 64), "#808080")
+    image = Image.new("RGB", (100, 64), "#808080")
     for side in (50, 100, 400):
-        drawn = draw(picture, [Shape("#ff0000", mask=mask)], side)
+        drawn = draw(image, [Shape("#ff0000", mask=mask)], side)
         assert max(drawn.size) == side
         changed = np.abs(np.asarray(drawn).astype(int) - 128).max(-1) > 8
         exact = np.asarray(Image.fromarray(mask).resize(drawn.size, Image.Resampling.NEAREST))
@@ -229,13 +229,13 @@ def _label(pixels: np.ndarray, channel: int) -> np.ndarray:
 
 
 def test_odd_shapes_are_drawn():
-    picture = Image.new("L", (300, 2))
+    image = Image.new("L", (300, 2))
     shapes = [
         Shape("#ff0000", "empty", mask=np.zeros((2, 300), bool)),
         Shape("#ff0000", "full", mask=np.ones((2, 300), bool)),
         Shape("#ff0000", "no area", box=[10, 1, 10, 1]),
     ]
-    assert draw(picture, shapes, 150).size == (150, 1)
+    assert draw(image, shapes, 150).size == (150, 1)
 
 
 def test_contact_sheet_shows_every_panel():
@@ -257,13 +257,13 @@ def test_colours_follow_the_annotated_boxes():
     assert match_boxes([[0, 0, 1, 1]] * 2, []) == [0, 1]
 
 
-def test_pictures_with_objects_come_first(evaluated):
+def test_images_with_objects_come_first(evaluated):
     _, data = evaluated
-    assert [picture.id for picture in choose_pictures(data.pictures, 4)] == [5, 2, 9, 8]
-    assert [picture.id for picture in choose_pictures(data.pictures, 99)] == [5, 2, 9, 8, 4]
-    few = choose_pictures(data.pictures * 50, 10)
+    assert [image.id for image in choose_images(data.images, 4)] == [5, 2, 9, 8]
+    assert [image.id for image in choose_images(data.images, 99)] == [5, 2, 9, 8, 4]
+    few = choose_images(data.images * 50, 10)
     assert len(few) == 10
-    assert all(len(picture.labels) for picture in few)
+    assert all(len(image.labels) for image in few)
 
 
 def test_series_of_an_interrupted_run(tmp_path):

@@ -37,7 +37,7 @@ def train(folder):
     return COCO(folder / "annotations/train.json")
 
 
-def picture_of(folder, image):
+def image_of(folder, image):
     return np.asarray(Image.open(folder / "train" / image["file_name"]))
 
 
@@ -67,7 +67,7 @@ def test_annotations_fit_the_visible_masks(train, folder):
         "L",
     }
     for image in train.imgs.values():
-        assert picture_of(folder, image).shape == (128, 128, 3)
+        assert image_of(folder, image).shape == (128, 128, 3)
         objects = objects_of(train, image)
         assert 1 <= len(objects) <= 3
         assert sum(mask.astype(int) for _, mask in objects).max() == 1, "a pixel belongs to one object"
@@ -113,7 +113,7 @@ def test_colour_fails_on_camouflage_only(train, folder):
     """Lab distance of an object from the pixels around it, averaged by 4 x 4 as for the colour affinity."""
     distances = {True: [], False: []}
     for image in train.imgs.values():
-        pooled = picture_of(folder, image).reshape(32, 4, 32, 4, 3).mean(axis=(1, 3)) / 255
+        pooled = image_of(folder, image).reshape(32, 4, 32, 4, 3).mean(axis=(1, 3)) / 255
         lab = rgb2lab(pooled)
         objects = objects_of(train, image)
         covered = np.any([mask for _, mask in objects], axis=0).reshape(32, 4, 32, 4)
@@ -131,7 +131,7 @@ def test_camouflaged_objects_can_be_seen(train, folder):
     """Their texture varies more than the grain of what surrounds them."""
     contrasts = []
     for image in train.imgs.values():
-        grey = picture_of(folder, image).astype(float).mean(axis=2)
+        grey = image_of(folder, image).astype(float).mean(axis=2)
         steps = np.abs(np.diff(grey, axis=1))[:, :127]
         for item, mask in objects_of(train, image):
             if item["camouflage"]:
@@ -144,11 +144,11 @@ def test_every_run_gives_the_same_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 30, "val": 20})
     other = digest(shapes.write_shapes(tmp_path / "again"))
     first = digest(folder)
-    pictures = [name for name in other if name.endswith(".png")]
-    assert len(pictures) == 50
-    assert all(other[name] == first[name] for name in pictures)
+    images = [name for name in other if name.endswith(".png")]
+    assert len(images) == 50
+    assert all(other[name] == first[name] for name in images)
     assert other["annotations/val.json"] == first["annotations/val.json"]
-    assert len({other[name] for name in pictures}) == 50, "train and val share no picture"
+    assert len({other[name] for name in images}) == 50, "train and val share no image"
 
 
 def test_a_finished_set_is_reused_and_other_folders_are_kept(folder, tmp_path):
@@ -171,7 +171,7 @@ def test_the_cache_serves_the_catalog(tmp_path, monkeypatch):
     data = read_coco(find_source("shapes_val"), read_masks=True)
     assert data.annotations_file == tmp_path / "shapes-v1/annotations/val.json"
     assert data.class_names == list(shapes_paint.OUTLINES)
-    assert len(data.pictures) == 2
+    assert len(data.images) == 2
 
 
 def test_a_kill_leaves_no_half_made_set(tmp_path):

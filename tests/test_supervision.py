@@ -20,7 +20,7 @@ HEIGHT, WIDTH = 9, 12
 NEIGHBOURS = [(dy, dx) for dy in (-2, 0, 2) for dx in (-2, 0, 2) if (dy, dx) != (0, 0)]
 BOXES = {
     "inside": [9.0, 6.0, 30.0, 25.0],
-    "whole picture": [0.0, 0.0, 48.0, 36.0],
+    "whole image": [0.0, 0.0, 48.0, 36.0],
     "left upper corner": [0.0, 0.0, 9.5, 7.0],
     "right lower corner": [37.0, 28.0, 48.0, 36.0],
     "between two centres": [10.2, 10.2, 11.0, 11.0],
@@ -41,16 +41,16 @@ def owned(box: list[float]) -> set[tuple[int, int]]:
     return set(itertools.product(rows, columns))
 
 
-def make_targets(*pictures: list[list[float]]):
+def make_targets(*images: list[list[float]]):
     """Targets of the contract with classes 0, 1, 2, 0, ..."""
     return [
         {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.arange(len(boxes)) % 3}
-        for boxes in pictures
+        for boxes in images
     ]
 
 
-def flat(*pictures: list[list[float]]):
-    return flatten_targets(make_targets(*pictures), (HEIGHT, WIDTH), torch.device("cpu"))
+def flat(*images: list[list[float]]):
+    return flatten_targets(make_targets(*images), (HEIGHT, WIDTH), torch.device("cpu"))
 
 
 def sigmoid(x: float) -> float:
@@ -64,7 +64,7 @@ def test_box_masks_own_the_pixels_whose_centres_they_hold(name):
     assert set(mask.unique().tolist()) <= {0.0, 1.0}
 
 
-def test_box_ranges_own_a_pixel_even_outside_the_picture():
+def test_box_ranges_own_a_pixel_even_outside_the_image():
     ranges = box_ranges(torch.tensor([[60.0, 50.0, 70.0, 60.0], [-9.0, -9.0, -5.0, -5.0]]), (HEIGHT, WIDTH))
     assert ranges.tolist() == [[11, 8, 12, 9], [0, 0, 1, 1]]
 
@@ -153,19 +153,19 @@ def test_same_label_loss_and_gradient():
     assert torch.autograd.gradcheck(SameLabel.apply, (a.requires_grad_(), b.requires_grad_()))
 
 
-def brute_force_pairwise(logits, boxes, pictures, affinity_of, valid, threshold):
+def brute_force_pairwise(logits, boxes, images, affinity_of, valid, threshold):
     """Sums and numbers of the counted edges, one ordered pair of pixels at a time; differentiable."""
     sums, numbers = [], []
-    for t, (box, picture) in enumerate(zip(boxes, pictures, strict=True)):
+    for t, (box, image) in enumerate(zip(boxes, images, strict=True)):
         total, number = logits.new_zeros(()), 0
         for y, x in owned(box):
             for dy, dx in NEIGHBOURS:
                 v, u = y + dy, x + dx
                 if not (0 <= v < HEIGHT and 0 <= u < WIDTH) or not (
-                    valid[picture, y, x] and valid[picture, v, u]
+                    valid[image, y, x] and valid[image, v, u]
                 ):
                     continue
-                if affinity_of(picture, (y, x), (v, u)) < threshold:
+                if affinity_of(image, (y, x), (v, u)) < threshold:
                     continue
                 p, q = logits[t, y, x].sigmoid(), logits[t, v, u].sigmoid()
                 total = total - torch.log(p * q + (1 - p) * (1 - q))
@@ -177,7 +177,7 @@ def brute_force_pairwise(logits, boxes, pictures, affinity_of, valid, threshold)
 
 def test_pairwise_loss_and_gradient():
     boxes = list(BOXES.values())
-    pictures = [0] * 4 + [1] * 3
+    images = [0] * 4 + [1] * 3
     targets = flat(boxes[:4], boxes[4:])
     generator = torch.Generator().manual_seed(4)
     images = torch.rand(2, 3, 4 * HEIGHT, 4 * WIDTH, generator=generator) * 40
@@ -194,11 +194,11 @@ def test_pairwise_loss_and_gradient():
     pooled = images.double().view(2, 3, HEIGHT, 4, WIDTH, 4).mean((3, 5)) / 255
     lab = rgb2lab(pooled.permute(0, 2, 3, 1).numpy())
 
-    def affinity_of(picture, i, j):
-        return math.exp(-np.linalg.norm(lab[picture][i] - lab[picture][j]) / 2)
+    def affinity_of(image, i, j):
+        return math.exp(-np.linalg.norm(lab[image][i] - lab[image][j]) / 2)
 
     expected, expected_numbers = brute_force_pairwise(
-        logits[0], boxes, pictures, affinity_of, valid, threshold
+        logits[0], boxes, images, affinity_of, valid, threshold
     )
     assert numbers.tolist() == expected_numbers
     assert 0 < sum(expected_numbers) < sum(8 * len(owned(box)) for box in boxes)
@@ -279,8 +279,8 @@ def brute_force_box_cost(a, b):
 def test_matcher_finds_the_cheapest_assignment(box_weight):
     generator = torch.Generator().manual_seed(6)
     layers, queries = 2, 5
-    pictures = [list(BOXES.values())[:3], [], list(BOXES.values())[3:]]
-    targets = flat(*pictures)
+    images = [list(BOXES.values())[:3], [], list(BOXES.values())[3:]]
+    targets = flat(*images)
     logits = torch.randn(layers, 3, queries, 4, generator=generator)
     masks = torch.randn(layers, 3, queries, HEIGHT, WIDTH, generator=generator) * 3 - 4
     masks[0, 0, 0] = -9.0  # an empty mask
@@ -289,12 +289,12 @@ def test_matcher_finds_the_cheapest_assignment(box_weight):
     assert match.matched.all()
     for layer in range(layers):
         start = 0
-        for picture, boxes in enumerate(pictures):
+        for image, boxes in enumerate(images):
             cost = np.array(
                 [
                     [
                         brute_force_cost(
-                            logits[layer, picture, q], masks[layer, picture, q], box, t % 3, weights
+                            logits[layer, image, q], masks[layer, image, q], box, t % 3, weights
                         )
                         for t, box in enumerate(boxes)
                     ]

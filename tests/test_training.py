@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL
 
 from sim_m2f.cli import main
 from sim_m2f.data.shapes import cached_shapes
-from sim_m2f.engine.checkpoint import point_to
+from sim_m2f.weights.checkpoint import point_to
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.supervision.criterion import build_criterion
@@ -42,8 +42,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return checkpoint(output)["model"]
 
 
-def few_pictures(folder: Path, split: str, count: int) -> dict:
-    """The first pictures of the embedded set as a data set of its own."""
+def few_images(folder: Path, split: str, count: int) -> dict:
+    """The first images of the embedded set as a data set of its own."""
     source = cached_shapes()
     data = json.loads((source / f"annotations/{split}.json").read_text())
     data["images"] = data["images"][:count]
@@ -68,7 +68,7 @@ def as_data_set(data: dict, path: Path, split: str) -> list[str]:
 def few(small_cfg, tmp_path):
     """The small network on 12 training and 3 validation shapes."""
     for split, name, count in (("train", "train", 12), ("test", "val", 3)):
-        data = few_pictures(tmp_path / "data", name, count)
+        data = few_images(tmp_path / "data", name, count)
         small_cfg.merge_from_list(as_data_set(data, tmp_path / f"data/{split}.json", split))
     return small_cfg
 
@@ -178,7 +178,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
 def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
     settings = ("SOLVER.MAX_ITER", 20)
     expected = train_losses(train(few, *settings))
-    data = few_pictures(tmp_path / "data", "train", 12)
+    data = few_images(tmp_path / "data", "train", 12)
     for annotation in data["annotations"]:
         if damage == "deleted":
             del annotation["segmentation"]
@@ -219,7 +219,7 @@ def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
     assert len(results[0]) == len(results[1])
 
 
-def test_a_short_run_of_the_coco_recipe_on_real_pictures(coco_root, tmp_path):
+def test_a_short_run_of_the_coco_recipe_on_real_images(coco_root, tmp_path):
     overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "INPUT.IMAGE_SIZE", "128", "INPUT.MIN_SIZE_TEST", "128"]
     overrides += ["MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
     command = [

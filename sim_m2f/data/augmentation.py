@@ -2,17 +2,16 @@
 
 A sample is a dict {"image": Image (3, H, W) uint8, "boxes": BoundingBoxes (N, 4) xyxy, "labels": (N,) int64,
 "valid": Mask (H, W) uint8, "masks": Mask (N, H, W) uint8 for mask supervision only}. Of torchvision's own
-transforms, ScaleJitter and Resize round down (narrow pictures to nothing) and RandomCrop pads on all sides.
+transforms, ScaleJitter and Resize round down (narrow images to nothing) and RandomCrop pads on all sides.
 """
 
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from sim_m2f.errors import UserError
+from sim_m2f.config import CfgNode
 
 FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip, "none": v2.Identity}
 MIN_BOX = 1.0  # a box thinner than this many pixels after the crop is dropped
@@ -80,23 +79,13 @@ def drop_thin_boxes(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_augmentation(cfg: CfgNode) -> v2.Transform:
-    """Flip, jitter and crop as INPUT.* says; draws from torch's global random state.
-
-    Raises:
-        UserError: INPUT.RANDOM_FLIP is unknown, or sizes or scales are out of range.
-    """
-    flip, low, high = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
+    """Flip, jitter and crop as INPUT.* says; draws from torch's global random state."""
     size = cfg.INPUT.IMAGE_SIZE
-    if flip not in FLIPS:
-        raise UserError(f"INPUT.RANDOM_FLIP is {flip!r}; use one of {', '.join(FLIPS)}")
-    if size < 1:
-        raise UserError(f"INPUT.IMAGE_SIZE is {size}; use a positive number of pixels")
-    if not 0 < low <= high:
-        raise UserError(f"INPUT.MIN_SCALE is {low}, INPUT.MAX_SCALE {high}; use 0 < MIN_SCALE <= MAX_SCALE")
-    return v2.Compose([FLIPS[flip](), LargeScaleJitter(size, low, high), CropToFit(size), drop_thin_boxes])
+    jitter = LargeScaleJitter(size, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE)
+    return v2.Compose([FLIPS[cfg.INPUT.RANDOM_FLIP](), jitter, CropToFit(size), drop_thin_boxes])
 
 
-def test_augmentation(cfg: CfgNode) -> v2.Transform:
+def eval_augmentation(cfg: CfgNode) -> v2.Transform:
     """Resize as INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST say; MIN_SIZE_TEST 0 keeps the size."""
     if cfg.INPUT.MIN_SIZE_TEST == 0:
         return v2.Identity()

@@ -8,8 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvcore.common.config import CfgNode
-
+from sim_m2f.config import CfgNode
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.errors import UserError
 
@@ -20,7 +19,7 @@ class DatasetSource:
 
     name: str
     annotations: Path
-    images: Path
+    image_root: Path
 
 
 COCO = {
@@ -66,7 +65,7 @@ def train_sources(cfg: CfgNode) -> list[DatasetSource]:
     return _sources(cfg, "TRAIN")
 
 
-def test_sources(cfg: CfgNode) -> list[DatasetSource]:
+def eval_sources(cfg: CfgNode) -> list[DatasetSource]:
     """What to evaluate on, as ``train_sources`` with TEST for TRAIN."""
     return _sources(cfg, "TEST")
 
@@ -79,7 +78,7 @@ def _sources(cfg: CfgNode, split: str) -> list[DatasetSource]:
     if annotations or images:
         missing = f"DATASETS.{split}_" + ("IMAGES" if annotations else "ANNOTATIONS")
         raise UserError(
-            f"{missing} is not set; a data set of your own needs its JSON and its folder of pictures"
+            f"{missing} is not set; a data set of your own needs its JSON and its folder of images"
         )
     if not cfg.DATASETS[split]:
         raise UserError(

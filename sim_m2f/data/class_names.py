@@ -6,7 +6,7 @@ from pathlib import Path
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import COCO, test_sources
+from sim_m2f.data.catalog import COCO, eval_sources
 from sim_m2f.data.coco import load_json
 from sim_m2f.errors import UserError
 
@@ -20,7 +20,7 @@ def class_names(cfg: CfgNode) -> list[str]:
     """
     number = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     try:
-        categories = load_json(test_sources(cfg)[0].annotations)["categories"]
+        categories = load_json(eval_sources(cfg)[0].annotations)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):
         names = coco_names() if set(cfg.DATASETS.TEST) <= set(COCO) else []

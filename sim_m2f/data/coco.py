@@ -19,18 +19,18 @@ from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError
 
 MAX_LINES = 20  # problems that one error tells one by one
-TOLERANCE = 1.0  # a box may reach this many pixels beyond its picture; it is clipped
+TOLERANCE = 1.0  # a box may reach this many pixels beyond its image; it is clipped
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and the N objects on it that are targets (no crowd regions, no boxes of zero area)."""
+class ImageRecord:
+    """One image and the N objects on it that are targets (no crowd regions, no boxes of zero area)."""
 
     id: int
     file_name: str
     height: int
     width: int
-    boxes: np.ndarray  # (N, 4) float64 xyxy, pixels of the picture, within it
+    boxes: np.ndarray  # (N, 4) float64 xyxy, pixels of the image, within it
     labels: np.ndarray  # (N,) int64, 0..C-1
     annotation_ids: list[int]
     segmentations: list[Any] | None  # as in the JSON; None: not read
@@ -42,8 +42,8 @@ class CocoData:
 
     name: str
     annotations_file: Path
-    images: Path
-    pictures: list[Picture]
+    image_root: Path
+    images: list[ImageRecord]
     category_ids: list[int]  # (C,) the JSON's category id of each class
     class_names: list[str]
     has_annotations: bool  # False for a JSON without the key, such as COCO's test-dev
@@ -58,7 +58,7 @@ def read_coco(source: DatasetSource, read_masks: bool) -> CocoData:
         read_masks: keep the segmentations and check them; if False they are never looked at.
 
     Raises:
-        UserError: one line for each problem of the JSON or missing picture, 20 lines at the most.
+        UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
     data, problems = inspect_coco(source, read_masks)
     if problems:
@@ -77,13 +77,13 @@ def inspect_coco(source: DatasetSource, read_masks: bool) -> tuple[CocoData, lis
     reader = _Reader(source, read_masks)
     categories = {item["id"]: item["name"] for item in reader.records(content, "categories")}
     images = {item["id"]: item for item in reader.records(content, "images")}
-    reader.report_missing_pictures(images)
+    reader.report_missing_images(images)
     objects = reader.objects(content, images, sorted(categories))
     data = CocoData(
         name=source.name,
         annotations_file=source.annotations,
-        images=source.images,
-        pictures=[_picture(item, objects[item["id"]], read_masks) for item in images.values()],
+        image_root=source.image_root,
+        images=[_record(item, objects[item["id"]], read_masks) for item in images.values()],
         category_ids=sorted(categories),
         class_names=[categories[category] for category in sorted(categories)],
         has_annotations="annotations" in content,
@@ -125,8 +125,8 @@ class _Object(NamedTuple):
     segmentation: Any
 
 
-def _picture(image: dict[str, Any], objects: list[_Object], read_masks: bool) -> Picture:
-    return Picture(
+def _record(image: dict[str, Any], objects: list[_Object], read_masks: bool) -> ImageRecord:
+    return ImageRecord(
         id=image["id"],
         file_name=image["file_name"],
         height=image["height"],
@@ -202,12 +202,12 @@ class _Reader:
             seen.add(item["id"])
             yield item
 
-    def report_missing_pictures(self, images: dict[int, dict[str, Any]]) -> None:
+    def report_missing_images(self, images: dict[int, dict[str, Any]]) -> None:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
-        root = self.source.images
+        root = self.source.image_root
         if not root.is_dir():
             where = "check DATASETS.* and $DETECTRON2_DATASETS"
-            self.problems.append(f"{root}: no such folder of pictures; {where}")
+            self.problems.append(f"{root}: no such folder of images; {where}")
             return
         listed: dict[Path, dict[str, bool]] = {}
         for image in images.values():
@@ -218,12 +218,12 @@ class _Reader:
             if is_folder is None:
                 self.report(f"image id {image['id']}", f"{path} is missing; add it or remove the record")
             elif is_folder:
-                self.report(f"image id {image['id']}", f"{path} is a folder, not a picture; replace it")
+                self.report(f"image id {image['id']}", f"{path} is a folder, not an image; replace it")
 
     def objects(
         self, content: dict[str, Any], images: dict[int, dict[str, Any]], category_ids: list[int]
     ) -> dict[int, list[_Object]]:
-        """The targets of each picture, by image id."""
+        """The targets of each image, by image id."""
         labels = {category: label for label, category in enumerate(category_ids)}
         objects: dict[int, list[_Object]] = {image: [] for image in images}
         for item in self.records(content, "annotations"):
@@ -266,7 +266,7 @@ def _list_folder(folder: Path) -> dict[str, bool]:
 
 
 def box_problem(bbox: Any, height: int, width: int) -> str | None:
-    """What is wrong with a COCO box [x, y, width, height] on a picture of this size, if anything."""
+    """What is wrong with a COCO box [x, y, width, height] on an image of this size, if anything."""
     if not isinstance(bbox, list) or len(bbox) != 4 or any(type(value) not in (int, float) for value in bbox):
         return "is not four numbers; write [x, y, width, height]"
     if not all(abs(value) < 1e9 for value in bbox):
@@ -275,12 +275,12 @@ def box_problem(bbox: Any, height: int, width: int) -> str | None:
     if w < 0 or h < 0:
         return "has a negative size; write [x, y, width, height]"
     if x < -TOLERANCE or y < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
-        return f"reaches out of its picture, {width} x {height}; correct it"
+        return f"reaches out of its image, {width} x {height}; correct it"
     return None
 
 
 def clipped_xyxy(bbox: list[float], height: int, width: int) -> list[float]:
-    """A COCO box as [x1, y1, x2, y2], clipped to its picture."""
+    """A COCO box as [x1, y1, x2, y2], clipped to its image."""
     x, y, w, h = bbox
     return [
         min(max(x, 0.0), width),

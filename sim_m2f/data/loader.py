@@ -7,16 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
-from sim_m2f.data.dataset import Sample, TestDataset, TrainDataset
+from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.errors import UserError
-
-Batch = dict[str, Any]
+from sim_m2f.structures import Batch, Sample
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -53,15 +52,11 @@ def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_si
         rank, world_size: this process among all; they divide the global batch, in order.
 
     Raises:
-        UserError: the data or the configuration are wrong; while iterating, a picture cannot be decoded.
+        UserError: the data or the configuration are wrong; while iterating, an image cannot be decoded.
     """
     batch_size = cfg.SOLVER.IMS_PER_BATCH
-    if batch_size < 1 or batch_size % world_size:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}; use a positive multiple of the {world_size} ranks"
-        )
-    if cfg.SEED < 0:
-        raise UserError(f"SEED is {cfg.SEED}; use a number of at least 0")
+    if batch_size % world_size:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use a multiple of the {world_size} ranks")
     data = [read_coco(source, cfg.MODEL.SIM.SUPERVISION == "mask") for source in train_sources(cfg)]
     check_classes(cfg, data)
     if rank == 0:
@@ -73,32 +68,30 @@ def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_si
     )
 
 
-def test_loader(
+def eval_loader(
     cfg: CfgNode,
     source: DatasetSource,
-    rank: int = 0,  # noqa: PT028
-    world_size: int = 1,  # noqa: PT028
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
-    """One picture a batch (see ``collate``): pictures rank, rank + world_size, ... of a data set, each once.
+    """One image a batch (see ``collate``): images rank, rank + world_size, ... of a data set, each once.
 
     ``loader.dataset.data`` is its CocoData.
 
     Raises:
-        UserError: the data are wrong; while iterating, a picture cannot be decoded.
+        UserError: the data are wrong; while iterating, an image cannot be decoded.
     """
     data = read_coco(source, read_masks=False)
     check_classes(cfg, [data])
-    dataset = TestDataset(cfg, data)
+    dataset = EvalDataset(cfg, data)
     own = range(rank, len(dataset), world_size)
     return CleanErrorLoader(dataset, sampler=own, **_loader_options(cfg, least_size=1))
 
 
 def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
-    workers, divisor = cfg.DATALOADER.NUM_WORKERS, cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-    if workers < 0:
-        raise UserError(f"DATALOADER.NUM_WORKERS is {workers}; use a number of at least 0")
+    divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
     return {
-        "num_workers": workers,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
         "collate_fn": partial(collate, least_size=least_size, divisor=divisor),
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # else making an iterator draws from the global random state
@@ -115,9 +108,9 @@ def collate(samples: list[Sample], least_size: int = 1, divisor: int = 32) -> Ba
 
     Returns:
         {"images": (B, 3, H, W) float32 normalised, 0 on padding,
-        "targets": for each picture {"labels": (N,) int64, "boxes": (N, 4) float32 xyxy in pixels of the
+        "targets": for each image {"labels": (N,) int64, "boxes": (N, 4) float32 xyxy in pixels of the
         padded input, "valid": (H, W) bool, False on padding and on the lowest INPUT.BOTTOM_ROWS rows of the
-        original picture, "masks": (N, H, W) bool, for mask supervision only},
+        original image, "masks": (N, H, W) bool, for mask supervision only},
         "image_ids": list of int, "image_sizes": list of (h, w) before padding,
         "original_sizes": list of (h, w) in the JSON}
     """
@@ -170,7 +163,7 @@ def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
 def print_notes(data: list[CocoData]) -> None:
     """Tell on stderr what the training data hold that is not trained on."""
     for part in data:
-        empty = sum(not len(picture.labels) for picture in part.pictures)
+        empty = sum(not len(image.labels) for image in part.images)
         if part.zero_area or empty:
-            left_out = f"{part.zero_area} boxes of zero area and {empty} pictures without an object"
+            left_out = f"{part.zero_area} boxes of zero area and {empty} images without an object"
             print(f"{part.name}: left out {left_out}", file=sys.stderr)

@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
-    """What is wrong with the form of a segmentation on a picture of this size, if anything."""
+    """What is wrong with the form of a segmentation on an image of this size, if anything."""
     if segmentation is None:
         return "is missing; add it, or train from boxes (MODEL.SIM.SUPERVISION box)"
     if isinstance(segmentation, list):
@@ -16,12 +16,12 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
         if any(
             _is_far_out(points[0::2], width) or _is_far_out(points[1::2], height) for points in segmentation
         ):
-            return f"has points far outside of its picture, {width} x {height}; correct it"
+            return f"has points far outside of its image, {width} x {height}; correct it"
         return None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return "is neither a list of polygons nor an RLE with size and counts; correct it"
     if segmentation["size"] != [height, width]:
-        return f"has size {segmentation['size']}, its picture [{height}, {width}]; correct it"
+        return f"has size {segmentation['size']}, its image [{height}, {width}]; correct it"
     counts = segmentation["counts"]
     if isinstance(counts, list):
         if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
@@ -41,7 +41,7 @@ def _is_polygon(points: Any) -> bool:
 
 
 def _is_far_out(positions: list[float], extent: int) -> bool:
-    """More than one picture away, where pycocotools would run out of memory."""
+    """More than one image away, where pycocotools would run out of memory."""
     return min(positions) < -extent or max(positions) > 2 * extent
 
 
@@ -61,6 +61,12 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         if sum(runs) != height * width or min(runs) < 0:  # pycocotools would leave pixels undefined
             raise ValueError(f"its runs do not add up to {height} x {width} pixels")
     return coco_mask.decode(rle)
+
+
+def encode_masks(masks: np.ndarray) -> list[dict[str, Any]]:
+    """Masks (K, H, W) bool as COCO's compressed RLE: {"size": [H, W], "counts": text} each."""
+    encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
 
 def run_lengths(counts: str) -> list[int]:

@@ -1,7 +1,7 @@
-"""The embedded data set ``shapes``: procedural pictures as COCO JSON and PNG, the same from every run.
+"""The embedded data set ``shapes``: procedural images as COCO JSON and PNG, the same from every run.
 
 Eight classes that their boxes fit badly, before cluttered backgrounds. Masks are modal: an object owns the
-pixels that no later object covers. So that hard subsets can be scored apart, a picture has ``tags`` (some of
+pixels that no later object covers. So that hard subsets can be scored apart, an image has ``tags`` (some of
 "camouflage", "same_class_overlap", "same_colour") and an annotation ``camouflage`` (true or false).
 """
 
@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
 from sim_m2f.data import shapes_paint as paint
+from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, cache_folder
 
 VERSION = "shapes-v1"
 SPLITS = {"train": 2000, "val": 200}
@@ -30,7 +30,7 @@ CLASSES = tuple(paint.OUTLINES)
 
 DIAMETER = (36, 84)  # of the circle around an object, pixels
 CAMOUFLAGED = 0.08  # share of the objects that are placed freely
-SAME_CLASS_OVERLAP, SAME_COLOUR = 0.1, 0.1  # shares of the pictures; free placement adds to the first
+SAME_CLASS_OVERLAP, SAME_COLOUR = 0.1, 0.1  # shares of the images; free placement adds to the first
 MIN_VISIBLE_SHARE, MIN_VISIBLE_PIXELS = 0.35, 60
 TRIES = 40  # placements that are tried before an object is left out
 
@@ -44,7 +44,7 @@ class Thing:
     diameter: float
     alpha: np.ndarray  # share of each pixel that it covers, float in 0..1
     visible: np.ndarray  # what no later object hides, bool
-    area: float  # of the whole shape, also beyond the picture's edge
+    area: float  # of the whole shape, also beyond the image's edge
     colour: np.ndarray | None = None  # RGB; None: camouflaged
 
     @property
@@ -65,7 +65,7 @@ def make_thing(rng: np.random.Generator, label: int, centre: np.ndarray, diamete
 
 
 class Scene:
-    """A picture while it is painted: each object over the earlier ones, none of which may vanish under it."""
+    """An image while it is painted: each object over the earlier ones, none of which may vanish under it."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -164,40 +164,40 @@ def annotate(thing: Thing, image_id: int) -> dict:
     """The thing as a COCO annotation, without its id."""
     rows, columns = np.flatnonzero(thing.visible.any(axis=1)), np.flatnonzero(thing.visible.any(axis=0))
     left, top = int(columns[0]), int(rows[0])
-    rle = coco_mask.encode(np.asfortranarray(thing.visible.astype(np.uint8)))
+    (segmentation,) = encode_masks(thing.visible[None])
     return {
         "image_id": image_id,
         "category_id": int(thing.label) + 1,
         "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
         "area": int(thing.visible.sum()),
         "iscrowd": 0,
-        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        "segmentation": segmentation,
         "camouflage": thing.colour is None,
     }
 
 
-def write_picture(folder: Path, split: str, number: int) -> tuple[dict, list[dict]]:
-    """Paint picture ``number`` (from 1) of a split; returns its COCO record and annotations."""
+def write_image(folder: Path, split: str, number: int) -> tuple[dict, list[dict]]:
+    """Paint image ``number`` (from 1) of a split; returns its COCO record and annotations."""
     scene = make_scene(np.random.default_rng([list(SPLITS).index(split), number]))
     name = f"{number:06d}.png"
     pixels = np.clip(np.rint(scene.canvas), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / split / name, compress_level=1)
     size = {"width": paint.SIZE, "height": paint.SIZE}
-    picture = {"id": number, "file_name": name, **size, "tags": scene.tags()}
-    return picture, [annotate(thing, number) for thing in scene.things]
+    image = {"id": number, "file_name": name, **size, "tags": scene.tags()}
+    return image, [annotate(thing, number) for thing in scene.things]
 
 
 def write_split(folder: Path, split: str) -> None:
     (folder / split).mkdir(parents=True)
     numbers = range(1, SPLITS[split] + 1)
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        written = pool.map(partial(write_picture, folder, split), numbers, chunksize=25)
-        results = list(tqdm(written, f"shapes {split}", len(numbers), unit="picture", disable=None))
+        written = pool.map(partial(write_image, folder, split), numbers, chunksize=25)
+        results = list(tqdm(written, f"shapes {split}", len(numbers), unit="image", disable=None))
     annotations = [annotation for _, found in results for annotation in found]
     data = {
         "info": {"description": f"{VERSION} {split}"},
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
-        "images": [picture for picture, _ in results],
+        "images": [image for image, _ in results],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
     }
     with atomic_write(folder / "annotations" / f"{split}.json") as file:
@@ -235,5 +235,4 @@ def write_shapes(folder: str | Path) -> Path:
 
 def cached_shapes() -> Path:
     """The set's folder in the cache, ``$SIM_M2F_CACHE`` (default ~/.cache/sim_m2f); written on first use."""
-    cache = Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
-    return write_shapes(cache / VERSION)
+    return write_shapes(cache_folder() / VERSION)

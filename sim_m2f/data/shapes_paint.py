@@ -1,4 +1,4 @@
-"""How the pictures of the shapes set are painted: outlines of the classes, fills, backgrounds.
+"""How the images of the shapes set are painted: outlines of the classes, fills, backgrounds.
 
 Every random choice comes from the numpy Generator that is passed in. Colours are float32 RGB in 0..255,
 canvases (SIZE, SIZE, 3) float32, positions in pixels (x to the right, y down).
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import hsv_to_rgb
 from PIL import Image, ImageDraw
 
-SIZE = 128  # width and height of a picture, pixels
+SIZE = 128  # width and height of an image, pixels
 SUPERSAMPLING = 4
 Y, X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5  # centres of the pixels
 

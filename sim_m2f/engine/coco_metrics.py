@@ -36,10 +36,10 @@ def load_truth(annotations_file: str | Path) -> COCO:
     score depends on their ids.
 
     Raises:
-        UserError: a segmentation cannot be read, or is not of its picture's size; names file and annotation.
+        UserError: a segmentation cannot be read, or is not of its image's size; names file and annotation.
     """
     dataset = json.loads(Path(annotations_file).read_bytes())
-    truth = _coco(dataset)
+    truth = index(dataset)
     for number, annotation in enumerate(dataset["annotations"], start=1):
         if annotation.get("segmentation"):
             annotation["segmentation"] = _rle(truth, annotation, annotations_file)
@@ -49,7 +49,7 @@ def load_truth(annotations_file: str | Path) -> COCO:
             annotation["area"] = float(mask_utils.area(segmentation)) if segmentation else width * height
         annotation.setdefault("iscrowd", 0)
         annotation["id"] = number
-    return _coco(dataset)
+    return index(dataset)
 
 
 def _is_number(value: Any) -> bool:
@@ -68,7 +68,7 @@ def score(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
     Args:
         truth: the annotations, from ``load_truth``.
         results: entries with image_id, category_id, score, segmentation (compressed RLE) and bbox (x, y,
-            width, height in pixels of the picture). As pycocotools has it, a detection with a ``bbox`` is
+            width, height in pixels of the image). As pycocotools has it, a detection with a ``bbox`` is
             small, medium or large by the area of its box, an annotation by its ``area``.
 
     Returns:
@@ -134,7 +134,7 @@ def _rle(truth: COCO, annotation: dict[str, Any], annotations_file: str | Path) 
     return truth.annToRLE(annotation)
 
 
-def _coco(dataset: dict[str, Any]) -> COCO:
+def index(dataset: dict[str, Any]) -> COCO:
     """An index over a data set in memory, without pycocotools' messages."""
     coco = COCO()
     coco.dataset = dataset
@@ -146,7 +146,7 @@ def _coco(dataset: dict[str, Any]) -> COCO:
 def _detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
     """What ``truth.loadRes`` makes of the results; it cannot take an empty list."""
     if not results:
-        return _coco({**truth.dataset, "annotations": []})
+        return index({**truth.dataset, "annotations": []})
     with contextlib.redirect_stdout(io.StringIO()):
         return truth.loadRes(results)
 
@@ -159,7 +159,7 @@ def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) 
         evaluation.summarize()
     metrics = dict(zip((f"{kind}/{name}" for name in SUMMARY), evaluation.stats[:6], strict=True))
     for index, category_id in enumerate(evaluation.params.catIds):
-        # (IoU, recall) of this class for objects of all sizes and 100 detections per picture
+        # (IoU, recall) of this class for objects of all sizes and 100 detections per image
         precision = evaluation.eval["precision"][:, :, index, 0, -1]
         known = precision[precision > -1]
         metrics[f"{kind}/AP-{truth.cats[category_id]['name']}"] = known.mean() if known.size else -1

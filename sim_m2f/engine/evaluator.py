@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sim_m2f.data.coco import CocoData
+from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
@@ -29,18 +29,18 @@ METRICS_FILE = "inference/metrics.json"
 def evaluate(
     model: nn.Module, loader: DataLoader, output_dir: str | Path, *, accelerator: Accelerator, top_k: int
 ) -> dict[str, float]:
-    """Detect instances in every picture of a test set and score them as COCO does.
+    """Detect instances in every image of a test set and score them as COCO does.
 
     Writes ``output_dir``/inference/coco_instances_results.json and, where the data have annotations,
     inference/metrics.json (null for NaN), and prints the tables. All ranks call it, each with its own share
-    of the pictures; the first one writes and prints.
+    of the images; the first one writes and prints.
 
     Args:
         model: the network, wrapped by accelerate or not; its modes (train or eval) are as before afterwards.
-        loader: batches of ``sim_m2f.data.loader.test_loader``; over all ranks each picture exactly once.
+        loader: batches of ``sim_m2f.data.loader.eval_loader``; over all ranks each image exactly once.
         output_dir: folder of the run.
         accelerator: device, precision and ranks.
-        top_k: most detections per picture.
+        top_k: most detections per image.
 
     Returns:
         on every rank, the metrics of ``coco_metrics.score``; empty when the data have no annotations.
@@ -48,7 +48,7 @@ def evaluate(
     Raises:
         UserError: a score is not a finite number, an annotated segmentation cannot be read, or a file cannot
             be written.
-        ValueError: the detections do not fit the pictures or the classes, or a picture came twice or never.
+        ValueError: the detections do not fit the images or the classes, or an image came twice or never.
     """
     data: CocoData = loader.dataset.data
     output_dir = Path(output_dir)
@@ -58,7 +58,7 @@ def evaluate(
     seen, results = gather_object(seen), gather_object(results)
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
-        results = _in_order(results, seen, [picture.id for picture in data.pictures])
+        results = _in_order(results, seen, [image.id for image in data.images])
         with atomic_write(output_dir / RESULTS_FILE) as file:
             json.dump(results, file)
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -73,21 +73,21 @@ def evaluate(
 def _detect(
     model: nn.Module, loader: DataLoader, category_ids: list[int], accelerator: Accelerator, top_k: int
 ) -> tuple[list[int], list[dict[str, Any]]]:
-    """This rank's picture ids and detections."""
+    """This rank's image ids and detections."""
     # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
     network = accelerator.unwrap_model(model)
     seen: list[int] = []
     results: list[dict[str, Any]] = []
     shown = accelerator.is_local_main_process
-    progress = tqdm(loader, "evaluate", unit="picture", mininterval=1.0, disable=not shown, leave=False)
+    progress = tqdm(loader, "evaluate", unit="image", mininterval=1.0, disable=not shown, leave=False)
     with torch.no_grad(), evaluation_mode(network):
         for batch in progress:
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
             found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
-            pictures = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
-            for image_id, size, instances in pictures:
+            images = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
+            for image_id, size, instances in images:
                 seen.append(image_id)
                 results += encode(image_id, size, instances, category_ids)
     return seen, results
@@ -96,42 +96,42 @@ def _detect(
 def encode(
     image_id: int, size: tuple[int, int], instances: dict[str, Tensor], category_ids: list[int]
 ) -> list[dict[str, Any]]:
-    """The instances of one picture as entries of COCO's results format.
+    """The instances of one image as entries of COCO's results format.
 
     Args:
-        image_id: id of the picture.
-        size: height and width of the picture.
-        instances: "scores" (K,), "labels" (K,) from 0 on, "masks" (K, H, W) bool at the picture's size.
+        image_id: id of the image.
+        size: height and width of the image.
+        instances: "scores" (K,), "labels" (K,) from 0 on, "masks" (K, H, W) bool at the image's size.
         category_ids: COCO's category id of each label.
 
     Returns:
         K entries: image_id, category_id, score, segmentation (RLE, counts as text) and bbox, the box around
-        the mask as x, y, width, height in pixels of the picture (zeros for an empty mask).
+        the mask as x, y, width, height in pixels of the image (zeros for an empty mask).
 
     Raises:
         UserError: a score is not a finite number.
-        ValueError: masks, scores and labels do not belong to one picture of this size and to these classes.
+        ValueError: masks, scores and labels do not belong to one image of this size and to these classes.
     """
     masks, scores, labels = instances["masks"], instances["scores"].tolist(), instances["labels"].tolist()
     if not all(math.isfinite(score) for score in scores):
         raise UserError(
-            f"picture {image_id}: a score is not a finite number: broken weights, or training has diverged; "
+            f"image {image_id}: a score is not a finite number: broken weights, or training has diverged; "
             "start from an earlier checkpoint or lower SOLVER.BASE_LR"
         )
     if masks.dtype != torch.bool or tuple(masks.shape) != (len(scores), *size) or len(labels) != len(scores):
         raise ValueError(
-            f"picture {image_id}: {masks.dtype} masks of shape {tuple(masks.shape)}, {len(labels)} labels; "
+            f"image {image_id}: {masks.dtype} masks of shape {tuple(masks.shape)}, {len(labels)} labels; "
             f"expected bool masks of shape {(len(scores), *size)} and as many labels"
         )
     if any(not 0 <= label < len(category_ids) for label in labels):
-        raise ValueError(f"picture {image_id}: a label is outside 0..{len(category_ids) - 1}")
-    encoded = mask_utils.encode(np.asfortranarray(masks.permute(1, 2, 0).to("cpu", torch.uint8).numpy()))
+        raise ValueError(f"image {image_id}: a label is outside 0..{len(category_ids) - 1}")
+    encoded = encode_masks(masks.cpu().numpy())
     return [
         {
             "image_id": image_id,
             "category_id": category_ids[label],
             "score": score,
-            "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
+            "segmentation": rle,
             "bbox": mask_utils.toBbox(rle).tolist(),
         }
         for label, score, rle in zip(labels, scores, encoded, strict=True)
@@ -151,10 +151,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _in_order(results: list[dict[str, Any]], seen: list[int], image_ids: list[int]) -> list[dict[str, Any]]:
-    """The detections in the order of the pictures, so that the file is the same for any number of ranks."""
+    """The detections in the order of the images, so that the file is the same for any number of ranks."""
     if sorted(seen) != sorted(image_ids):
         raise ValueError(
-            f"evaluation saw {len(seen)} pictures ({len(set(seen))} different) of {len(image_ids)}"
+            f"evaluation saw {len(seen)} images ({len(set(seen))} different) of {len(image_ids)}"
         )
     place = {image_id: index for index, image_id in enumerate(image_ids)}
     return sorted(results, key=lambda entry: place[entry["image_id"]])
@@ -164,7 +164,7 @@ def _report(metrics: dict[str, float], data: CocoData, output_dir: Path) -> None
     if "segm/AP" not in metrics:
         tqdm.write(f"{data.annotations_file}: annotations without segmentation, so only boxes are scored")
     tables = coco_metrics.format_tables(metrics, data.class_names)
-    tqdm.write(f"\n{data.name}, {len(data.pictures)} pictures\n{tables}\n")
+    tqdm.write(f"\n{data.name}, {len(data.images)} images\n{tables}\n")
     with atomic_write(output_dir / METRICS_FILE) as file:
         json.dump(
             {name: None if math.isnan(value) else value for name, value in metrics.items()}, file, indent=1

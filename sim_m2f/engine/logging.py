@@ -1,4 +1,4 @@
-"""What a run tells while it goes: a progress bar, ``metrics.jsonl`` and TensorBoard."""
+"""What a run tells while it goes: a progress bar, ``metrics.jsonl`` and accelerate's trackers."""
 
 import json
 import math
@@ -8,48 +8,68 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.files import atomic_write
 
+Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
+
 
 class MetricsLogger:
-    """Appends to OUTPUT_DIR/metrics.jsonl (detectron2's keys) and to TensorBoard's files.
+    """Appends to OUTPUT_DIR/metrics.jsonl (detectron2's keys) and to the trackers that TRACKERS names.
 
     Args:
         output_dir: the run's folder.
-        start: the first step to come; what a former run wrote of later steps is dropped, and a line that a
+        start: the first step to come; what a previous run wrote of later steps is dropped, and a line that a
             killed process left unfinished.
+        accelerator: its trackers are started.
     """
 
-    def __init__(self, output_dir: Path, start: int) -> None:
-        self.path = output_dir / "metrics.jsonl"
+    def __init__(self, output_dir: Path, start: int, accelerator: Accelerator) -> None:
+        self.path, self.accelerator = output_dir / "metrics.jsonl", accelerator
         kept = []
         if start and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _iteration(line) < start]
         with atomic_write(self.path) as file:
             file.writelines(f"{line}\n" for line in kept)
-        self.writer = SummaryWriter(str(output_dir), purge_step=start or None)
+        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: the step (0 is the first) and its values; not-a-number is written as null."""
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+        self.accelerator.log(values, step=iteration)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
 
-    def write_picture(self, iteration: int, name: str, picture: Image.Image) -> None:
-        """A picture for TensorBoard alone."""
-        self.writer.add_image(name, np.asarray(picture), iteration, dataformats="HWC")
+    def write_image(self, iteration: int, name: str, image: Image.Image) -> None:
+        """An image for the trackers that take some."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: np.asarray(image)[None]}, step=iteration, **layout)
 
-    def close(self) -> None:
-        self.writer.close()
+
+def read_series(metrics_file: Path) -> Series:
+    """Every finite number of a metrics.jsonl, as {key: {iteration: value}} in the order of the iterations.
+
+    Of an iteration that was logged twice the later value holds; a line that a killed process left unfinished
+    is passed over.
+    """
+    series: Series = {}
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        for key, value in record.items():
+            if isinstance(value, (int, float)) and math.isfinite(value) and "iteration" in record:
+                series.setdefault(key, {})[record["iteration"]] = value
+    return {key: dict(sorted(values.items())) for key, values in series.items()}
 
 
 def _iteration(line: str) -> float:

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.errors import UserError
 from sim_m2f.supervision.schedule import resolve_steps
 
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
@@ -37,10 +36,6 @@ def parameter_groups(model: nn.Module, cfg: CfgNode) -> list[dict]:
 
 def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
     """AdamW over ``parameter_groups``, updated in one fused call."""
-    if cfg.SOLVER.OPTIMIZER != "ADAMW":
-        raise UserError(
-            f"SOLVER.OPTIMIZER: {cfg.SOLVER.OPTIMIZER!r} does not exist here; the only choice is 'ADAMW'"
-        )
     return torch.optim.AdamW(parameter_groups(model, cfg), lr=cfg.SOLVER.BASE_LR, fused=True)
 
 
@@ -57,12 +52,7 @@ def learning_rate_factor(iteration: int, cfg: CfgNode) -> float:
         return warmup * solver.GAMMA**passed
     if solver.LR_SCHEDULER_NAME == "WarmupPolyLR":
         return warmup * max((1 - progress) ** solver.POLY_LR_POWER, solver.POLY_LR_CONSTANT_ENDING)
-    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR":
-        return warmup * 0.5 * (1 + math.cos(math.pi * progress))
-    raise UserError(
-        f"SOLVER.LR_SCHEDULER_NAME: {solver.LR_SCHEDULER_NAME!r} does not exist; "
-        "take WarmupMultiStepLR, WarmupPolyLR or WarmupCosineLR"
-    )
+    return warmup * 0.5 * (1 + math.cos(math.pi * progress))  # WarmupCosineLR
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> torch.optim.lr_scheduler.LambdaLR:

@@ -23,15 +23,16 @@ except ImportError as error:
         "https://github.com/facebookresearch/detectron2"
     ) from error
 
-from sim_m2f.config import CfgNode, get_cfg
-from sim_m2f.engine.checkpoint import load_checkpoint
+from sim_m2f.config import CfgNode, check_choices, get_cfg
 from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
-from sim_m2f.engine.trainer import teaching_terms
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
+from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Detections, Outputs, Target
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.teacher import Teacher
+from sim_m2f.supervision.teacher import Teacher, teacher_terms
+from sim_m2f.weights.checkpoint import load_checkpoint
 
 KEPT = ("MODEL.DEVICE",)  # keys whose default stays detectron2's
 
@@ -65,7 +66,7 @@ class SIMMask2Former(nn.Module):
     returns detectron2's list of {"instances"}.
 
     Raises:
-        UserError: copy-paste is asked for, whose bank of pictures only this project's own trainer keeps, or a
+        UserError: copy-paste is asked for, whose bank of images only this project's own trainer keeps, or a
             loss needs a teacher and there is none.
     """
 
@@ -77,32 +78,34 @@ class SIMMask2Former(nn.Module):
                 "MODEL.SIM.COPY_PASTE works with train_net.py only; under detectron2 set "
                 "MODEL.SIM.COPY_PASTE.ENABLED False"
             )
+        check_choices(cfg)
         self.network = Mask2Former(cfg)
         self.criterion = build_criterion(cfg)
         self.teacher = Teacher(self.network, sim.TEACHER.MOMENTUM) if sim.TEACHER.ENABLED else None
-        self.needs_teacher = bool(teaching_terms(cfg))
-        if self.needs_teacher and self.teacher is None:
-            raise UserError(f"{teaching_terms(cfg)[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")
+        self.needs_teacher = bool(teacher_terms(cfg))
         self.with_masks = sim.SUPERVISION == "mask"
         self.divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
-        self.register_buffer("pixel_mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.pixels = Pixels(cfg)
         self.register_state_dict_post_hook(_numbers_as_tensors)
         self.register_load_state_dict_pre_hook(_tensors_as_numbers)
         self.to(cfg.MODEL.DEVICE)
 
     @property
     def device(self) -> torch.device:
-        return self.pixel_mean.device
+        return self.pixels.mean.device
 
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        normalised = [(item["image"].to(self.device) - self.pixel_mean) / self.pixel_std for item in batch]
+        normalised = [self.pixels.normalise(item["image"].to(self.device)) for item in batch]
         images = ImageList.from_tensors(normalised, self.divisor)
         if self.training:
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
-            taught = self._taught(images.tensor)
-            return self.criterion(self.network(images.tensor), targets, images.tensor, taught)
+            teacher_outputs = self._teacher_outputs(images.tensor)
+            losses, matched = self.criterion(
+                self.network(images.tensor), targets, images.tensor, teacher_outputs
+            )
+            self.criterion.update(matched)
+            return losses
         sizes = [tuple(size) for size in images.image_sizes]
         wanted = [
             (item.get("height", size[0]), item.get("width", size[1]))
@@ -112,14 +115,14 @@ class SIMMask2Former(nn.Module):
         found = instances(outputs, sizes, wanted, self.top_k)
         return [{"instances": _as_instances(one, size)} for one, size in zip(found, wanted, strict=True)]
 
-    def _taught(self, images: Tensor) -> dict[str, Any] | None:
+    def _teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""
         if self.teacher is None:
             return None
         self.teacher.update(self.network)
         return self.teacher(images) if self.needs_teacher else None
 
-    def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> dict[str, Tensor]:
+    def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> Target:
         height, width = annotated.image_size
         valid = torch.zeros(size, dtype=torch.bool)
         valid[:height, :width] = True
@@ -131,7 +134,7 @@ class SIMMask2Former(nn.Module):
         return target
 
 
-def _as_instances(found: dict[str, Tensor], size: tuple[int, int]) -> Detectron2Instances:
+def _as_instances(found: Detections, size: tuple[int, int]) -> Detectron2Instances:
     return Detectron2Instances(
         size,
         pred_masks=found["masks"].float(),

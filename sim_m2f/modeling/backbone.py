@@ -12,10 +12,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
-from sim_m2f.interop.load import COMPUTED, LoadReport
-from sim_m2f.interop.names import BODY
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -55,38 +52,6 @@ class TimmBackbone(nn.Module):
         self.channels = dict(zip(STRIDES, self.body.feature_info.channels(), strict=True))
         self.name = name
         self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
-
-    def load_pretrained(self, name: str) -> LoadReport:
-        """Take timm's pretrained weights ``name``, such as "resnet50.tv_in1k", and print what was loaded.
-
-        They are downloaded once, without timm's classifier, and have to fit completely.
-
-        Raises:
-            UserError: timm has no such weights, they cannot be downloaded, or they are of another backbone.
-        """
-        try:
-            indices = tuple(self.body.feature_info.out_indices)
-            weights = timm.create_model(
-                name, pretrained=True, features_only=True, out_indices=indices
-            ).state_dict()
-        except Exception as error:  # timm's ways of downloading raise errors of many libraries
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"timm://{name}: cannot be loaded ({reason}); set MODEL.WEIGHTS to a file or to ''"
-            ) from error
-        own = self.body.state_dict()
-        unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
-        surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
-        if unfit or surplus:
-            raise UserError(
-                f"timm://{name}: weights of another backbone than {self.name}: {len(unfit)} do not fit, "
-                f"{len(surplus)} are too many (such as {(unfit or surplus)[0]}); check MODEL.BACKBONE"
-            )
-        self.body.load_state_dict({key: weights[key] for key in own})
-        report = LoadReport(f"timm://{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
-        if is_first_rank():
-            print(report)
-        return report
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
@@ -142,10 +107,7 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
 
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:
-    norm = cfg.MODEL.RESNETS.NORM
-    if norm not in NORMS:
-        raise UserError(f"MODEL.RESNETS.NORM: unknown norm {norm!r}; known: {', '.join(NORMS)}")
-    depth = cfg.MODEL.RESNETS.DEPTH
+    norm, depth = cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.DEPTH
     width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS // (1 if depth in BASIC_DEPTHS else 4)
     channels = tuple(width * 2**stage for stage in range(4))
     backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS[norm], channels=channels)

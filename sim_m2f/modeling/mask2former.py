@@ -3,30 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from sim_m2f.config import CfgNode, value_of
-from sim_m2f.errors import UserError
+from sim_m2f.config import CfgNode, validate
 from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.mask_decoder import MaskDecoder
 from sim_m2f.modeling.pixel_decoder import PixelDecoder
-
-# Keys of Mask2Former's files that choose among implementations, and the one that exists here.
-ONLY_CHOICE = {
-    "INPUT.FORMAT": "RGB",
-    "MODEL.RESNETS.STEM_TYPE": "basic",
-    "MODEL.RESNETS.STEM_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.SWIN.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-    "MODEL.SWIN.QKV_BIAS": True,
-    "MODEL.SWIN.APE": False,
-    "MODEL.SWIN.PATCH_NORM": True,
-    "MODEL.META_ARCHITECTURE": "MaskFormer",
-    "MODEL.SEM_SEG_HEAD.NAME": "MaskFormerHead",
-    "MODEL.SEM_SEG_HEAD.NORM": "GN",
-    "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": 4,
-    "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "MSDeformAttnPixelDecoder",
-    "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "MultiScaleMaskedTransformerDecoder",
-    "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": "multi_scale_pixel_decoder",
-}
 
 
 class MaskFormerHead(nn.Module):
@@ -45,7 +25,7 @@ class MaskFormerHead(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Pictures in; class logits and mask logits of every query out.
+    """Images in; class logits and mask logits of every query out.
 
     ``model(images)`` takes (B, 3, H, W) float, normalised with MODEL.PIXEL_MEAN and PIXEL_STD and padded to a
     multiple of 32, and returns::
@@ -60,7 +40,7 @@ class Mask2Former(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.pixel_std = list(cfg.MODEL.PIXEL_STD)  # of its pictures; weights for others are converted
+        self.pixel_std = list(cfg.MODEL.PIXEL_STD)  # of its images; weights for others are converted
         self.backbone = build_backbone(cfg)
         self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
 
@@ -73,12 +53,9 @@ def build_model(cfg: CfgNode) -> Mask2Former:
     """The network that ``cfg.MODEL`` describes, its weights drawn from ``cfg.SEED``, on the CPU.
 
     Raises:
-        UserError: a key asks for something that does not exist.
+        UserError: see ``config.validate``; or timm has no such backbone.
     """
-    for key, only in ONLY_CHOICE.items():
-        value = value_of(cfg, key)
-        if value != only:
-            raise UserError(f"{key}: {value!r} does not exist here; the only choice is {only!r}")
+    validate(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.SEED)
         return Mask2Former(cfg)

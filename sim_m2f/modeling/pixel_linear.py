@@ -1,4 +1,4 @@
-"""Linear layers that all pixels of a picture go through."""
+"""Linear layers that all pixels of an image go through."""
 
 import torch
 import torch.nn.functional as F

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sim_m2f.geometry import extent
+
 STRIDE = 4
 CHUNK = 4  # masks that are brought to full size together
 
@@ -15,18 +17,18 @@ def instances(
     original_sizes: list[tuple[int, int]],
     top_k: int,
 ) -> list[dict[str, Tensor]]:
-    """The best (query, class) pairs of every picture with their masks at the picture's own size.
+    """The best (query, class) pairs of every image with their masks at the image's own size.
 
     A score is the class probability times the mean probability of the mask's pixels.
 
     Args:
         outputs: "pred_logits" (B, Q, C+1) and "pred_masks" (B, Q, h, w) logits at stride 4.
-        image_sizes: height and width of each picture in the network's input, without padding.
+        image_sizes: height and width of each image in the network's input, without padding.
         original_sizes: height and width that the masks are wanted in.
-        top_k: most instances per picture.
+        top_k: most instances per image.
 
     Returns:
-        per picture, best first, {"scores" (K,), "labels" (K,) int64, "masks" (K, H0, W0) bool, "boxes" (K, 4)
+        per image, best first, {"scores" (K,), "labels" (K,) int64, "masks" (K, H0, W0) bool, "boxes" (K, 4)
         xyxy in pixels around the masks, zeros for an empty mask}.
     """
     probabilities = outputs["pred_logits"].float().softmax(-1)[..., :-1]
@@ -62,26 +64,18 @@ def _full_size(
         part = slice(start, start + CHUNK)
         full = vertical.T @ (logits[part] @ horizontal)
         mask = torch.gt(full, 0, out=masks[part])
-        top, bottom = _span(full.amax(2) > 0)
-        left, right = _span(full.amax(1) > 0)
+        top, bottom = extent(full.amax(2) > 0)
+        left, right = extent(full.amax(1) > 0)
         boxes[part] = torch.stack([left, top, right, bottom], dim=1)
         scores[part] = full.sigmoid_().mul_(mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6)
     return masks, boxes, scores
 
 
 def _resizing(length: int, size: int, original: int, device: torch.device) -> Tensor:
-    """(length, original): one axis from stride 4 to the network's input, without its padding, to the picture.
+    """(length, original): one axis from stride 4 to the network's input, without its padding, to the image.
 
     Both steps are bilinear, that is, linear and separable, so this matrix per axis is all of it.
     """
     axis = torch.eye(length, device=device)[None]
     full = F.interpolate(axis, size=length * STRIDE, mode="linear", align_corners=False)[..., :size]
     return F.interpolate(full, size=original, mode="linear", align_corners=False)[0]
-
-
-def _span(filled: Tensor) -> tuple[Tensor, Tensor]:
-    """First and past-the-last True of each row of (K, n); zeros for a row without one."""
-    numbers = torch.arange(1, filled.shape[1] + 1, device=filled.device)
-    past = (numbers * filled).amax(1)
-    first = filled.shape[1] - (numbers.flip(0) * filled).amax(1)
-    return first * (past > 0), past

@@ -70,7 +70,7 @@ def feature_affinity(features: Tensor, dilation: int) -> Tensor:
 
 
 def edge_mask(valid: Tensor, dilation: int) -> Tensor:
-    """(B, h, w) bool of usable pixels to (B, 4, h, w) bool: both ends are in the picture and usable."""
+    """(B, h, w) bool of usable pixels to (B, 4, h, w) bool: both ends are in the image and usable."""
     return torch.stack([valid & _shifted(valid, offset) for offset in neighbour_offsets(dilation)], dim=1)
 
 

@@ -3,11 +3,18 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from sim_m2f.supervision.projection import dice_loss
+from sim_m2f.supervision.losses import dice_loss
+from sim_m2f.supervision.matched import MatchedBoxes, per_object
+
+
+def box_fill(matched: MatchedBoxes) -> Tensor:
+    """The loss towards the filled box per annotated object, summed over the layers."""
+    loss = box_fill_loss(matched.masks, matched.objects.box_masks)
+    return per_object(loss, matched.annotated, matched.objects)
 
 
 def box_fill_loss(logits: Tensor, box_masks: Tensor) -> Tensor:
-    """dice(p, b) + mean over the picture of the binary cross-entropy towards b.
+    """dice(p, b) + mean over the image of the binary cross-entropy towards b.
 
     Args:
         logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.

@@ -1,23 +1,40 @@
-"""The losses of a training step from boxes: match queries to boxes, then one line per loss."""
+"""The losses of a training step from boxes: match queries to boxes, then one line per loss.
+
+A loss is a file beside this one with a function of ``MatchedBoxes``, a line of ``TERMS`` and its keys.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.copy_paste import PasteBank
-from sim_m2f.distributed import number_over_ranks
-from sim_m2f.errors import UserError
-from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity
-from sim_m2f.supervision.base import Criterion, Outputs, mask_profiles, matched_masks, per_object
-from sim_m2f.supervision.box_fill import box_fill_loss
+from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Outputs, Target
+from sim_m2f.supervision.base import Criterion
+from sim_m2f.supervision.box_fill import box_fill
+from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
 from sim_m2f.supervision.mask_criterion import MaskCriterion
-from sim_m2f.supervision.matcher import BoxMatcher, Match
-from sim_m2f.supervision.pairwise import pairwise_loss
-from sim_m2f.supervision.projection import dice_loss, projection_loss
-from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels, PseudoMasks, focal_loss, pseudo_losses
-from sim_m2f.supervision.schedule import fade_out, resolve_steps, started
-from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets
+from sim_m2f.supervision.matched import Matched, MatchedBoxes, matched_masks
+from sim_m2f.supervision.matcher import BoxMatcher, mask_projections
+from sim_m2f.supervision.pairwise import pairwise
+from sim_m2f.supervision.paste_loss import copy_paste
+from sim_m2f.supervision.projection import projection
+from sim_m2f.supervision.pseudo_masks import PseudoMasks
+from sim_m2f.supervision.schedule import term_weight
+from sim_m2f.supervision.targets import STRIDE, flatten_targets
+
+# The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
+TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
+    "loss_projection": ("PROJECTION", projection),
+    "loss_pairwise": ("PAIRWISE", pairwise),
+    "loss_box_fill": ("BOX_FILL", box_fill),
+    "loss_pseudo_semantic": ("PSEUDO_SEMANTIC", pseudo_semantic),
+    "loss_self_correction": ("SELF_CORRECTION", self_correction),
+    "loss_copy_paste": ("COPY_PASTE", copy_paste),
+}
+FROM_LABELS = (pseudo_semantic, self_correction)  # these need the teacher's outputs
 
 
 class SIMCriterion(Criterion):
@@ -29,127 +46,74 @@ class SIMCriterion(Criterion):
         matcher = self.sim.MATCHER
         self.matcher = BoxMatcher(matcher.CLASS_WEIGHT, matcher.PROJECTION_WEIGHT, matcher.BOX_WEIGHT)
         self.pseudo_masks = PseudoMasks(cfg)
-        self.register_buffer("mean", torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.pixels = Pixels(cfg)
 
     def forward(
         self,
         outputs: Outputs,
-        targets: list[dict[str, Tensor]],
+        targets: Sequence[Target],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
-        bank: PasteBank | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], MatchedBoxes]:
         with torch.autocast(images.device.type, enabled=False):
-            layers = self.layers(outputs)
-            mask_logits = [layer["pred_masks"] for layer in layers]
-            logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-            objects = flatten_targets(targets, mask_logits[0].shape[-2:], images.device)
+            logits, matched = self._match(outputs, targets, images, teacher_outputs)
+            losses = {"loss_ce": self.classification(logits, matched.objects, matched.match)}
+            for name, (group, term) in TERMS.items():
+                keys = self.sim[group]
+                weight = term_weight(keys, self.step, self.max_iter)
+                if self._is_used(keys, weight) and not (term in FROM_LABELS and matched.labels is None):
+                    losses[name] = weight * term(matched)
+        return losses, matched
 
-            match = self.matcher(logits, *mask_profiles(mask_logits), objects)
-            masks = matched_masks(mask_logits, match, objects)
-            annotated = Match(match.query, match.matched & ~objects.pasted)
-            losses = {"loss_ce": self.former.CLASS_WEIGHT * self.classification(logits, objects, match)}
-            if self.sim.PROJECTION.ENABLED:
-                losses["loss_projection"] = self._projection(masks, objects, annotated)
-            if self.sim.PAIRWISE.ENABLED:
-                edges = self._edges(images, targets, teacher_outputs)
-                losses["loss_pairwise"] = self._pairwise(masks, objects, annotated, edges)
-            if self._box_fill_weight() > 0:
-                losses["loss_box_fill"] = self._box_fill(masks, objects, annotated)
-            if teacher_outputs is not None:
-                teacher = self.layers(teacher_outputs), teacher_outputs["mask_features"]
-                labels = self.pseudo_masks(*teacher, objects, self.matcher)
-                losses |= self._pseudo(masks, objects, annotated, labels)
-                if bank is not None:
-                    pseudo, scores = labels.masks(objects)
-                    bank.add(images, objects, pseudo, scores * ~objects.pasted)
-            if self.sim.COPY_PASTE.ENABLED:
-                losses["loss_copy_paste"] = self._copy_paste(masks, objects, match)
-        self.step += self.training
-        return losses
+    def update(self, matched: Matched) -> None:
+        """A training step more; the prototypes follow the teacher's features."""
+        super().update(matched)
+        assert isinstance(matched, MatchedBoxes)
+        if matched.labels is not None and matched.teacher_features is not None:
+            self.pseudo_masks.update(matched.teacher_features, matched.objects, matched.labels)
 
-    @property
-    def _focal(self) -> tuple[float, float]:
-        return self.sim.PSEUDO_MASKS.FOCAL_ALPHA, self.sim.PSEUDO_MASKS.FOCAL_GAMMA
+    def _match(
+        self,
+        outputs: Outputs,
+        targets: Sequence[Target],
+        images: Tensor,
+        teacher_outputs: Outputs | None,
+    ) -> tuple[Tensor, MatchedBoxes]:
+        """(L, B, Q, C+1) class logits, and the batch with its matches and the labels of its pixels."""
+        layers = self.layers(outputs)
+        mask_logits = [layer["pred_masks"] for layer in layers]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
+        objects = flatten_targets(targets, mask_logits[0].shape[-2:], images.device)
+        match = self.matcher(logits, *mask_projections(mask_logits), objects)
+        features = labels = None
+        if teacher_outputs is not None:
+            features = teacher_outputs["mask_features"]
+            labels = self.pseudo_masks(self.layers(teacher_outputs), features, objects, self.matcher)
+        return logits, MatchedBoxes(
+            sim=self.sim,
+            objects=objects,
+            match=match,
+            masks=matched_masks(mask_logits, match, objects),
+            images=self.pixels.undo(images),
+            valid=_valid(targets, images),
+            teacher_features=features,
+            labels=labels,
+        )
 
-    def _steps(self, steps: float) -> float:
-        return resolve_steps(steps, self.max_iter)
-
-    def _weight(self, term: CfgNode) -> float:
-        """Weight of a loss at this step, from its keys WEIGHT, START and WARMUP."""
-        return term.WEIGHT * started(self.step, self._steps(term.START), self._steps(term.WARMUP))
-
-    def _projection(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
-        loss = projection_loss(masks, *objects.projections)
-        return self._weight(self.sim.PROJECTION) * per_object(loss, match, objects)
-
-    def _pairwise(self, masks: Tensor, objects: Targets, match: Match, edges: Tensor) -> Tensor:
-        sums, numbers = pairwise_loss(masks, objects, edges, self.sim.PAIRWISE.DILATION)
-        counted = number_over_ranks((numbers * match.matched).sum(1))
-        return self._weight(self.sim.PAIRWISE) * ((sums * match.matched).sum(1) / counted).sum()
-
-    def _edges(self, images: Tensor, targets: list[dict[str, Tensor]], teacher: Outputs | None) -> Tensor:
-        """(B, 4, h, w) bool: the edges between alike and usable pixels."""
-        pairwise = self.sim.PAIRWISE
-        affinity = color_affinity(images.float() * self.std + self.mean, pairwise.DILATION)
-        threshold = pairwise.COLOR_THRESHOLD
-        if pairwise.FEATURE_AFFINITY and teacher is not None:
-            affinity = affinity * feature_affinity(teacher["mask_features"], pairwise.DILATION)
-            threshold = pairwise.PRODUCT_THRESHOLD
-        return (affinity >= threshold) & edge_mask(_valid(targets, images), pairwise.DILATION)
-
-    def _box_fill_weight(self) -> float:
-        return self.sim.BOX_FILL.WEIGHT * fade_out(self.step, self._steps(self.sim.BOX_FILL.STEPS))
-
-    def _box_fill(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
-        loss = box_fill_loss(masks, objects.box_masks)
-        return self._box_fill_weight() * per_object(loss, match, objects)
-
-    def _pseudo(
-        self, masks: Tensor, objects: Targets, match: Match, labels: PseudoLabels
-    ) -> dict[str, Tensor]:
-        """Both losses towards the pseudo masks."""
-        pixels, (height, width) = labels.pixels, objects.size
-        position = (pixels.target * height + pixels.y) * width + pixels.x
-        matched = match.matched[:, pixels.target]
-        kept, changed = pseudo_losses(masks.flatten(1).index_select(1, position), labels, *self._focal)
-        labelled = number_over_ranks(((labels.final != IGNORED) & matched).sum(1).float())
-        losses = {}
-        if self.sim.PSEUDO_SEMANTIC.ENABLED:
-            semantic = ((kept * matched).sum(1) / labelled).sum()
-            losses["loss_pseudo_semantic"] = self._weight(self.sim.PSEUDO_SEMANTIC) * semantic
-        if self.sim.SELF_CORRECTION.ENABLED:
-            correction = ((changed * matched).sum(1) / labelled).sum()
-            losses["loss_self_correction"] = self._weight(self.sim.SELF_CORRECTION) * correction
-        return losses
-
-    def _copy_paste(self, masks: Tensor, objects: Targets, match: Match) -> Tensor:
-        """Mean focal loss and dice, towards the masks of the pasted objects."""
-        pasted = objects.pasted_index
-        logits, wanted = masks.index_select(1, pasted).flatten(2), objects.pasted_masks.flatten(1)
-        focal = focal_loss(logits, wanted.long(), *self._focal).mean(-1)
-        loss = (focal + dice_loss(logits.sigmoid(), wanted.float())) * match.matched.index_select(1, pasted)
-        number = number_over_ranks(loss.new_full((), len(pasted)))
-        return self._weight(self.sim.COPY_PASTE) * loss.sum() / number
+    def _is_used(self, keys: CfgNode, weight: float) -> bool:
+        """A loss that starts later is there from the first step on; one that has faded out is gone."""
+        return keys.ENABLED if "ENABLED" in keys else weight > 0
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:
-    """The criterion that MODEL.SIM.SUPERVISION names, its prototypes drawn from ``cfg.SEED``.
-
-    Raises:
-        UserError: it names neither "box" nor "mask".
-    """
-    kinds = {"box": SIMCriterion, "mask": MaskCriterion}
-    kind = cfg.MODEL.SIM.SUPERVISION
-    if kind not in kinds:
-        raise UserError(f"MODEL.SIM.SUPERVISION: {kind!r} does not exist; take 'box' or 'mask'")
+    """The criterion that MODEL.SIM.SUPERVISION names, its prototypes drawn from ``cfg.SEED``."""
+    kinds: dict[str, type[Criterion]] = {"box": SIMCriterion, "mask": MaskCriterion}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.SEED)
-        return kinds[kind](cfg)
+        return kinds[cfg.MODEL.SIM.SUPERVISION](cfg)
 
 
-def _valid(targets: list[dict[str, Tensor]], images: Tensor) -> Tensor:
+def _valid(targets: Sequence[Target], images: Tensor) -> Tensor:
     """(B, h, w) bool: pixels at stride 4 that lie wholly on usable pixels; all where nothing is said."""
     whole = torch.ones(images.shape[-2:], dtype=torch.bool)
     valid = torch.stack([target.get("valid", whole) for target in targets]).to(

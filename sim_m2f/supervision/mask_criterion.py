@@ -1,12 +1,15 @@
 """The losses of a training step from masks: Mask2Former's own, the upper bound for learning from boxes."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.copy_paste import PasteBank
-from sim_m2f.supervision.base import Criterion, Outputs, matched_masks, per_object
+from sim_m2f.structures import Outputs, Target
+from sim_m2f.supervision.base import Criterion
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
+from sim_m2f.supervision.matched import Matched, matched_masks, per_object
 from sim_m2f.supervision.targets import flatten_targets
 
 
@@ -15,20 +18,19 @@ class MaskCriterion(Criterion):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
-        former = self.former
+        keys = self.mask_former
         self.matcher = MaskMatcher(
-            former.CLASS_WEIGHT, former.MASK_WEIGHT, former.DICE_WEIGHT, former.TRAIN_NUM_POINTS
+            keys.CLASS_WEIGHT, keys.MASK_WEIGHT, keys.DICE_WEIGHT, keys.TRAIN_NUM_POINTS
         )
 
     def forward(
         self,
         outputs: Outputs,
-        targets: list[dict[str, Tensor]],
+        targets: Sequence[Target],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
-        bank: PasteBank | None = None,
-    ) -> dict[str, Tensor]:
-        former = self.former
+    ) -> tuple[dict[str, Tensor], Matched]:
+        keys = self.mask_former
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
             mask_logits = [layer["pred_masks"] for layer in layers]
@@ -38,11 +40,11 @@ class MaskCriterion(Criterion):
 
             match = self.matcher(logits, [layer.float() for layer in mask_logits], truth, objects)
             masks = matched_masks(mask_logits, match, objects)
-            sampling = former.TRAIN_NUM_POINTS, former.OVERSAMPLE_RATIO, former.IMPORTANCE_SAMPLE_RATIO
+            sampling = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
             cross_entropy, dice = mask_losses(masks, torch.cat(truth), *sampling)
-        self.step += self.training
-        return {
-            "loss_ce": former.CLASS_WEIGHT * self.classification(logits, objects, match),
-            "loss_mask": former.MASK_WEIGHT * per_object(cross_entropy, match, objects),
-            "loss_dice": former.DICE_WEIGHT * per_object(dice, match, objects),
+        losses = {
+            "loss_ce": self.classification(logits, objects, match),
+            "loss_mask": keys.MASK_WEIGHT * per_object(cross_entropy, match, objects),
+            "loss_dice": keys.DICE_WEIGHT * per_object(dice, match, objects),
         }
+        return losses, Matched(objects, match, masks)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sim_m2f.supervision.losses import linear_dice_cost, linear_dice_loss
 from sim_m2f.supervision.matcher import Match, assign, class_cost
 from sim_m2f.supervision.targets import Targets
 
@@ -21,7 +22,7 @@ class MaskMatcher:
 
     Args:
         class_weight, mask_weight, dice_weight: weights of the three costs.
-        num_points: points per picture, drawn anew at every call and the same for all queries and objects.
+        num_points: points per image, drawn anew at every call and the same for all queries and objects.
     """
 
     def __init__(self, class_weight: float, mask_weight: float, dice_weight: float, num_points: int) -> None:
@@ -38,33 +39,27 @@ class MaskMatcher:
         Args:
             logits: (L, B, Q, C+1) class logits.
             mask_logits: per layer (B, Q, h, w), stride 4.
-            masks: per picture (N, H, W) bool.
+            masks: per image (N, H, W) bool.
             targets: the objects of the batch.
 
         Raises:
             UserError: a cost is not finite, because the network has diverged.
         """
         cost = self.class_weight * class_cost(logits, targets)
-        for picture, truth in enumerate(masks):
+        for image, truth in enumerate(masks):
             points = torch.rand(1, self.num_points, 2, device=logits.device)
-            predicted = torch.cat([sample_points(layer[picture, None], points) for layer in mask_logits])
-            wanted = sample_points(truth[None].to(predicted.dtype), points)[0]
-            mask_cost = self.mask_weight * _cross_entropy_cost(predicted, wanted)
-            mask_cost += self.dice_weight * _dice_cost(predicted.sigmoid(), wanted)
-            cost[:, picture, :, : len(truth)] += mask_cost
+            predicted = torch.cat([sample_points(layer[image, None], points) for layer in mask_logits])
+            target = sample_points(truth[None].to(predicted.dtype), points)[0]
+            mask_cost = self.mask_weight * _cross_entropy_cost(predicted, target)
+            mask_cost += self.dice_weight * linear_dice_cost(predicted.sigmoid(), target)
+            cost[:, image, :, : len(truth)] += mask_cost
         return assign(cost, targets)
 
 
-def _cross_entropy_cost(logits: Tensor, wanted: Tensor) -> Tensor:
+def _cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     """(L, Q, P) logits and (N, P) masks to (L, Q, N): mean binary cross-entropy over the points."""
     positive, negative = F.softplus(-logits), F.softplus(logits)
-    return (positive @ wanted.T + negative @ (1 - wanted).T) / logits.shape[-1]
-
-
-def _dice_cost(probabilities: Tensor, wanted: Tensor) -> Tensor:
-    """(L, Q, P) probabilities and (N, P) masks to (L, Q, N)."""
-    total = probabilities.sum(-1)[..., None] + wanted.sum(-1)
-    return 1 - (2 * probabilities @ wanted.T + 1) / (total + 1)
+    return (positive @ target.T + negative @ (1 - target).T) / logits.shape[-1]
 
 
 @torch.no_grad()
@@ -106,12 +101,10 @@ def mask_losses(
     points = uncertain_points(maps, num_points, oversample, importance)
     predicted = sample_points(maps, points).view(layers, objects, num_points)
     per_object = points.view(layers, objects, num_points, 2).transpose(0, 1).flatten(1, 2)
-    wanted = (
+    target = (
         sample_points(masks[:, None].to(logits.dtype), per_object)
         .view(objects, layers, num_points)
         .transpose(0, 1)
     )
-    cross_entropy = F.binary_cross_entropy_with_logits(predicted, wanted, reduction="none").mean(-1)
-    probability = predicted.sigmoid()
-    dice = 1 - (2 * (probability * wanted).sum(-1) + 1) / (probability.sum(-1) + wanted.sum(-1) + 1)
-    return cross_entropy, dice
+    cross_entropy = F.binary_cross_entropy_with_logits(predicted, target, reduction="none").mean(-1)
+    return cross_entropy, linear_dice_loss(predicted.sigmoid(), target)

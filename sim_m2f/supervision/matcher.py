@@ -1,5 +1,6 @@
 """Hungarian matching of queries and boxes; it never sees a mask of the annotation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
 from sim_m2f.errors import UserError
-from sim_m2f.supervision.box_geometry import boxes_of_profiles, generalized_iou
+from sim_m2f.geometry import generalized_iou, projection_boxes
+from sim_m2f.supervision.losses import dice_cost
 from sim_m2f.supervision.targets import Targets
 
 
@@ -20,7 +22,7 @@ class Match:
 
     Attributes:
         query: (L, T) int64, the query of every object; 0 where it has none.
-        matched: (L, T) bool, False for objects left over when a picture holds more objects than queries.
+        matched: (L, T) bool, False for objects left over when an image holds more objects than queries.
     """
 
     query: Tensor
@@ -31,7 +33,7 @@ class BoxMatcher:
     """cost = class_weight * -probability + projection_weight * (dice along x + dice along y)
     + box_weight * (L1 + 1 - GIoU).
 
-    L1 and GIoU compare the box around the mask with the annotated box, both in shares of the picture.
+    L1 and GIoU compare the box around the mask with the annotated box, both in shares of the image.
     """
 
     def __init__(self, class_weight: float, projection_weight: float, box_weight: float) -> None:
@@ -66,29 +68,30 @@ def class_cost(logits: Tensor, targets: Targets) -> Tensor:
     return -logits.softmax(-1).gather(-1, index)
 
 
-def dice_cost(prediction: Tensor, target: Tensor) -> Tensor:
-    """(L, B, Q, N) dice losses of (L, B, Q, K) probabilities and (B, N, K) targets."""
-    overlap = torch.einsum("lbqk,bnk->lbqn", prediction, target)
-    squares = (prediction**2).sum(-1)[..., None] + (target**2).sum(-1)[:, None]
-    return 1 - 2 * overlap / (squares + 1e-5)
+@torch.no_grad()
+def mask_projections(mask_logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(L, B, Q, w) and (L, B, Q, h): the largest mask probability of every column and of every row."""
+    along_x = torch.stack([layer.amax(-2) for layer in mask_logits]).float().sigmoid()
+    along_y = torch.stack([layer.amax(-1) for layer in mask_logits]).float().sigmoid()
+    return along_x, along_y
 
 
 def assign(cost: Tensor, targets: Targets) -> Match:
-    """The cheapest assignment per layer and picture of a cost (L, B, Q, N), transferred to the CPU once."""
+    """The cheapest assignment per layer and image of a cost (L, B, Q, N), transferred to the CPU once."""
     host_cost = cost.cpu().numpy()
     layers = len(host_cost)
     query = np.zeros((layers, len(targets)), dtype=np.int64)
     matched = np.zeros((layers, len(targets)), dtype=bool)
     start = 0
-    for picture, count in enumerate(targets.counts):
+    for image, count in enumerate(targets.counts):
         for layer in range(layers):
-            picture_cost = host_cost[layer, picture, :, :count]
-            if not np.isfinite(picture_cost).all():
+            image_cost = host_cost[layer, image, :, :count]
+            if not np.isfinite(image_cost).all():
                 raise UserError(
                     "the network's outputs are not finite any more; lower SOLVER.BASE_LR, or, in fp16, set "
                     "SOLVER.AMP.DTYPE bf16"
                 )
-            queries, objects = linear_sum_assignment(picture_cost)
+            queries, objects = linear_sum_assignment(image_cost)
             query[layer, start + objects] = queries
             matched[layer, start + objects] = True
         start += count
@@ -99,13 +102,13 @@ def assign(cost: Tensor, targets: Targets) -> Match:
 
 
 def _padded(values: Tensor, targets: Targets) -> Tensor:
-    """(T, ...) to (B, N, ...), zeros where a picture has fewer than N objects."""
+    """(T, ...) to (B, N, ...), zeros where an image has fewer than N objects."""
     return pad_sequence(values.split(targets.counts), batch_first=True)
 
 
 def _box_cost(along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
     """(L, B, Q, N): L1 + (1 - GIoU) of the boxes around the masks and the annotated ones."""
-    predicted = boxes_of_profiles(along_x, along_y)[..., None, :]
+    predicted = projection_boxes(along_x, along_y)[..., None, :]
     annotated = _padded(targets.relative_boxes, targets)[:, None]
     distance = box_convert(predicted, "xyxy", "cxcywh") - box_convert(annotated, "xyxy", "cxcywh")
     return distance.abs().sum(-1) + 1 - generalized_iou(predicted, annotated)

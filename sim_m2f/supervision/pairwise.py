@@ -5,8 +5,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sim_m2f.supervision.affinity import neighbour_offsets
+from sim_m2f.distributed import number_over_ranks
+from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity, neighbour_offsets
+from sim_m2f.supervision.matched import MatchedBoxes
 from sim_m2f.supervision.targets import Targets, box_pixels
+
+
+def pairwise(matched: MatchedBoxes) -> Tensor:
+    """The pairwise loss per counted edge, summed over the layers."""
+    dilation = matched.sim.PAIRWISE.DILATION
+    sums, numbers = pairwise_loss(matched.masks, matched.objects, alike_edges(matched), dilation)
+    counted = number_over_ranks((numbers * matched.annotated.matched).sum(1))
+    return ((sums * matched.annotated.matched).sum(1) / counted).sum()
+
+
+def alike_edges(matched: MatchedBoxes) -> Tensor:
+    """(B, 4, h, w) bool: the edges between alike and usable pixels, in the order of ``neighbour_offsets``."""
+    keys = matched.sim.PAIRWISE
+    affinity, threshold = color_affinity(matched.images, keys.DILATION), keys.COLOR_THRESHOLD
+    if keys.FEATURE_AFFINITY and matched.teacher_features is not None:
+        affinity = affinity * feature_affinity(matched.teacher_features, keys.DILATION)
+        threshold = keys.PRODUCT_THRESHOLD
+    return (affinity >= threshold) & edge_mask(matched.valid, keys.DILATION)
 
 
 class SameLabel(torch.autograd.Function):
@@ -47,14 +67,14 @@ def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int
     position = pixels.y * width + pixels.x
     first = (pixels.target * height * width) + position
     inside = _in_box(columns, rows, pixels.target, pixels.x, pixels.y)
-    picture = targets.picture[pixels.target]
+    image = targets.image_index[pixels.target]
     flat_logits = logits.flatten(1)
     first_logits = flat_logits.index_select(1, first)
 
     sums = logits.new_zeros(layers, objects)
     numbers = logits.new_zeros(objects)
     for direction, (dy, dx) in enumerate(neighbour_offsets(dilation)):
-        exists = edges[picture, direction, pixels.y, pixels.x]
+        exists = edges[image, direction, pixels.y, pixels.x]
         other_inside = _in_box(columns, rows, pixels.target, pixels.x + dx, pixels.y + dy)
         weight = exists * (inside.to(logits.dtype) + other_inside)
         second = torch.where(exists, first + dy * width + dx, first)
@@ -65,7 +85,7 @@ def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int
 
 
 def _in_box(columns: Tensor, rows: Tensor, target: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(P,) bool: whether pixel (x, y) lies in the box of its object; False outside of the picture."""
+    """(P,) bool: whether pixel (x, y) lies in the box of its object; False outside of the image."""
     height, width = rows.shape[1], columns.shape[1]
-    in_picture = (x >= 0) & (x < width) & (y < height)
-    return in_picture & columns[target, x.clamp(0, width - 1)] & rows[target, y.clamp(max=height - 1)]
+    in_image = (x >= 0) & (x < width) & (y < height)
+    return in_image & columns[target, x.clamp(0, width - 1)] & rows[target, y.clamp(max=height - 1)]

@@ -2,11 +2,14 @@
 
 from torch import Tensor
 
+from sim_m2f.supervision.losses import dice_loss
+from sim_m2f.supervision.matched import MatchedBoxes, per_object
 
-def dice_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - 2 sum(ut) / (sum(u^2) + sum(t^2) + 1e-5) over the last dimension, probabilities in and 0..1 out."""
-    overlap = (prediction * target).sum(-1)
-    return 1 - 2 * overlap / ((prediction**2).sum(-1) + (target**2).sum(-1) + 1e-5)
+
+def projection(matched: MatchedBoxes) -> Tensor:
+    """The projection loss per annotated object, summed over the layers."""
+    loss = projection_loss(matched.masks, *matched.objects.projections)
+    return per_object(loss, matched.annotated, matched.objects)
 
 
 def projection_loss(logits: Tensor, columns: Tensor, rows: Tensor) -> Tensor:

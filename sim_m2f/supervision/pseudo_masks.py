@@ -3,16 +3,16 @@
 Everything is computed once per step, for the pixels inside the boxes only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.supervision.base import mask_profiles
-from sim_m2f.supervision.box_geometry import boxes_of_profiles, iou
-from sim_m2f.supervision.matcher import BoxMatcher, Match
+from sim_m2f.geometry import iou, projection_boxes
+from sim_m2f.structures import LayerOutputs
+from sim_m2f.supervision.matcher import BoxMatcher, Match, mask_projections
 from sim_m2f.supervision.prototypes import Prototypes
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
@@ -61,12 +61,14 @@ class PseudoLabels:
         final: (P,) labels of the blended mask.
         semantic: (P,) labels that the semantic mask alone would give.
         blend: (P,) M, the probability from which the final labels come.
+        instance: (P,) M_I, the instance mask in it.
         pixels: the P pixels.
     """
 
     final: Tensor
     semantic: Tensor
     blend: Tensor
+    instance: Tensor
     pixels: BoxPixels
 
     def masks(self, targets: Targets) -> tuple[Tensor, Tensor]:
@@ -99,25 +101,26 @@ class PseudoMasks(nn.Module):
     @torch.no_grad()
     def forward(
         self,
-        layers: list[dict[str, Tensor]],
+        layers: Sequence[LayerOutputs],
         features: Tensor,
         targets: Targets,
         matcher: BoxMatcher,
     ) -> PseudoLabels:
-        """In training the prototypes learn from the same pixels, after the labels are made."""
-        evidence = self.evidence(layers, features, targets, matcher)
-        labels = self.labels(evidence, len(targets))
-        if self.training:
-            confident = evidence.instance > self.sim.PROTOTYPES.CONFIDENT
-            classes = targets.labels[evidence.pixels.target]
-            chosen = self.prototypes.sample(classes, confident)
-            self.prototypes.update(features_at(features, targets, evidence.pixels, chosen), classes[chosen])
-        return labels
+        """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
+        return self.labels(self.evidence(layers, features, targets, matcher), len(targets))
+
+    @torch.no_grad()
+    def update(self, features: Tensor, targets: Targets, labels: PseudoLabels) -> None:
+        """Let the prototypes follow the teacher's features (B, d, h, w) at pixels with a confident M_I."""
+        confident = labels.instance > self.sim.PROTOTYPES.CONFIDENT
+        classes = targets.labels[labels.pixels.target]
+        chosen = self.prototypes.sample(classes, confident)
+        self.prototypes.update(features_at(features, targets, labels.pixels, chosen), classes[chosen])
 
     @torch.no_grad()
     def evidence(
         self,
-        layers: list[dict[str, Tensor]],
+        layers: Sequence[LayerOutputs],
         features: Tensor,
         targets: Targets,
         matcher: BoxMatcher,
@@ -159,23 +162,23 @@ class PseudoMasks(nn.Module):
         return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, *bounds)
 
     def _instance(
-        self, layers: list[dict[str, Tensor]], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
+        self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
     ) -> tuple[Tensor, PositiveMasks]:
         """M_I: the last mask of each object's query alone, or the weighted mean of its positive masks."""
         positive = self.sim.POSITIVE_MASKS
         layers = layers if positive.WEIGHTING else layers[-1:]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
         mask_logits = [layer["pred_masks"] for layer in layers]
-        profiles = mask_profiles(mask_logits)
-        match = matcher(logits, *profiles, targets)
+        projections = mask_projections(mask_logits)
+        match = matcher(logits, *projections, targets)
         further = positive.QUERIES if positive.WEIGHTING else 0
-        masks = positive_masks(logits, *profiles, match, targets, further, positive.MIN_IOU)
+        masks = positive_masks(logits, *projections, match, targets, further, positive.MIN_IOU)
         return instance_probability(mask_logits, masks, targets, pixels), masks
 
 
 def features_at(features: Tensor, targets: Targets, pixels: BoxPixels, index: Tensor) -> Tensor:
     """(N, d): maps (B, d, h, w) at those of the pixels that (N,) ``index`` names."""
-    return features[targets.picture[pixels.target[index]], :, pixels.y[index], pixels.x[index]]
+    return features[targets.image_index[pixels.target[index]], :, pixels.y[index], pixels.x[index]]
 
 
 def positive_masks(
@@ -203,14 +206,14 @@ def positive_masks(
         K = L + ``queries`` masks (fewer when there are fewer queries).
     """
     layers, batch, count, _ = logits.shape
-    probability = logits.softmax(-1)[:, targets.picture, :, targets.labels].transpose(0, 1)
-    boxes = boxes_of_profiles(along_x, along_y)[:, targets.picture]
+    probability = logits.softmax(-1)[:, targets.image_index, :, targets.labels].transpose(0, 1)
+    boxes = projection_boxes(along_x, along_y)[:, targets.image_index]
     overlap = iou(boxes, targets.relative_boxes[:, None])
     weight = probability * overlap
     matched = (weight.gather(2, match.query[..., None])[..., 0] + LEAST_WEIGHT) * match.matched
     taken = match.matched.new_zeros(batch, count + 1)  # a column more is that of the objects left over
-    taken[targets.picture, torch.where(match.matched[-1], match.query[-1], count)] = True
-    free = ~taken[targets.picture, :count]
+    taken[targets.image_index, torch.where(match.matched[-1], match.query[-1], count)] = True
+    free = ~taken[targets.image_index, :count]
     claims = torch.where(free & (overlap[-1] >= min_iou), weight[-1], 0.0)
     further, further_query = claims.topk(min(queries, count), dim=1)
     return PositiveMasks(
@@ -234,10 +237,10 @@ def instance_probability(
     Returns:
         (P,) probabilities; 0 for an object without a mask.
     """
-    picture = targets.picture[pixels.target]
-    total = torch.zeros(len(picture), device=picture.device)
+    image = targets.image_index[pixels.target]
+    total = torch.zeros(len(image), device=image.device)
     for layer, query, weight in zip(masks.layer, masks.query, masks.weight, strict=True):
-        values = mask_logits[layer][picture, query[pixels.target], pixels.y, pixels.x].float().sigmoid()
+        values = mask_logits[layer][image, query[pixels.target], pixels.y, pixels.x].float().sigmoid()
         total = total + values * weight[pixels.target]
     return total / masks.weight.sum(0).clamp(min=LEAST_WEIGHT)[pixels.target]
 
@@ -300,29 +303,4 @@ def pseudo_labels(
         undecided = torch.full_like(pixels.target, IGNORED)
         return torch.where(mask >= threshold, 1, torch.where(mask < negative, 0, undecided))
 
-    return PseudoLabels(label(blend), label(semantic), blend, pixels)
-
-
-def focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """-alpha_t (1 - p_t)^gamma log p_t of logits (L, P) and labels (P,) of 0, 1 (https://arxiv.org/abs/1708.02002)."""
-    against = torch.where(labels == 1, -logits, logits)
-    weight = torch.where(labels == 1, alpha, 1 - alpha)
-    return weight * against.sigmoid() ** gamma * F.softplus(against)
-
-
-def pseudo_losses(
-    logits: Tensor, labels: PseudoLabels, alpha: float = 0.25, gamma: float = 2.0
-) -> tuple[Tensor, Tensor]:
-    """Focal loss of the pixels that keep their semantic label, and of those that the correction changed.
-
-    Args:
-        logits: (L, P), per decoder layer the matched mask of each pixel's object.
-        labels: of the P pixels.
-        alpha, gamma: of the focal loss.
-
-    Returns:
-        two (L, P) losses, zero on the other's pixels and on ignored ones.
-    """
-    loss = focal_loss(logits, labels.final, alpha, gamma) * (labels.final != IGNORED)
-    kept = labels.final == labels.semantic
-    return loss * kept, loss * ~kept
+    return PseudoLabels(label(blend), label(semantic), blend, instance, pixels)

@@ -1,34 +1,37 @@
 """The annotations of a batch as flat tensors, and its boxes as pixels at stride 4."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from sim_m2f.structures import Target
+
 STRIDE = 4
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The T objects of a batch, one picture's after the other's.
+    """The T objects of a batch, one image's after the other's.
 
     Attributes:
         labels: (T,) int64, 0 to C-1.
-        picture: (T,) int64, index of the object's picture in the batch.
+        image_index: (T,) int64, index of the object's image in the batch.
         boxes: (T, 4) float xyxy in pixels of the network's input.
         ranges: (T, 4) int64 on the CPU: first column and row, and the ends (exclusive) of the box, stride 4.
-        counts: objects per picture.
+        counts: objects per image.
         classes: (K,) int64, the classes that occur, in order.
         class_index: (T,) int64, place of each object's class in ``classes``.
-        pasted: (T,) bool, objects of other pictures with a pseudo mask.
+        pasted: (T,) bool, objects of other images with a pseudo mask.
         pasted_index: (S,) int64, which objects these are.
         pasted_masks: (S, h, w) bool, their masks at stride 4.
         size: (h, w) of the maps at stride 4.
     """
 
     labels: Tensor
-    picture: Tensor
+    image_index: Tensor
     boxes: Tensor
     ranges: Tensor
     counts: list[int]
@@ -44,7 +47,7 @@ class Targets:
 
     @property
     def annotated(self) -> int:
-        """How many objects are the pictures' own."""
+        """How many objects are the images' own."""
         return len(self.labels) - len(self.pasted_index)
 
     @cached_property
@@ -86,8 +89,8 @@ class BoxPixels:
     y: Tensor
 
 
-def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device) -> Targets:
-    """The targets of the contract ({"labels", "boxes", ...} per picture) as one ``Targets`` on ``device``.
+def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: torch.device) -> Targets:
+    """The targets of the contract ({"labels", "boxes", ...} per image) as one ``Targets`` on ``device``.
 
     "pasted" (N,) bool and "pasted_masks" (N, h, w) bool are there where copy-paste has been at work.
 
@@ -98,10 +101,10 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
     labels = torch.cat([target["labels"].reshape(-1) for target in targets])
     pasted, pasted_index, pasted_masks = _pasted(targets, size, device)
     classes, class_index = labels.cpu().unique(return_inverse=True)
-    picture = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     return Targets(
         labels=labels.to(device, non_blocking=True),
-        picture=picture.to(device, non_blocking=True),
+        image_index=image_index.to(device, non_blocking=True),
         boxes=boxes.to(device, non_blocking=True),
         ranges=box_ranges(boxes.cpu(), size),
         counts=counts,
@@ -115,7 +118,7 @@ def flatten_targets(targets: list[dict[str, Tensor]], size: tuple[int, int], dev
 
 
 def _pasted(
-    targets: list[dict[str, Tensor]], size: tuple[int, int], device: torch.device
+    targets: Sequence[Target], size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) flags, (S,) indices and (S, h, w) masks of the pasted objects."""
     none = (torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets)
@@ -152,7 +155,7 @@ def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def box_pixels(targets: Targets, margin: int = 0) -> BoxPixels:
-    """Every pixel of every box, with ``margin`` more pixels on all sides where the picture has them."""
+    """Every pixel of every box, with ``margin`` more pixels on all sides where the image has them."""
     height, width = targets.size
     limit = torch.tensor([width, height, width, height])
     grown = (targets.ranges + torch.tensor([-margin, -margin, margin, margin])).clamp(min=0).minimum(limit)

@@ -1,13 +1,35 @@
 """The teacher: an exponential moving average of the whole network (mean teacher, https://arxiv.org/abs/1703.01780)."""
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sim_m2f.config import CfgNode
 from sim_m2f.distributed import copy_from_first_rank
+from sim_m2f.errors import UserError
+from sim_m2f.structures import Outputs
+
+
+def teacher_terms(cfg: CfgNode) -> list[str]:
+    """The keys of the losses in use that need the teacher's outputs.
+
+    Raises:
+        UserError: they do, or TEST.USE_TEACHER does, and there is no teacher.
+    """
+    sim = cfg.MODEL.SIM
+    uses = {
+        "PAIRWISE.FEATURE_AFFINITY": sim.PAIRWISE.ENABLED and sim.PAIRWISE.FEATURE_AFFINITY,
+        "PSEUDO_SEMANTIC": sim.PSEUDO_SEMANTIC.ENABLED,
+        "SELF_CORRECTION": sim.SELF_CORRECTION.ENABLED,
+        "COPY_PASTE": sim.COPY_PASTE.ENABLED,
+    }
+    terms = [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
+    needed_by = [*terms, *(["TEST.USE_TEACHER"] if cfg.TEST.get("USE_TEACHER") else [])]
+    if needed_by and not sim.TEACHER.ENABLED:
+        raise UserError(f"{needed_by[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")
+    return terms
 
 
 class Teacher(nn.Module):
@@ -51,6 +73,6 @@ class Teacher(nn.Module):
         self.updates += 1
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> dict[str, Any]:
-        """The network's outputs for (B, 3, H, W) pictures."""
+    def forward(self, images: Tensor) -> Outputs:
+        """The network's outputs for (B, 3, H, W) images."""
         return self.network(images)

@@ -1,0 +1,76 @@
+"""Check a data set completely: every record of its JSON, every image decoded; one line for each problem."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sim_m2f.data.catalog import DatasetSource, find_source
+from sim_m2f.data.coco import CocoData, ImageRecord, inspect_coco
+from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.image import read_image
+from sim_m2f.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="a data set's name, such as coco_2017_train or shapes_val")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="JSON", help="or: the COCO JSON of a data set ..."
+    )
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
+    parser.add_argument(
+        "--masks", action="store_true", help="check the segmentations too, each box must have one"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the problems and a summary; returns 2 when there are any, else 0.
+
+    Raises:
+        UserError: the arguments do not name a data set, or its JSON is not one.
+    """
+    source = requested_source(args)
+    data, problems = inspect_coco(source, args.masks)
+    for line in problems:
+        print(line)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(partial(image_problems, data), data.images)
+        for lines in tqdm(found, "check", len(data.images), unit="image", disable=None, leave=False):
+            for line in lines:
+                tqdm.write(line)
+            problems += lines
+    objects = sum(len(image.labels) for image in data.images)
+    contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
+    print(f"{data.name}: {contents}, {data.zero_area} boxes of zero area; {len(problems) or 'no'} problems")
+    return 2 if problems else 0
+
+
+def requested_source(args: argparse.Namespace) -> DatasetSource:
+    if args.name and not args.annotations and not args.images:
+        return find_source(args.name)
+    if not args.name and args.annotations and args.images:
+        return DatasetSource(args.annotations.stem, args.annotations, args.images)
+    raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
+
+
+def image_problems(data: CocoData, image: ImageRecord) -> list[str]:
+    """What is wrong with one image's file, unless it is missing, and with the masks that were read."""
+    return [str(error) for error in _image_errors(data, image)]
+
+
+def _image_errors(data: CocoData, image: ImageRecord) -> Iterator[UserError]:
+    path = data.image_root / image.file_name
+    if path.is_file():
+        try:
+            read_image(path, image.height, image.width)
+        except UserError as error:
+            yield error
+    for index in range(len(image.segmentations or [])):
+        try:
+            read_mask(data, image, index)
+        except UserError as error:
+            yield error

@@ -1,0 +1,39 @@
+"""Write a trained network for other programs: safetensors, detectron2, transformers or ONNX."""
+
+import argparse
+from pathlib import Path
+
+from sim_m2f.errors import UserError
+from sim_m2f.weights.export import FORMATS, export
+from sim_m2f.weights.folder import read_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="NAME", help="folder of a trained network, its name on the Hub, or a checkpoint"
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=FORMATS,
+        help="; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items()),
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="PATH", help="the folder or file to write"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the network; returns the exit status.
+
+    Raises:
+        UserError: there is no such network, the format does not have it, or the path cannot be written.
+    """
+    output = args.output.expanduser()
+    is_folder = args.format in ("safetensors", "transformers")
+    if (is_folder and output.is_file()) or (not is_folder and output.is_dir()):
+        raise UserError(f"{output}: --format {args.format} writes a {'folder' if is_folder else 'file'}")
+    export(read_folder(args.model, args.config_file), args.format, output)
+    print(f"{args.format}: {output}")
+    return 0

@@ -1,0 +1,127 @@
+"""Find the objects in images: a COCO JSON of masks, and every image with its masks drawn on it."""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.report.drawing import PALETTE, Shape, draw
+from sim_m2f.segmenter import Instances, Segmenter
+
+PREDICTIONS, OVERLAYS = "predictions.json", "overlays"
+SIDE = 1024  # longer side of an overlay in pixels
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="folder of a trained network, or its name on the Hub"
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write ``predictions.json`` and ``overlays/``; returns the exit status.
+
+    Raises:
+        UserError: there are no images, or no such network; images that cannot be decoded, one line each,
+            after all others are done.
+    """
+    from sim_m2f.weights.folder import from_pretrained
+
+    given = [Path(os.path.abspath(path)) for path in args.images]
+    files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
+    model = from_pretrained(args.model, args.config_file, args.device)
+    content, problems = _described(model, files), []
+    named = zip(tqdm(files, "predict", unit="image"), _names(files, given), strict=True)
+    for number, (file, name) in enumerate(named, start=1):
+        try:
+            found = model.predict(file, args.threshold)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        height, width = found.masks.shape[1:]
+        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+        first = len(content["annotations"]) + 1
+        content["annotations"] += _annotations(found, number, first)
+        _draw(file, found, args.output / OVERLAYS / f"{name}.png")
+    with atomic_write(args.output / PREDICTIONS) as file:
+        json.dump(content, file)
+    done = len(content["images"])
+    print(f"{len(content['annotations'])} objects in {done} images: {args.output / PREDICTIONS}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return 0
+
+
+def _images_in(path: Path) -> list[Path]:
+    """The path itself, or the images in the folder and below, in the order of their names."""
+    if not path.is_dir():
+        return [path]
+    known = Image.registered_extensions()
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    if not files:
+        raise UserError(f"{path}: holds no image; give a folder of images, or their paths")
+    return files
+
+
+def _names(files: list[Path], given: list[Path]) -> list[str]:
+    """A name for every file, each one once: its path within the folder that was given, or its own name.
+
+    Where two files have the same one, as many of the folders above stand before it as tell them apart.
+    """
+    parents = [next((path for path in given if path in file.parents), file.parent) for file in files]
+    names = [file.relative_to(parent).as_posix() for file, parent in zip(files, parents, strict=True)]
+    while common := {name for name, number in Counter(names).items() if number > 1}:
+        parents = [p.parent if name in common else p for name, p in zip(names, parents, strict=True)]
+        names = [file.relative_to(parent).as_posix() for file, parent in zip(files, parents, strict=True)]
+    return names
+
+
+def _described(model: Segmenter, files: list[Path]) -> dict[str, Any]:
+    categories = [{"id": label, "name": name} for label, name in enumerate(model.class_names, start=1)]
+    description = f"{len(files)} images by SIM-M2F"
+    return {"info": {"description": description}, "images": [], "annotations": [], "categories": categories}
+
+
+def _annotations(found: Instances, image_id: int, first: int) -> Iterator[dict[str, Any]]:
+    """COCO's annotations with RLE masks, numbered from ``first``, and the score of each."""
+    areas = found.masks.flatten(1).sum(1).tolist()
+    rows = zip(
+        found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), areas, found.rles, strict=True
+    )
+    for number, (label, score, (x0, y0, x1, y1), area, rle) in enumerate(rows, start=first):
+        yield {
+            "id": number,
+            "image_id": image_id,
+            "category_id": label + 1,
+            "segmentation": rle,
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "area": area,
+            "iscrowd": 0,
+            "score": score,
+        }
+
+
+def _draw(file: Path, found: Instances, path: Path) -> None:
+    shapes = [
+        Shape(colour=PALETTE[label % len(PALETTE)], text=f"{name} {score:.2f}", mask=mask)
+        for label, name, score, mask in zip(
+            found.labels.tolist(), found.names, found.scores.tolist(), found.masks.cpu().numpy(), strict=True
+        )
+    ]
+    with Image.open(file) as stored:
+        image = draw(ImageOps.exif_transpose(stored), shapes, SIDE)
+    with atomic_write(path, "wb") as target:
+        image.save(target, "PNG")

@@ -1,0 +1,102 @@
+"""Train, go on with a run, or evaluate a checkpoint."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from sim_m2f.config import CfgNode, get_cfg, validate, without_effect
+from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
+from sim_m2f.engine.trainer import Trainer
+from sim_m2f.errors import UserError
+from sim_m2f.report.hooks import MethodFigures, RunPage
+from sim_m2f.weights.checkpoint import last_checkpoint
+from sim_m2f.weights.timm_backbone import TIMM
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of Mask2Former's train_net.py."""
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS; the last checkpoint in OUTPUT_DIR with --resume, or where "
+        "MODEL.WEIGHTS is empty or a backbone's (timm://)",
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
+    parser.add_argument("--num-machines", type=int, default=1, help="machines")
+    parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    parser.add_argument("--dist-url", default="tcp://127.0.0.1:29500", help="address of machine 0")
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the flags ask for; returns the exit status."""
+    if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
+        _launch(arguments)
+    cfg = configuration(arguments.config_file, arguments.opts)
+    if arguments.eval_only:
+        _evaluate(cfg, arguments.resume)
+    else:
+        build_trainer(cfg, arguments.resume).train()
+    return 0
+
+
+def build_trainer(cfg: CfgNode, resume: bool = False) -> Trainer:
+    """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, page.
+
+    Raises:
+        UserError: see ``Trainer``.
+    """
+    metrics = Metrics()
+    hooks = [metrics, MethodFigures(metrics), Checkpoints(), Evaluation(metrics), RunPage()]
+    return Trainer(cfg, hooks, resume)
+
+
+def configuration(config_file: str, overrides: list[str]) -> CfgNode:
+    """The defaults, changed by a YAML file and by ``KEY VALUE`` pairs.
+
+    Raises:
+        UserError: a file, a key or a value has a fault.
+    """
+    cfg = get_cfg()
+    if config_file:
+        cfg.merge_from_file(config_file)
+    cfg.merge_from_list([item for item in overrides if item != "--"])
+    validate(cfg)
+    unheeded = without_effect(cfg)
+    if unheeded and os.environ.get("RANK", "0") == "0":
+        print(
+            f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config/defaults.py",
+            file=sys.stderr,
+        )
+    cfg.freeze()
+    return cfg
+
+
+def _evaluate(cfg: CfgNode, resume: bool) -> None:
+    """Score MODEL.WEIGHTS, or with ``resume``, or where they hold no trained network, the last checkpoint."""
+    resume = resume or not cfg.MODEL.WEIGHTS or cfg.MODEL.WEIGHTS.startswith(TIMM)
+    if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
+        raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
+    trainer = Trainer(cfg, resume=resume)
+    trainer.evaluate()
+    RunPage().after_train(trainer)
+
+
+def _launch(arguments: argparse.Namespace) -> None:
+    """Replace this process by torchrun with one process per GPU and the same command line."""
+    address = urlsplit(arguments.dist_url)
+    launcher = [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nproc-per-node={arguments.num_gpus}",
+        f"--nnodes={arguments.num_machines}",
+        f"--node-rank={arguments.machine_rank}",
+        f"--master-addr={address.hostname}",
+        f"--master-port={address.port}",
+    ]
+    os.execv(sys.executable, [*launcher, *sys.argv])

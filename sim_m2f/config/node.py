@@ -1,0 +1,148 @@
+"""A configuration that checks the names and types of what is merged into it.
+
+YAML files may inherit with ``_BASE_`` (fvcore).
+"""
+
+import difflib
+import functools
+import operator
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import BASE_KEY
+from fvcore.common.config import CfgNode as FvcoreNode
+
+from sim_m2f.errors import UserError
+
+
+class CfgNode(FvcoreNode):
+    """A configuration that names the nearest known key when one is unknown.
+
+    Steps of a schedule (MODEL.SIM.*.START, WARMUP, STEPS) are numbers of steps, or, below 1, a fraction of
+    SOLVER.MAX_ITER, so that one file serves short and long runs.
+    """
+
+    def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
+        """Merge a YAML file (and the files that its ``_BASE_`` names).
+
+        Raises:
+            UserError: the file is missing or not YAML, its ``_BASE_`` leads back to itself, a key is unknown,
+                or a value has the wrong type.
+        """
+        try:
+            loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
+        except RecursionError as error:
+            circle = " -> ".join(_base_circle(str(cfg_filename)))
+            raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error
+        if not isinstance(loaded, Mapping):
+            raise UserError(
+                f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}"
+            )
+        loaded.pop(BASE_KEY, None)
+        self._merge(loaded, str(cfg_filename))
+
+    def merge_from_list(self, cfg_list: list[str]) -> None:
+        """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line.
+
+        Raises:
+            UserError: a key without a value, an unknown key, or a value of the wrong type.
+        """
+        if len(cfg_list) % 2:
+            raise UserError(f"overrides are pairs KEY VALUE; {cfg_list[-1]} has no value")
+        for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
+            nested: Any = value
+            for part in reversed(str(key).split(".")):
+                nested = {part: nested}
+            self._merge(nested, "command line")
+
+    def _merge(self, values: Mapping[str, Any], source: str) -> None:
+        _assign(self, _checked(values, self, self, "", source))
+
+
+def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The files whose ``_BASE_`` name each other in a circle, the first one also at the end; or nothing."""
+    file = os.path.abspath(file)
+    if file in above:
+        return (*above[above.index(file) :], file)
+    bases = yaml.safe_load(Path(file).read_bytes()).get(BASE_KEY, [])
+    names = [bases] if isinstance(bases, str) else bases
+    paths = (Path(file).parent / Path(name).expanduser() for name in names)
+    return next(filter(None, (_base_circle(str(path), (*above, file)) for path in paths)), ())
+
+
+def _checked(
+    values: Mapping[str, Any], defaults: CfgNode, root: CfgNode, prefix: str, source: str
+) -> dict[str, Any]:
+    """The values with the types of the defaults; raises UserError for an unknown key or a wrong type."""
+    checked = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if key not in defaults:
+            raise UserError(f"{source}: unknown key {path}; did you mean {_nearest(path, root)}?")
+        default = defaults[key]
+        if isinstance(default, CfgNode):
+            if not isinstance(value, Mapping):
+                raise UserError(
+                    f"{source}: {path} is a group of keys; did you mean {path}.{next(iter(default))}?"
+                )
+            checked[key] = _checked(value, default, root, f"{path}.", source)
+        else:
+            checked[key] = _coerced(value, default, path, source)
+    return checked
+
+
+def _assign(node: CfgNode, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _assign(node[key], value)
+        else:
+            setattr(node, key, value)
+
+
+def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
+    decoded = CfgNode._decode_cfg_value(value)
+    if isinstance(default, str):
+        decoded = value
+    elif isinstance(default, float) and type(decoded) is int:
+        decoded = float(decoded)
+    elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
+        elements = [decoded] if isinstance(decoded, str) else decoded
+        decoded = type(default)(
+            _coerced(element, default[0], f"{path}[{index}]", source)
+            for index, element in enumerate(elements)
+        )
+    if default is not None and type(decoded) is not type(default):
+        raise UserError(
+            f"{source}: {path} takes a {type(default).__name__} such as {default!r}, not {value!r} "
+            f"({type(decoded).__name__})"
+        )
+    return decoded
+
+
+def leaf_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Every key with its path, such as "SOLVER.BASE_LR"; groups of keys before those in them."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield f"{prefix}{key}"
+            yield from leaf_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def value_of(node: CfgNode, path: str) -> Any:
+    """The value of a key such as "SOLVER.BASE_LR"."""
+    return functools.reduce(operator.getitem, path.split("."), node)
+
+
+def _nearest(path: str, root: CfgNode) -> str:
+    """The known key that is most like an unknown one; first of all one of the same last part."""
+    known = list(leaf_keys(root))
+    by_name = [key for key in known if key.split(".")[-1] == path.split(".")[-1]]
+    return (by_name or difflib.get_close_matches(path, known, n=1, cutoff=0.0))[0]

@@ -1,0 +1,67 @@
+"""Reading one image as 8-bit RGB, whatever its file holds, upright as its annotations have it."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sim_m2f.errors import UserError
+
+
+def read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """Decode an image.
+
+    The orientation in the EXIF data is applied when the image then has the size of its record (as in
+    detectron2); when only the stored orientation has that size, the annotations were made on that one.
+
+    Args:
+        path: the file.
+        height, width: its size in the JSON, pixels.
+
+    Returns:
+        (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        UserError: the file cannot be decoded, or has another size.
+    """
+    try:
+        with Image.open(path) as stored:
+            stored.load()
+            image = _oriented(stored, (width, height))
+            size, pixels = image.size, to_rgb(image)
+    except Exception as error:  # Pillow's decoders raise anything on a broken file
+        reason = (
+            "not an image"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error) or type(error).__name__
+        )
+        raise UserError(
+            f"{path}: cannot be decoded ({reason}); replace the file or remove its record"
+        ) from error
+    if size != (width, height):
+        sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
+        raise UserError(f"{path}: {sizes}; correct the record or the file")
+    return pixels
+
+
+def _oriented(stored: Image.Image, size: tuple[int, int]) -> Image.Image:
+    upright = ImageOps.exif_transpose(stored)
+    return stored if upright.size != size and stored.size == size else upright
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """The pixels (H, W, 3) uint8 of an image of any mode.
+
+    Raises:
+        ValueError: the values have no known range (32-bit integers or floats).
+    """
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("32-bit grey has no known range; convert it to 8 or 16 bits")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point grey has no known range; convert it to 8 or 16 bits")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # a palette with transparency has no direct way to RGB
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,36 @@
+"""Devices, ranks, mixed precision and trackers, by accelerate."""
+
+from importlib.util import find_spec
+
+import torch
+from accelerate import Accelerator
+
+from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
+
+
+def build_accelerator(cfg: CfgNode) -> Accelerator:
+    """What MODEL.DEVICE, SOLVER.AMP and TRACKERS ask for.
+
+    Raises:
+        UserError: they ask for a GPU or for a package that is not there.
+    """
+    device, amp = cfg.MODEL.DEVICE, cfg.SOLVER.AMP
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise UserError(
+            "MODEL.DEVICE: cuda, but PyTorch sees no GPU; set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
+        )
+    precision = "no"
+    if amp.ENABLED and has_gpu and device != "cpu":
+        automatic = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        precision = automatic if amp.DTYPE == "auto" else amp.DTYPE
+    missing = [name for name in cfg.TRACKERS if find_spec(name) is None]
+    if missing:
+        raise UserError(f"TRACKERS: the package {missing[0]} is not installed; pip install {missing[0]}")
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=precision,
+        log_with=list(cfg.TRACKERS),
+        project_dir=cfg.OUTPUT_DIR,
+    )

@@ -1,0 +1,58 @@
+"""What happens beside the steps of a run: metrics, checkpoints, evaluation; report/ adds figures and page."""
+
+from torch import Tensor
+
+from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
+from sim_m2f.engine.trainer import Hook, Trainer
+from sim_m2f.files import atomic_write
+
+
+class Metrics(Hook):
+    """Writes config.yaml, and the losses of every SOLVER.LOG_PERIOD steps."""
+
+    def before_train(self, trainer: Trainer) -> None:
+        self.average = LossAverage()
+        self.logger: MetricsLogger | None = None
+        if trainer.accelerator.is_main_process:
+            with atomic_write(trainer.output_dir / "config.yaml") as file:
+                file.write(trainer.cfg.dump())
+            self.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
+
+    def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        self.average.add(losses)
+        if not trainer.due(trainer.cfg.SOLVER.LOG_PERIOD):
+            return
+        means = self.average.take()
+        if self.logger:
+            memory = memory_gib(trainer.accelerator.device)
+            rest = {
+                "lr": max(trainer.scheduler.get_last_lr()),
+                "steps_per_second": trainer.bar.format_dict["rate"] or 0.0,
+                "memory_gib": memory,
+            }
+            self.logger.write(trainer.iteration - 1, {**means, **rest})
+            trainer.bar.set_postfix_str(f"loss {means['total_loss']:.3f}, {memory:.1f} GiB")
+
+
+class Checkpoints(Hook):
+    """Saves every SOLVER.CHECKPOINT_PERIOD steps and at the end."""
+
+    def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        if trainer.due(trainer.cfg.SOLVER.CHECKPOINT_PERIOD):
+            trainer.save()
+
+
+class Evaluation(Hook):
+    """Scores the test sets every TEST.EVAL_PERIOD steps and at the end."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.metrics = metrics
+
+    def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:
+            self.after_train(trainer)
+
+    def after_train(self, trainer: Trainer) -> None:
+        scores = trainer.evaluate()
+        if self.metrics.logger:
+            self.metrics.logger.write(trainer.iteration - 1, scores)

@@ -1,0 +1,57 @@
+"""The extent of masks, boxes around them, and how well boxes agree."""
+
+import torch
+from torch import Tensor
+
+
+def extent(filled: Tensor) -> tuple[Tensor, Tensor]:
+    """First and past-the-last True of the last dimension of (..., n), int64; 0, 0 where there is none."""
+    length = filled.shape[-1]
+    some = filled.any(-1)
+    first = filled.int().argmax(-1)
+    end = length - filled.flip(-1).int().argmax(-1)
+    return first * some, end * some
+
+
+def mask_extents(masks: Tensor) -> Tensor:
+    """(..., 4) int64: first column and row, last column and row + 1, of masks (..., h, w); zeros if empty."""
+    (left, right), (top, bottom) = extent(masks.any(-2)), extent(masks.any(-1))
+    return torch.stack([left, top, right, bottom], dim=-1)
+
+
+def projection_boxes(along_x: Tensor, along_y: Tensor) -> Tensor:
+    """The box around each mask, from its largest probability in every column (..., w) and row (..., h).
+
+    Returns:
+        (..., 4) xyxy in shares of the image, from first to last column and row above one half; zeros
+        for an empty mask.
+    """
+    (left, right), (top, bottom) = extent(along_x > 0.5), extent(along_y > 0.5)
+    width, height = along_x.shape[-1], along_y.shape[-1]
+    return torch.stack([left / width, top / height, right / width, bottom / height], dim=-1)
+
+
+def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas of intersection and union of xyxy boxes, broadcast over the leading dimensions."""
+    corners = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1)
+    overlap = _area(corners)
+    return overlap, _area(a) + _area(b) - overlap
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of xyxy boxes, broadcast; 0 for two empty boxes."""
+    overlap, union = overlap_and_union(a, b)
+    return overlap / union.clamp(min=1e-6)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU of xyxy boxes, broadcast (https://arxiv.org/abs/1902.09630)."""
+    overlap, union = overlap_and_union(a, b)
+    hull = _area(
+        torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1)
+    )
+    return overlap / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)

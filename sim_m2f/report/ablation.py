@@ -1,0 +1,230 @@
+"""What an ablation found, from the files of its runs: tables (Markdown, CSV, JSON) and a plot of AP."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+from pycocotools.coco import COCO
+
+from sim_m2f.engine import coco_metrics
+from sim_m2f.engine.evaluator import RESULTS_FILE
+from sim_m2f.engine.logging import read_series
+from sim_m2f.files import atomic_write
+
+SCORES = {"segm/AP": "AP", "segm/AP50": "AP50", "segm/AP75": "AP75", "boxfill/AP": "box fill AP"}
+UNKNOWN = (math.nan,)  # the numbers of a row that was tested on images without a tag that others have
+PLOT_FILE = "ap_over_steps.png"
+# Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of the pale yellow.
+COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00", "#000000")
+MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")  # the next one each time that the colours are used up
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its name, what it is in a few words, and its YAML file of overrides."""
+
+    name: str
+    title: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. AP in percent, NaN where the test set has no such object."""
+
+    row: str
+    seed: int
+    steps: int
+    minutes: float
+    page: Path  # the run's report
+    scores: dict[str, float]  # by the keys of SCORES
+    tags: dict[str, float]  # mask AP on the images of each tag
+    curve: dict[int, float]  # mask AP by the number of steps done
+
+
+Groups = Sequence[tuple[Row, Sequence[Result]]]  # rows with their results, of which there is at least one
+
+
+def read_result(row: str, seed: int, folder: Path, minutes: float, truth: COCO) -> Result:
+    """The result of the finished run in ``folder``; its detections are scored on each tag's images."""
+    series = read_series(folder / "metrics.jsonl")
+    last = max(series["bbox/AP"])
+    results = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    return Result(
+        row=row,
+        seed=seed,
+        steps=last + 1,
+        minutes=minutes,
+        page=folder / "index.html",
+        scores={key: series.get(key, {}).get(last, math.nan) for key in SCORES},
+        tags=score_tags(truth, results),
+        curve={iteration + 1: value for iteration, value in series.get("segm/AP", {}).items()},
+    )
+
+
+def score_tags(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mask AP in percent on the images of each tag (a list "tags" of an image in the JSON), by tag.
+
+    Args:
+        truth: the annotations, from ``coco_metrics.load_truth``, all with masks.
+        results: the detections in COCO's results format.
+    """
+    tagged: dict[str, set[int]] = {}
+    for image in truth.dataset["images"]:
+        tags = image.get("tags")
+        for tag in tags if isinstance(tags, list) else []:
+            tagged.setdefault(str(tag), set()).add(image["id"])
+    return {
+        tag: coco_metrics.score(
+            _restricted(truth, tagged[tag]), [entry for entry in results if entry["image_id"] in tagged[tag]]
+        )["segm/AP"]
+        for tag in sorted(tagged)
+    }
+
+
+def write_tables(
+    folder: Path, command: str, rows: Sequence[Row], results: Sequence[Result], failures: Sequence[str]
+) -> None:
+    """Write ablation.md, ablation.csv, ablation.json and ap_over_steps.png into ``folder``.
+
+    Args:
+        folder: the ablation's folder.
+        command: the command line that makes them.
+        rows: all rows, in their order; those without a result yet are left out.
+        results: the finished runs.
+        failures: what went wrong, one line per run.
+    """
+    by_seed = sorted(results, key=lambda result: result.seed)
+    groups = [(row, [result for result in by_seed if result.row == row.name]) for row in rows]
+    groups = [(row, group) for row, group in groups if group]
+    with atomic_write(folder / "ablation.json") as file:
+        json.dump([_record(row, group) for row, group in groups], file, indent=2)
+    with atomic_write(folder / "ablation.csv") as file:
+        _write_csv(file, groups)
+    if groups:
+        with atomic_write(folder / PLOT_FILE, "wb") as file:
+            draw_plot(groups).savefig(file, format="png")
+    with atomic_write(folder / "ablation.md") as file:
+        file.write(_markdown(folder, command, groups, failures))
+
+
+def draw_plot(groups: Groups) -> Figure:
+    """Mask AP over the steps: a line for each row's mean over its seeds in a band from minimum to maximum."""
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for index, (row, group) in enumerate(groups):
+        steps = sorted(set.intersection(*(set(result.curve) for result in group)))
+        values = [[result.curve[step] for result in group] for step in steps]
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        mean = fmean(result.scores["segm/AP"] for result in group)
+        line = LINES[index // len(COLOURS) % len(LINES)]
+        axes.fill_between(
+            steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.18, lw=0
+        )
+        axes.plot(steps, [*map(fmean, values)], line, **style, markersize=5, label=f"{row.name}  {mean:.1f}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mask AP, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("mean and range over the seeds", loc="left", fontsize=10)
+    figure.legend(loc="outside right upper", frameon=False, title="row, AP at the end", alignment="left")
+    return figure
+
+
+def _columns(group: Sequence[Result]) -> dict[str, list[float]]:
+    """The numbers of a row by heading, one per seed."""
+    return {
+        **{name: [result.scores[key] for result in group] for key, name in SCORES.items()},
+        **{f"AP {tag}": [result.tags[tag] for result in group] for tag in group[0].tags},
+        "minutes": [result.minutes for result in group],
+    }
+
+
+def _headings(groups: Groups) -> list[str]:
+    """The headings of all rows; minutes last."""
+    names = dict.fromkeys(name for _, group in groups for name in _columns(group) if name != "minutes")
+    return [*names, "minutes"]
+
+
+def _record(row: Row, group: Sequence[Result]) -> dict[str, Any]:
+    scores = {key: [_rounded(result.scores[key]) for result in group] for key in SCORES}
+    tags = {tag: [_rounded(result.tags[tag]) for result in group] for tag in group[0].tags}
+    return {
+        "row": row.name,
+        "seeds": [result.seed for result in group],
+        "steps": group[0].steps,
+        **scores,
+        "segm/AP by tag": tags,
+        "minutes": [_rounded(result.minutes) for result in group],
+    }
+
+
+def _write_csv(file: io.TextIOBase, groups: Groups) -> None:
+    headings = _headings(groups)
+    writer = csv.writer(file, lineterminator="\n")
+    statistics = {"mean": fmean, "min": min, "max": max}
+    cells = [f"{name} {kind}" for name in headings for kind in statistics]
+    writer.writerow(["row", "seeds", "steps", *cells])
+    for row, group in groups:
+        columns = _columns(group)
+        cells = [_rounded(f(columns.get(name, UNKNOWN))) for name in headings for f in statistics.values()]
+        writer.writerow([row.name, " ".join(str(result.seed) for result in group), group[0].steps, *cells])
+
+
+def _markdown(folder: Path, command: str, groups: Groups, failures: Sequence[str]) -> str:
+    headings = _headings(groups)
+    lines = [
+        "# Ablation",
+        "",
+        f"    {command}",
+        "",
+        "AP of masks in %: mean over the seeds (minimum..maximum). Box fill: the same detections, each mask "
+        "replaced by its own filled box. AP and a tag: on the images of this tag alone.",
+        "",
+        _line(["row", "", "steps", *headings, "report of seed"]),
+        _line(["---", "---", *["--:"] * (1 + len(headings)), "---"]),
+    ]
+    for row, group in groups:
+        columns = _columns(group)
+        pages = (f"[{result.seed}]({os.path.relpath(result.page, folder)})" for result in group)
+        cells = [_cell(columns.get(name, UNKNOWN)) for name in headings]
+        lines.append(_line([row.name, row.title, str(group[0].steps), *cells, " ".join(pages)]))
+    if groups:
+        lines += ["", f"![mask AP over the steps]({PLOT_FILE})"]
+    if failures:
+        lines += ["", *(f"- {failure}" for failure in failures)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _cell(values: Sequence[float]) -> str:
+    if any(math.isnan(value) for value in values):
+        return "–"
+    spread = f" ({min(values):.1f}..{max(values):.1f})" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{spread}"
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 3)
+
+
+def _restricted(truth: COCO, image_ids: set[int]) -> COCO:
+    return coco_metrics.index(
+        {
+            **truth.dataset,
+            "images": [image for image in truth.dataset["images"] if image["id"] in image_ids],
+            "annotations": [item for item in truth.dataset["annotations"] if item["image_id"] in image_ids],
+        }
+    )

@@ -1,0 +1,192 @@
+"""The page of a run, with its contact sheet and loss curves, from the files that the run left."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pycocotools import mask as mask_utils
+from pycocotools.coco import COCO
+from torchvision.ops import box_convert, box_iou
+
+from sim_m2f.data.coco import CocoData, ImageRecord
+from sim_m2f.data.image import read_image
+from sim_m2f.engine import coco_metrics
+from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
+from sim_m2f.engine.logging import read_series
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.report.curves import draw_curves
+from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw
+from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
+from sim_m2f.report.method_figures import read_method
+from sim_m2f.report.page import Example, Page, render
+
+PANEL_SIDE = 400  # pixels of a panel's longer side
+MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
+SUPERVISION = {"box": "Trained from bounding boxes alone.", "mask": "Trained from masks (the upper bound)."}
+
+Entry = dict[str, Any]
+
+
+def write_report(
+    output_dir: str | Path, data: CocoData, *, min_score: float = 0.5, num_images: int = 16
+) -> Path:
+    """Show what a run learned, from the files that training and evaluation left behind.
+
+    Reads ``output_dir``/inference/ (results and metrics), metrics.jsonl, method/ and config.yaml (only
+    the results must be there), the annotation file and the images of ``data``. Writes
+    report/contact_sheet.png, report/loss_curves.png and index.html, a page that needs no other file.
+
+    Args:
+        output_dir: folder of the run.
+        data: the test set that was evaluated.
+        min_score: predictions below it are not drawn.
+        num_images: number of images on the contact sheet.
+
+    Returns:
+        the path of index.html.
+
+    Raises:
+        UserError: there are no results, they belong to another test set, an image cannot be read, or a file
+            cannot be written.
+    """
+    output_dir = Path(output_dir)
+    detections = _read_results(output_dir / RESULTS_FILE, data)
+    truth = coco_metrics.load_truth(data.annotations_file) if data.has_annotations else None
+    images = choose_images(data.images, num_images)
+    examples = [_example(image, detections[image.id], truth, data, min_score) for image in images]
+    if examples:
+        rows = [(example.caption, list(example.panels.values())) for example in examples]
+        sheet = contact_sheet(list(examples[0].panels), rows)
+        with atomic_write(output_dir / "report" / "contact_sheet.png", "wb") as file:
+            sheet.save(file, "PNG")
+    metrics_file, config_file = output_dir / "metrics.jsonl", output_dir / "config.yaml"
+    series = read_series(metrics_file) if metrics_file.exists() else {}
+    curves = draw_curves(series)
+    if curves:
+        with atomic_write(output_dir / "report" / "loss_curves.png", "wb") as file:
+            file.write(curves)
+    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    page = Page(
+        title=f"Instance masks on {data.name}",
+        subtitle=_subtitle(data, sum(map(len, detections.values())), config),
+        metrics=_read_metrics(output_dir / METRICS_FILE),
+        class_names=data.class_names,
+        examples=examples,
+        curves=(curves, draw_curves(series, dark=True)) if curves else None,
+        evolutions=read_method(output_dir / METHOD_FOLDER),
+        config=config,
+    )
+    with atomic_write(output_dir / "index.html") as file:
+        file.write(render(page))
+    return output_dir / "index.html"
+
+
+def choose_images(images: list[ImageRecord], count: int) -> list[ImageRecord]:
+    """Evenly spaced ones among those with annotated objects; the others only where these are too few."""
+    annotated = [image for image in images if len(image.labels)]
+    empty = [image for image in images if not len(image.labels)]
+    chosen = _evenly_spaced(annotated, count)
+    return chosen + _evenly_spaced(empty, count - len(chosen))
+
+
+def _evenly_spaced(images: list[ImageRecord], count: int) -> list[ImageRecord]:
+    count = min(count, len(images))
+    return [images[(2 * index + 1) * len(images) // (2 * count)] for index in range(count)]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; evaluate first (train_net.py --eval-only)") from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); evaluate again (train_net.py --eval-only)"
+        ) from error
+
+
+def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
+    """The detections of each image, best first."""
+    detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
+    categories = set(data.category_ids)
+    for entry in sorted(_read_json(path), key=lambda entry: -entry["score"]):
+        if entry["image_id"] not in detections or entry["category_id"] not in categories:
+            raise UserError(
+                f"{path}: was not made from {data.annotations_file}; give the test set that was evaluated"
+            )
+        detections[entry["image_id"]].append(entry)
+    return detections
+
+
+def _read_metrics(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    return {name: math.nan if value is None else value for name, value in _read_json(path).items()}
+
+
+def _subtitle(data: CocoData, detections: int, config: str) -> str:
+    supervision = re.search(r"^ *SUPERVISION: (box|mask)$", config, re.MULTILINE)
+    parts = [SUPERVISION[supervision[1]]] if supervision else []
+    parts.append(f"{len(data.images)} images, {detections} detections.")
+    if not data.has_annotations:
+        parts.append("No annotations, so no scores.")
+    return " ".join(parts)
+
+
+def _example(
+    image: ImageRecord, detections: list[Entry], truth: COCO | None, data: CocoData, min_score: float
+) -> Example:
+    """One row of the contact sheet: annotated boxes, predicted masks, true masks, as far as there are any."""
+    pixels = Image.fromarray(read_image(data.image_root / image.file_name, image.height, image.width))
+    names = dict(zip(data.category_ids, data.class_names, strict=True)) if len(data.class_names) > 1 else {}
+    objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
+    predictions = [entry for entry in detections if entry["score"] >= min_score]
+    boxes = [mask_utils.toBbox(entry["segmentation"]).tolist() for entry in predictions]
+    places = match_boxes(boxes, [item["bbox"] for item in objects])
+    texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
+    predicted = [
+        Shape(_colour(place), text, mask=mask_utils.decode(entry["segmentation"]).astype(bool))
+        for place, text, entry in zip(places, texts, predictions, strict=True)
+    ]
+    panels = {}
+    if truth is not None:
+        annotated = [
+            Shape(_colour(place), names.get(item["category_id"], ""), box=_xyxy([item["bbox"]])[0].tolist())
+            for place, item in enumerate(objects)
+        ]
+        panels["annotated boxes"] = draw(pixels, annotated, PANEL_SIDE)
+    panels[f"predicted masks (score ≥ {min_score:g})"] = draw(pixels, predicted, PANEL_SIDE)
+    if truth is not None and coco_metrics.has_masks(truth):
+        masks = [truth.annToMask(item).astype(bool) for item in objects]
+        true = [Shape(_colour(place), mask=mask) for place, mask in enumerate(masks)]
+        panels["true masks"] = draw(pixels, true, PANEL_SIDE)
+    return Example(image.file_name, panels, [(shape.colour, shape.text) for shape in predicted])
+
+
+def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> list[int]:
+    """For each predicted box, in turn, the free annotated box with the largest IoU of at least 0.5.
+
+    Boxes are x, y, width, height. A prediction without one gets a number of its own, ``len(annotated)`` or
+    more.
+    """
+    iou = box_iou(_xyxy(predicted), _xyxy(annotated))
+    places: list[int] = []
+    for row in iou:
+        best = int(row.argmax()) if row.numel() and row.max() >= MATCHED_IOU else len(annotated) + len(places)
+        places.append(best)
+        if best < len(annotated):
+            iou[:, best] = 0
+    return places
+
+
+def _xyxy(boxes: list[list[float]]) -> torch.Tensor:
+    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
+
+
+def _colour(place: int) -> str:
+    return PALETTE[place % len(PALETTE)]

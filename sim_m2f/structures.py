@@ -1,0 +1,117 @@
+"""The dictionaries that travel between data, network, supervision and evaluation."""
+
+from typing import NotRequired, TypedDict
+
+from torch import Tensor
+from torchvision import tv_tensors
+
+
+class LayerOutputs(TypedDict):
+    """Predictions after one decoder layer.
+
+    pred_logits: (B, Q, C+1) class logits, the last class is "no object".
+    pred_masks: (B, Q, h, w) mask logits at stride 4.
+    """
+
+    pred_logits: Tensor
+    pred_masks: Tensor
+
+
+class Outputs(LayerOutputs):
+    """What the network returns: the last layer's predictions, and with them:
+
+    mask_features: (B, d, h, w) at stride 4.
+    aux_outputs: the predictions of each earlier layer.
+    """
+
+    mask_features: Tensor
+    aux_outputs: list[LayerOutputs]
+
+
+class Target(TypedDict):
+    """The N objects of one image, as the criteria take them.
+
+    labels: (N,) int64, 0 to C-1.
+    boxes: (N, 4) float xyxy in pixels of the network's input.
+    valid: (H, W) bool, False on padding and on rows without usable annotation; all usable where absent.
+    masks: (N, H, W) bool, for mask supervision only.
+    pasted: (N,) bool, objects that copy-paste has put there.
+    pasted_masks: (N, h, w) bool at stride 4, their visible pixels; False for all others.
+    """
+
+    labels: Tensor
+    boxes: Tensor
+    valid: NotRequired[Tensor]
+    masks: NotRequired[Tensor]
+    pasted: NotRequired[Tensor]
+    pasted_masks: NotRequired[Tensor]
+
+
+class Annotated(TypedDict):
+    """One image with its N objects, as the augmentations take it.
+
+    image: (3, H, W) uint8 RGB.
+    boxes: (N, 4) float32 xyxy in its pixels.
+    labels: (N,) int64.
+    valid: (H, W) uint8, 0 on rows without usable annotation.
+    masks: (N, H, W) uint8, for mask supervision only.
+    """
+
+    image: tv_tensors.Image
+    boxes: tv_tensors.BoundingBoxes
+    labels: Tensor
+    valid: tv_tensors.Mask
+    masks: NotRequired[tv_tensors.Mask]
+
+
+class Sample(TypedDict):
+    """One image as the network sees it, before padding.
+
+    image: (3, h, w) float32, normalised.
+    boxes: (N, 4) float32 xyxy in its pixels.
+    labels: (N,) int64.
+    valid: (h, w) bool.
+    masks: (N, h, w) bool, for mask supervision only.
+    image_id: id in the JSON.
+    original_size: height and width in the JSON.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    masks: NotRequired[Tensor]
+    image_id: int
+    original_size: tuple[int, int]
+
+
+class Batch(TypedDict):
+    """B images, padded at the bottom and on the right to a common size.
+
+    images: (B, 3, H, W) float32, normalised, 0 on padding.
+    targets: one per image.
+    image_ids: ids in the JSON.
+    image_sizes: (h, w) of each before padding.
+    original_sizes: (h, w) of each in the JSON.
+    """
+
+    images: Tensor
+    targets: list[Target]
+    image_ids: list[int]
+    image_sizes: list[tuple[int, int]]
+    original_sizes: list[tuple[int, int]]
+
+
+class Detections(TypedDict):
+    """The K instances of one image, best first.
+
+    scores: (K,) float, 0 to 1.
+    labels: (K,) int64, 0 to C-1.
+    masks: (K, H, W) bool at the size that was asked for.
+    boxes: (K, 4) float xyxy in pixels around the masks, zeros for an empty mask.
+    """
+
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor
+    boxes: Tensor

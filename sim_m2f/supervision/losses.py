@@ -1,0 +1,54 @@
+"""Dice and focal loss, each in one place."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dice_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - 2 sum(ut) / (sum(u^2) + sum(t^2) + 1e-5) over the last dimension (V-Net, https://arxiv.org/abs/1606.04797).
+
+    Args:
+        prediction: (..., K) probabilities u.
+        target: (..., K) t, 0 to 1.
+
+    Returns:
+        (...), 0 to 1.
+    """
+    overlap = (prediction * target).sum(-1)
+    return 1 - 2 * overlap / ((prediction**2).sum(-1) + (target**2).sum(-1) + 1e-5)
+
+
+def dice_cost(prediction: Tensor, target: Tensor) -> Tensor:
+    """(L, B, Q, N): ``dice_loss`` of all pairs of (L, B, Q, K) probabilities and (B, N, K) targets."""
+    overlap = torch.einsum("lbqk,bnk->lbqn", prediction, target)
+    squares = (prediction**2).sum(-1)[..., None] + (target**2).sum(-1)[:, None]
+    return 1 - 2 * overlap / (squares + 1e-5)
+
+
+def linear_dice_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - (2 sum(ut) + 1) / (sum(u) + sum(t) + 1) over the last dimension (Mask2Former, from masks)."""
+    return 1 - (2 * (prediction * target).sum(-1) + 1) / (prediction.sum(-1) + target.sum(-1) + 1)
+
+
+def linear_dice_cost(prediction: Tensor, target: Tensor) -> Tensor:
+    """(L, Q, N): ``linear_dice_loss`` of all pairs of (L, Q, P) probabilities and (N, P) targets."""
+    total = prediction.sum(-1)[..., None] + target.sum(-1)
+    return 1 - (2 * prediction @ target.T + 1) / (total + 1)
+
+
+def focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Tensor:
+    """-alpha_t (1 - p_t)^gamma log p_t of each pixel (https://arxiv.org/abs/1708.02002).
+
+    Args:
+        logits: (..., P).
+        labels: (..., P) int64, 1 for positive pixels; all others count as negative.
+        alpha: weight of the positive pixels, 1 - alpha that of the negative ones.
+        gamma: exponent.
+
+    Returns:
+        (..., P).
+    """
+    against = torch.where(labels == 1, -logits, logits)
+    weight = torch.where(labels == 1, alpha, 1 - alpha)
+    return weight * against.sigmoid() ** gamma * F.softplus(against)

@@ -1,0 +1,94 @@
+"""A batch whose objects have found their queries: what every loss is computed from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sim_m2f.config import CfgNode
+from sim_m2f.distributed import number_over_ranks
+from sim_m2f.supervision.losses import focal_loss
+from sim_m2f.supervision.matcher import Match
+from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels
+from sim_m2f.supervision.targets import Targets
+
+
+@dataclass(frozen=True)
+class Matched:
+    """L decoder layers and T objects, maps (h, w) at stride 4.
+
+    Attributes:
+        objects: the T objects.
+        match: which query claims which object.
+        masks: (L, T, h, w) float32 mask logits of these queries.
+    """
+
+    objects: Targets
+    match: Match
+    masks: Tensor
+
+    @cached_property
+    def annotated(self) -> Match:
+        """The match without the objects that copy-paste has put there."""
+        return Match(self.match.query, self.match.matched & ~self.objects.pasted)
+
+
+@dataclass(frozen=True)
+class MatchedBoxes(Matched):
+    """The same with what boxes are supervised by.
+
+    Attributes:
+        sim: the keys MODEL.SIM.
+        images: (B, 3, H, W) float32 RGB, 0 to 255.
+        valid: (B, h, w) bool, pixels at stride 4 that lie wholly on usable pixels.
+        teacher_features: (B, d, h, w) the teacher's mask features, if there is a teacher.
+        labels: of the P pixels of the boxes, if there is a teacher.
+    """
+
+    sim: CfgNode
+    images: Tensor
+    valid: Tensor
+    teacher_features: Tensor | None
+    labels: PseudoLabels | None
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """(L, P) bool: pixels of the boxes with a label, of annotated objects that have a query."""
+        assert self.labels is not None
+        return (self.labels.final != IGNORED) & self.annotated.matched[:, self.labels.pixels.target]
+
+    @cached_property
+    def labelled_number(self) -> Tensor:
+        """(L,): how many pixels are labelled, on a mean rank."""
+        return number_over_ranks(self.labelled.sum(1).float())
+
+    @cached_property
+    def label_loss(self) -> Tensor:
+        """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
+        assert self.labels is not None
+        pixels, (height, width) = self.labels.pixels, self.objects.size
+        position = (pixels.target * height + pixels.y) * width + pixels.x
+        logits = self.masks.flatten(1).index_select(1, position)
+        return focal_loss(logits, self.labels.final, *focal_keys(self.sim)) * self.labelled
+
+
+def focal_keys(sim: CfgNode) -> tuple[float, float]:
+    """Alpha and gamma of the focal losses towards pseudo masks."""
+    return sim.PSEUDO_MASKS.FOCAL_ALPHA, sim.PSEUDO_MASKS.FOCAL_GAMMA
+
+
+def per_object(loss: Tensor, match: Match, objects: Targets) -> Tensor:
+    """Sum over layers and matched objects of a loss (L, T), per annotated object of a mean rank."""
+    return (loss * match.matched).sum() / number_over_ranks(loss.new_full((), objects.annotated))
+
+
+def matched_masks(mask_logits: Sequence[Tensor], match: Match, objects: Targets) -> Tensor:
+    """(L, T, h, w) float32: the mask logits of the query that claims each object, per layer."""
+    return torch.stack(
+        [
+            layer[objects.image_index, query].float()
+            for layer, query in zip(mask_logits, match.query, strict=True)
+        ]
+    )

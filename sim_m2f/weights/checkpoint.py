@@ -1,0 +1,123 @@
+"""Checkpoints: written whole or not at all, read without running code from them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sim_m2f.distributed import is_first_rank
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.weights.load import LoadReport, load_into
+from sim_m2f.weights.sources import LAST_CHECKPOINT, local_weights
+from sim_m2f.weights.timm_backbone import TIMM, load_timm_backbone
+from sim_m2f.weights.weight_files import read_weight_file
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` (tensors, numbers, strings and containers of them).
+
+    Raises:
+        UserError: the file cannot be written; an older file of the name is as it was.
+    """
+    with atomic_write(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error}); free space or choose another OUTPUT_DIR"
+            ) from error
+
+
+def replace_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
+    """Write a checkpoint, make it the newest of its folder, and remove the ``previous`` one.
+
+    Raises:
+        UserError: a file cannot be written; the previous checkpoint is still the newest.
+    """
+    save_checkpoint(path, state)
+    with atomic_write(path.parent / LAST_CHECKPOINT) as file:
+        file.write(path.name)
+    if previous not in (None, path):
+        previous.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint of ours or of any torch file of tensors; never runs code from it.
+
+    Raises:
+        UserError: the file is missing or damaged, is no checkpoint, or holds more than tensors.
+    """
+    state = read_weight_file(Path(path))
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint; take another file")
+    return state
+
+
+def load_checkpoint(network: nn.Module, source: str | Path, complete: bool = False) -> LoadReport:
+    """Load weights of any origin that MODEL.WEIGHTS may name, and print what was loaded.
+
+    Of a run that evaluated its teacher (TEST.USE_TEACHER) these are the teacher's weights.
+
+    Args:
+        network: ``build_model(cfg)``.
+        source: a file or a folder of ours, of Mask2Former, detectron2, torchvision, Swin or transformers, an
+            address (https://, detectron2://, hf://), or ``timm://NAME`` for timm's pretrained backbone.
+        complete: refuse weights that leave any of the network's at its initial value.
+
+    Returns:
+        what became of every weight.
+
+    Raises:
+        UserError: there is no such file, it is damaged or would run code, or it belongs to another network.
+    """
+    if str(source).startswith(TIMM):
+        report = load_timm_backbone(network.backbone, str(source).removeprefix(TIMM))
+    else:
+        state = read_weight_file(local_weights(source))
+        if isinstance(state, dict) and state.get("use_teacher"):
+            state = teacher_weights(state)
+        report = load_into(network, state, str(source))
+    if complete and not report.complete:
+        unfilled = [*report.reshaped, *report.missing]
+        raise UserError(
+            f"{source}: {len(unfilled)} weights of the network are missing or of another shape, such as "
+            f"{unfilled[0]}; check MODEL.* and NUM_CLASSES"
+        )
+    if is_first_rank():
+        print(report)
+    return report
+
+
+def teacher_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights of the teacher's network in a checkpoint of ours; empty where it has none."""
+    prefix, named = "network.", state.get("teacher", {}).items()
+    return {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
+    """Load all weights of the network by name; ``path`` is where they come from.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
+    common = own.keys() & weights.keys()
+    reshaped = [name for name in common if own[name].shape != getattr(weights[name], "shape", None)]
+    if missing or unknown or reshaped:
+        example = sorted(reshaped or missing or unknown)[0]
+        raise UserError(
+            f"{path}: belongs to another network: {len(missing)} weights missing, {len(unknown)} unknown, "
+            f"{len(reshaped)} of another shape (for instance {example}); check MODEL.* and NUM_CLASSES"
+        )
+    model.load_state_dict(weights)
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint of a run, named in ``OUTPUT_DIR/last_checkpoint``, or None."""
+    pointer = output_dir / LAST_CHECKPOINT
+    if not pointer.exists():
+        return None
+    return output_dir / pointer.read_text(encoding="utf-8").strip()

@@ -1,0 +1,45 @@
+"""Checkpoints that the original Mask2Former loads: container, names, buffers and format versions."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
+from sim_m2f.weights.names import detectron2_names, to_names
+from sim_m2f.weights.swin import relative_position_indices
+from sim_m2f.weights.transformers import class_weights
+
+BACKBONES = ("build_resnet_backbone", "D2SwinTransformer")
+HEAD_VERSION, FROZEN_NORM_VERSION = 2, 3
+
+
+def detectron2_checkpoint(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Any]:
+    """What ``torch.save`` has to write for the original's ``MODEL.WEIGHTS``; nothing is missing in it.
+
+    The original renames the weights of its head unless the file says that they are of version 2; so the
+    versions of its modules come along, as PyTorch keeps them beside the weights.
+
+    Raises:
+        UserError: detectron2 has no such backbone.
+    """
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONES:
+        raise UserError(f"MODEL.BACKBONE.NAME {name}: the original has {' and '.join(BACKBONES)} only")
+    model = OrderedDict(to_names(weights, detectron2_names))
+    for attention, index in relative_position_indices(weights, cfg).items():
+        table = detectron2_names(f"{attention}.relative_position_bias_table")[0]
+        model[table.replace("bias_table", "index")] = index
+    model["criterion.empty_weight"] = class_weights(cfg)
+    model._metadata = OrderedDict(
+        {"": {"version": 1}, "sem_seg_head": {"version": HEAD_VERSION}}
+        | {"sem_seg_head.predictor": {"version": HEAD_VERSION}}
+        | {norm: {"version": FROZEN_NORM_VERSION} for norm in _norms(model)}
+    )
+    return {"model": model, "__author__": "SIM-M2F"}
+
+
+def _norms(model: Mapping[str, Tensor]) -> list[str]:
+    return [name.removesuffix(".running_mean") for name in model if name.endswith(".running_mean")]

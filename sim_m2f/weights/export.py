@@ -1,0 +1,39 @@
+"""A trained network for other programs."""
+
+from pathlib import Path
+
+import torch
+
+from sim_m2f.files import atomic_write
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
+from sim_m2f.weights.folder import TrainedNetwork, write_folder
+from sim_m2f.weights.onnx import onnx_bytes
+from sim_m2f.weights.transformers import write_transformers
+
+FORMATS = {
+    "safetensors": "a folder of ours: weights, configuration, class names and model card",
+    "detectron2": "a .pth file that the original Mask2Former loads",
+    "transformers": "a folder for Mask2FormerForUniversalSegmentation and its image processor",
+    "onnx": "an .onnx file for images whose sides are multiples of 32",
+}
+
+
+def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
+    """Write a network in one of ``FORMATS`` to a folder or a file.
+
+    Raises:
+        UserError: the format does not have such a network, or the path cannot be written.
+    """
+    weights = {name: weight.detach().cpu() for name, weight in trained.network.state_dict().items()}
+    if format_name == "safetensors":
+        write_folder(output, trained)
+    elif format_name == "transformers":
+        write_transformers(output, weights, trained.cfg, trained.class_names)
+    elif format_name == "detectron2":
+        checkpoint = detectron2_checkpoint(weights, trained.cfg)
+        with atomic_write(output, "wb") as file:
+            torch.save(checkpoint, file)
+    else:
+        graph = onnx_bytes(trained.network.eval())
+        with atomic_write(output, "wb") as file:
+            file.write(graph)

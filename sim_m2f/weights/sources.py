@@ -1,0 +1,47 @@
+"""Addresses of weights: a path, https://, detectron2:// or hf://, each turned into a file on this machine."""
+
+from pathlib import Path
+
+from sim_m2f.errors import UserError
+from sim_m2f.weights.download import download
+from sim_m2f.weights.hub import HUB, hub_folder
+
+DETECTRON2 = "detectron2://"
+DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
+# Names of the weights in a folder, the preferred one first: those of transformers, which are ours too.
+IN_FOLDERS = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+LAST_CHECKPOINT = "last_checkpoint"
+
+
+def local_weights(address: str | Path) -> Path:
+    """The file that holds the weights of an address; downloaded if it is not in the cache.
+
+    Raises:
+        UserError: the address cannot be reached, or the folder has no weights.
+    """
+    address = str(address)
+    if address.startswith(DETECTRON2):
+        return download(DETECTRON2_ADDRESS + address.removeprefix(DETECTRON2))
+    if address.startswith(("https://", "http://")):
+        return download(address)
+    if address.startswith(HUB):
+        return weights_in(hub_folder(address))
+    path = Path(address).expanduser()
+    return weights_in(path) if path.is_dir() else path
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights in a folder of ours, of transformers or of a run.
+
+    Raises:
+        UserError: there are none.
+    """
+    pointer = folder / LAST_CHECKPOINT
+    names = [*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])]
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
+    return found[0]
