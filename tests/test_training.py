@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SMALL
 
 from sim_m2f.cli import main
@@ -151,7 +152,7 @@ def test_copy_paste_may_begin_in_a_resumed_run(few):
 def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
     whole = '{"iteration": 0, "total_loss": 1.5}'
     (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"iteration": 1, "total_lo')
-    MetricsLogger(tmp_path, start=2).write(2, {"total_loss": 1.0})
+    MetricsLogger(tmp_path, 2, Accelerator(cpu=True)).write(2, {"total_loss": 1.0})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == [whole, '{"iteration": 2, "total_loss": 1.0}']
 

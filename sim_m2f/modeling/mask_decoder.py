@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.position import sine_positions
+from sim_m2f.structures import LayerOutputs
 
 
 class Attention(nn.Module):
@@ -27,14 +28,14 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
-        projected = (
+        q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(
                 (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
             )
         )
         mask = None if allowed is None else allowed[:, None]
-        attended = F.scaled_dot_product_attention(*projected, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -133,7 +134,7 @@ class MaskDecoder(nn.Module):
 
     def forward(
         self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool = True
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[LayerOutputs]:
         """
         Args:
             encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
@@ -149,7 +150,7 @@ class MaskDecoder(nn.Module):
         query = self.query_feat.weight.expand(batch, -1, -1)
         positions = self.query_embed.weight.expand(batch, -1, -1)
 
-        predictions = []
+        predictions: list[LayerOutputs] = []
         for i, (cross, self_attention, ffn) in enumerate(
             zip(
                 self.transformer_cross_attention_layers,
@@ -181,7 +182,7 @@ class MaskDecoder(nn.Module):
         query = self.decoder_norm(query)
         return query, self.mask_embed(query)
 
-    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> LayerOutputs:
         masks = (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return {"pred_logits": self.class_embed(query), "pred_masks": masks}
 

@@ -238,7 +238,7 @@ def paste(
     return images, _collect(targets, table, image, visible.flatten(0, 1), _to_pixels(covered))
 
 
-def _without_pasted(target: Target, size: tuple[int, int], device: torch.device) -> dict[str, Tensor]:
+def _without_pasted(target: Target, size: tuple[int, int], device: torch.device) -> Target:
     """The target of an image in a batch that receives nothing."""
     labels = target["labels"]
     nothing = torch.zeros(len(labels), *size, dtype=torch.bool, device=device)
@@ -254,7 +254,8 @@ def _paint(
         (R, 3, H, W) and (R, K, h, w) bool: the images, and each object's cells that no later one covers.
     """
     height, width = canvas.shape[-2:]
-    visible, slots = [], bank.slots
+    visible: list[Tensor] = []
+    slots = bank.slots
     for objects, here in zip(drawn.unbind(1), exist.unbind(1), strict=True):
         pixels, masks = bank.images[slots[objects]], bank.masks[objects]
         if jitter:
@@ -319,13 +320,18 @@ def _collect(
     masks = torch.cat([torch.zeros_like(masks[:1]), masks]).index_select(0, which)
     columns = table[order, 4].long(), table[order, :4], order >= annotated, masks
     split = zip(*(column.split(counts) for column in columns), strict=True)
-    new = []
+    new: list[Target] = []
     for target, paint, (labels, boxes, pasted, visible) in zip(targets, painted, split, strict=True):
         home = target["labels"].device
-        fields = {"labels": labels.to(home), "boxes": boxes.to(home), "pasted": pasted.to(home)}
+        fields: Target = {
+            "labels": labels.to(home),
+            "boxes": boxes.to(home),
+            "pasted": pasted.to(home),
+            "pasted_masks": visible,
+        }
         if "valid" in target:
             fields["valid"] = target["valid"].to(paint.device, non_blocking=True) | paint
-        new.append({**fields, "pasted_masks": visible})
+        new.append(fields)
     return new
 
 
