@@ -1,4 +1,4 @@
-"""The floors of the house: imports run down, files import each other in no circle, a loss is added in one place."""
+"""The floors of the house: imports run down and in no circle; a loss is added in one place."""
 
 import ast
 import shutil
