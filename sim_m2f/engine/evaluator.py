@@ -96,9 +96,9 @@ def _detect(
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
-            found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
-            images = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
-            for image_id, size, instances in images:
+            sizes = batch["original_sizes"]
+            detections = postprocess.instances(outputs, batch["image_sizes"], sizes, top_k)
+            for image_id, size, instances in zip(batch["image_ids"], sizes, detections, strict=True):
                 seen.append(image_id)
                 results += encode(image_id, size, instances, category_ids)
     return seen, results

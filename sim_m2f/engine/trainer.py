@@ -21,9 +21,10 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion
-from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.copy_paste import Jitter, paste
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
+from sim_m2f.supervision.paste_bank import PasteBank
 from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.teacher import Teacher, teacher_terms
 from sim_m2f.weights.checkpoint import (
