@@ -1,10 +1,10 @@
 """The losses of the first steps of every configuration in configs/shapes, to compare versions of the code.
 
     python benchmarks/first_losses.py              # writes benchmarks/results/first_losses.json
-    python benchmarks/first_losses.py --compare    # compares with it bit for bit; exit status 1 if they differ
+    python benchmarks/first_losses.py --compare    # compares with it, bit for bit
 
-One thread on a CPU; MAX_ITER is the number of steps, so that every term of the method begins on the way. Numbers
-are the same bit for bit only with the same processor and the same version of PyTorch.
+One thread on a CPU; MAX_ITER is the number of steps, so that every term of the method begins on the way.
+Numbers are the same bit for bit only with the same processor and the same version of PyTorch.
 """
 
 import argparse
