@@ -9,11 +9,12 @@ import torch
 import sim_m2f
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask_decoder import _attention_in_box
-from sim_m2f.modeling.prompts import Prompts, box_sines, pixels_in_boxes
+from sim_m2f.modeling.prompts import box_sines, pixels_in_boxes
 from sim_m2f.segmenter import Segmenter
-from sim_m2f.supervision.base import per_object
+from sim_m2f.structures import Prompts
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.matched import per_object
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.projection import projection_loss
 from sim_m2f.supervision.prompting import annotated_prompts, match_prompts
@@ -23,15 +24,15 @@ BOXES = [[8.0, 4.0, 40.0, 60.0], [30.0, 30.0, 64.0, 64.0], [2.0, 2.0, 3.0, 3.0]]
 PROMPTED = ["MODEL.SIM.PROMPTS.ENABLED", "True"]
 
 
-def targets_of(*pictures):
+def targets_of(*images):
     return [
         {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.arange(len(boxes)) % 3}
-        for boxes in pictures
+        for boxes in images
     ]
 
 
-def prompts_of(*pictures, size=(64, 64)):
-    return annotated_prompts(targets_of(*pictures), size, torch.device("cpu"))
+def prompts_of(*images, size=(64, 64)):
+    return annotated_prompts(targets_of(*images), size, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -128,11 +129,11 @@ def test_sines_of_a_box():
 
 
 def test_noise_moves_sides_and_changes_labels():
-    pictures = targets_of(BOXES * 200)
-    quiet = annotated_prompts(pictures, (64, 128), torch.device("cpu"))
-    assert torch.equal(quiet.boxes[0], pictures[0]["boxes"] / torch.tensor([128, 64, 128, 64]))
-    assert torch.equal(quiet.labels[0], pictures[0]["labels"])
-    noisy = annotated_prompts(pictures, (64, 128), torch.device("cpu"), 8, 0.1, 0.5)
+    images = targets_of(BOXES * 200)
+    quiet = annotated_prompts(images, (64, 128), torch.device("cpu"))
+    assert torch.equal(quiet.boxes[0], images[0]["boxes"] / torch.tensor([128, 64, 128, 64]))
+    assert torch.equal(quiet.labels[0], images[0]["labels"])
+    noisy = annotated_prompts(images, (64, 128), torch.device("cpu"), 8, 0.1, 0.5)
     sides = (quiet.boxes[..., 2:] - quiet.boxes[..., :2]).repeat(1, 1, 2)
     moved = (noisy.boxes - quiet.boxes) / sides
     assert moved.abs().max() <= 0.1 + 1e-5
@@ -166,7 +167,7 @@ def criterion_of(supervision):
 
 def test_the_nth_prompt_learns_the_nth_object_with_the_same_losses():
     outputs, targets = prompted_outputs(), targets_of(BOXES, BOXES[:1])
-    losses = criterion_of("box")(outputs, targets, torch.randn(2, 3, 64, 64))
+    losses, _ = criterion_of("box")(outputs, targets, torch.randn(2, 3, 64, 64))
     objects = flatten_targets(targets, (16, 16), torch.device("cpu"))
     groups = [*outputs["prompted"]["aux_outputs"], outputs["prompted"]]
     masks = torch.stack([torch.cat([layer["pred_masks"][0], layer["pred_masks"][1, :1]]) for layer in groups])
@@ -188,7 +189,7 @@ def test_places_without_an_object_learn_nothing(supervision):
     outputs, targets = prompted_outputs(), targets_of(BOXES, BOXES[:1])
     for target in targets:
         target["masks"] = torch.rand(len(target["labels"]), 64, 64) < 0.5
-    losses = criterion_of(supervision)(outputs, targets, torch.randn(2, 3, 64, 64))
+    losses, _ = criterion_of(supervision)(outputs, targets, torch.randn(2, 3, 64, 64))
     sum(losses.values()).backward()
     for layer in (outputs["prompted"], *outputs["prompted"]["aux_outputs"]):
         for name in ("pred_masks", "pred_logits"):
@@ -201,7 +202,7 @@ def test_places_without_an_object_learn_nothing(supervision):
 def test_images_without_an_object_have_a_prompt_that_does_not_count():
     prompts = annotated_prompts(targets_of([], []), (64, 64), torch.device("cpu"), 3, 0.1, 0.2)
     assert prompts.boxes.shape == (2, 1, 4)
-    losses = criterion_of("box")(prompted_outputs(), targets_of([], []), torch.randn(2, 3, 64, 64))
+    losses, _ = criterion_of("box")(prompted_outputs(), targets_of([], []), torch.randn(2, 3, 64, 64))
     assert all(loss.isfinite() for loss in losses.values())
     assert losses["loss_prompt_ce"] == 0
 
@@ -225,7 +226,7 @@ def test_predict_gives_a_mask_per_box_within_it(small_cfg):
     size = tuple(resized.shape[-2:])
     assert size == (100, 140)
     padded = torch.zeros(1, 3, 128, 160)
-    padded[0, :, :100, :140] = (resized - model.mean) / model.std
+    padded[0, :, :100, :140] = model.pixels.normalise(resized)
     shares = torch.tensor(boxes) * 2 / torch.tensor([160.0, 128, 160, 128])
     with torch.no_grad():
         prompts = Prompts(shares[None], torch.tensor([[2, 5]]))
@@ -248,5 +249,5 @@ def test_boxes_that_cannot_be_answered_are_refused_in_one_line(small_cfg):
     prompted = Segmenter(sim_m2f.build_model(small_cfg), small_cfg, names)
     with pytest.raises(UserError, match="from 0 to 7"):
         prompted.predict(image, boxes=[[0, 0, 9, 9]], labels=[8])
-    with pytest.raises(UserError, match="one picture"):
+    with pytest.raises(UserError, match="one image"):
         prompted.predict([image], boxes=[[0, 0, 9, 9]])

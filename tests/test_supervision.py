@@ -11,6 +11,7 @@ from skimage.color import rgb2lab
 
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
 from sim_m2f.supervision.box_fill import box_fill_loss
+from sim_m2f.supervision.matched import fill_deficit
 from sim_m2f.supervision.matcher import BoxMatcher
 from sim_m2f.supervision.pairwise import SameLabel, pairwise_loss
 from sim_m2f.supervision.projection import projection_loss
@@ -311,3 +312,14 @@ def test_matcher_leaves_objects_over_when_queries_run_out():
     match = BoxMatcher(2.0, 5.0, 0.0)(torch.zeros(1, 1, 4, 4), masks.amax(-2), masks.amax(-1), targets)
     assert match.matched.sum() == 4
     assert sorted(match.query[match.matched].tolist()) == [0, 1, 2, 3]
+
+
+def test_fill_deficit_is_linear_between_its_shares():
+    boxes = flat([BOXES["inside"], BOXES["whole image"]]).box_masks
+    logits = torch.randn(3, 2, HEIGHT, WIDTH, dtype=torch.float64)
+    deficit = fill_deficit(logits, boxes, 0.3, 0.6)
+    for layer, t in itertools.product(range(3), range(2)):
+        values = [sigmoid(logits[layer, t, y, x]) for y, x in owned(list(BOXES.values())[t])]
+        expected = min(max((0.6 - sum(values) / len(values)) / 0.3, 0), 1)
+        assert deficit[layer, t].item() == pytest.approx(expected, abs=1e-6)
+    assert fill_deficit(logits - 50, boxes, 0.3, 0.6).eq(1).all()

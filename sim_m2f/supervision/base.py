@@ -11,8 +11,9 @@ from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts, Target
 from sim_m2f.supervision.matched import Matched
+from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prompting import annotated_prompts
-from sim_m2f.supervision.targets import map_size
+from sim_m2f.supervision.targets import Targets, map_size
 
 
 class Criterion(nn.Module):
@@ -87,17 +88,16 @@ class Criterion(nn.Module):
         return [*earlier, {"pred_logits": outputs["pred_logits"], "pred_masks": outputs["pred_masks"]}]
 
     def classification(
-        self, layers: Sequence[LayerOutputs], matched: Matched, background: bool = True
+        self, logits: Tensor, objects: Targets, match: Match, background: bool = True
     ) -> Tensor:
         """Weighted cross-entropy of all queries of all layers, "no object" for those without an object.
 
         Without ``background`` these do not count.
         """
-        logits, objects, match = stacked_logits(layers), matched.objects, matched.match
-        number, batch, queries, _ = logits.shape
+        layers, batch, queries, _ = logits.shape
         # a column more takes the labels of the objects that are left over
-        target = logits.new_full((number, batch, queries + 1), self.classes, dtype=torch.int64)
-        layer = torch.arange(number, device=logits.device)[:, None].expand_as(match.query)
+        target = logits.new_full((layers, batch, queries + 1), self.classes, dtype=torch.int64)
+        layer = torch.arange(layers, device=logits.device)[:, None].expand_as(match.query)
         image, labels = objects.image_index.expand_as(match.query), objects.labels.expand_as(match.query)
         query = torch.where(match.matched, match.query, queries)
         target = target.index_put((layer, image, query), labels)[:, :, :-1]
@@ -105,7 +105,7 @@ class Criterion(nn.Module):
         weight[-1] = self.mask_former.NO_OBJECT_WEIGHT * background
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
         total = mean_over_ranks(weight[target].flatten(1).sum(1)).clamp(min=1e-6)
-        return self.mask_former.CLASS_WEIGHT * (loss.view(number, -1).sum(1) / total).sum()
+        return self.mask_former.CLASS_WEIGHT * (loss.view(layers, -1).sum(1) / total).sum()
 
 
 def stacked_logits(layers: Sequence[LayerOutputs]) -> Tensor:

@@ -87,7 +87,7 @@ def color_loss(logits: Tensor, labels: ColorLabels, targets: Targets) -> Tensor:
 
 
 def color_bins(lab: Tensor, counts: Tensor, target: Tensor, objects: int) -> Tensor:
-    """(P,) int64: the bins of CIELAB colours (P, 3), as fine as each object's colours are alike.
+    """(P,) int64: the bins of CIELAB colours, finer where those of an object's pixels are more alike.
 
     Args:
         lab: (P, 3).

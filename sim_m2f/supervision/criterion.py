@@ -102,7 +102,9 @@ class SIMCriterion(Criterion):
         A loss that starts later is there from the first step on, one that has faded out is gone, and one
         whose labels nobody has given is left out.
         """
-        losses = {"loss_ce": self.classification(layers, matched, background)}
+        losses = {
+            "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
+        }
         given = {"PSEUDO_SEMANTIC": matched.supervision.labels, "COLOR_MODEL": matched.supervision.colors}
         given["SELF_CORRECTION"] = given["PSEUDO_SEMANTIC"]
         for name, (group, term) in TERMS.items():

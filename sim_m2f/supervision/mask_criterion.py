@@ -57,7 +57,9 @@ class MaskCriterion(Criterion):
         sampling = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
         cross_entropy, dice = mask_losses(matched.masks, truth, *sampling)
         return {
-            "loss_ce": self.classification(layers, matched, background),
+            "loss_ce": self.classification(
+                stacked_logits(layers), matched.objects, matched.match, background
+            ),
             "loss_mask": keys.MASK_WEIGHT * per_object(cross_entropy, matched.match, matched.objects),
             "loss_dice": keys.DICE_WEIGHT * per_object(dice, matched.match, matched.objects),
         }
