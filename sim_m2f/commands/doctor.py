@@ -21,7 +21,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 class Package(NamedTuple):
-    """A declared dependency: "timm>=1.0.20", "timm", "1.0.20", and the extra that it belongs to or ""."""
+    """A declared dependency: "timm>=1.0.20", "timm", "1.0.20" and the extra that it belongs to, or ""."""
 
     requirement: str
     name: str
@@ -42,9 +42,10 @@ def declared_packages() -> list[Package]:
     packages = []
     for line in requires(PROJECT) or []:
         requirement, _, marker = line.partition(";")
-        name, least = re.match(r"([\w.-]+)(?:.*>=([\w.]+))?", requirement).groups("0")
-        extra = re.search(r"extra == \W(\w+)", marker)
-        packages.append(Package(requirement.strip(), name, least, extra[1] if extra else ""))
+        (name,) = re.findall(r"^[\w.-]+", requirement)
+        least = "".join(re.findall(r">=\s*([\w.]+)", requirement))
+        extra = "".join(re.findall(r"extra == \W([\w-]+)", marker))
+        packages.append(Package(requirement.strip(), name, least, extra))
     return sorted(packages, key=lambda package: package.extra)
 
 
