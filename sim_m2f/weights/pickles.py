@@ -57,10 +57,6 @@ class _Array(np.ndarray):
         super().__setstate__((*version_and_shape, _plain(dtype), is_fortran, content))
 
 
-def _array(*_: Any) -> _Array:
-    return _Array()
-
-
 def _scalar(dtype: np.dtype, content: Any) -> np.generic:
     return multiarray.scalar(_plain(dtype), content)
 
@@ -91,7 +87,7 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
 for package in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{package}.multiarray", "_reconstruct"] = _array
+    ALLOWED[f"{package}.multiarray", "_reconstruct"] = _Array
     ALLOWED[f"{package}.multiarray", "scalar"] = _scalar
     ALLOWED[f"{package}.numeric", "_frombuffer"] = _frombuffer
 

@@ -39,9 +39,7 @@ def read_weight_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
     except ForbiddenPickleError as error:
-        raise UserError(
-            f"{path}: not loaded: it asks to run {error}, which no file of weights needs"
-        ) from error
+        raise _forbidden(path, str(error)) from error
     except UserError:
         raise
     except Exception as error:  # damaged files raise errors of every kind
