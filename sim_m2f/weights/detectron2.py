@@ -28,7 +28,7 @@ def detectron2_checkpoint(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[s
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONES:
         raise UserError(f"MODEL.BACKBONE.NAME {name}: the original has {' and '.join(BACKBONES)} only")
-    model = OrderedDict(to_names(weights, detectron2_names))
+    model: Any = OrderedDict(to_names(weights, detectron2_names))
     for attention, index in relative_position_indices(weights, cfg).items():
         table = detectron2_names(f"{attention}.relative_position_bias_table")[0]
         model[table.replace("bias_table", "index")] = index

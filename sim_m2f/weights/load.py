@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sim_m2f.errors import UserError
+from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.caffe2 import from_caffe2, is_caffe2
 from sim_m2f.weights.names import (
     BODY,
@@ -106,11 +107,11 @@ def _summary(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def load_into(network: nn.Module, state: Any, source: str) -> LoadReport:
+def load_into(network: Mask2Former, state: Any, source: str) -> LoadReport:
     """Load what fits of a file's contents, by the names of whoever wrote it.
 
     Args:
-        network: a Mask2Former of ours.
+        network: whose weights are replaced, in place.
         state: the contents of a file of weights.
         source: where they come from, for messages.
 
@@ -178,7 +179,7 @@ def _origin(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[str, Nam
     return max(NAMINGS.items(), key=lambda item: hits(item[1]))
 
 
-def _caffe2_notes(network: nn.Module) -> list[str]:
+def _caffe2_notes(network: Mask2Former) -> list[str]:
     notes = ["pixels: converted from BGR in 0..255 to the network's RGB"]
     stage = getattr(getattr(network.backbone, "body", None), "layer2", None)
     if stage is not None and tuple(stage[0].conv1.stride) != (2, 2):

@@ -204,7 +204,8 @@ def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pixel_keys(processor: Mapping[str, Any]) -> dict[str, Any]:
-    size = processor.get("size") if isinstance(processor.get("size"), Mapping) else {}
+    size = processor.get("size")
+    size = size if isinstance(size, Mapping) else {}
     keys = {
         "INPUT.MIN_SIZE_TEST": size.get("shortest_edge"),
         "INPUT.MAX_SIZE_TEST": size.get("longest_edge"),

@@ -14,7 +14,7 @@ from sim_m2f.weights.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPick
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
-NUMPY_GLOBALS = [
+NUMPY_GLOBALS: list[Any] = [
     *((target, ".".join(name)) for name, target in ALLOWED.items() if name[0].startswith("numpy")),
     *{type(np.dtype(code)) for code in NUMBERS},
 ]
