@@ -152,7 +152,7 @@ def _detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
 
 
 def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) -> dict[str, float]:
-    # faster-coco-eval is faster but not equal: it leaves out pycocotools' epsilon, and so its precision after a
+    # faster-coco-eval is faster but not equal: it leaves out the epsilon, and so its precision after a
     # class's first detection is 2e-16 higher (benchmarks/coco_eval.py).
     evaluation = COCOeval(truth, detections, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
