@@ -8,7 +8,7 @@ from sim_m2f.engine.hooks import Metrics
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.report.method_figures import FOLDER, drop_later_steps, write_method
-from sim_m2f.report.run_page import write_report
+from sim_m2f.report.run_report import write_report
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.schedule import resolve_steps
 

@@ -1,12 +1,11 @@
 """The page of a run, with its contact sheet and loss curves, from the files that the run left."""
 
 import json
-import math
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -27,9 +26,9 @@ from sim_m2f.report.page import Example, Page, render
 
 PANEL_SIDE = 400  # pixels of a panel's longer side
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
-SUPERVISION = {"box": "Trained from bounding boxes alone.", "mask": "Trained from masks (the upper bound)."}
+SUPERVISION = {"box": "Trained from bounding boxes alone. ", "mask": "Trained from masks (the upper bound). "}
 
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # of COCO's results
 
 
 def write_report(
@@ -60,21 +59,21 @@ def write_report(
     images = choose_images(data.images, num_images)
     examples = [_example(image, detections[image.id], truth, data, min_score) for image in images]
     if examples:
-        rows = [(example.caption, list(example.panels.values())) for example in examples]
-        sheet = contact_sheet(list(examples[0].panels), rows)
+        sheet = contact_sheet([(example.caption, example.panels) for example in examples])
         with atomic_write(output_dir / "report" / "contact_sheet.png", "wb") as file:
             sheet.save(file, "PNG")
-    metrics_file, config_file = output_dir / "metrics.jsonl", output_dir / "config.yaml"
-    series = read_series(metrics_file) if metrics_file.exists() else {}
+    metrics_file, series_file = output_dir / METRICS_FILE, output_dir / "metrics.jsonl"
+    series = read_series(series_file) if series_file.exists() else {}
     curves = draw_curves(series)
     if curves:
         with atomic_write(output_dir / "report" / "loss_curves.png", "wb") as file:
             file.write(curves)
+    config_file = output_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     page = Page(
         title=f"Instance masks on {data.name}",
         subtitle=_subtitle(data, sum(map(len, detections.values())), config),
-        metrics=_read_metrics(output_dir / METRICS_FILE),
+        metrics=_read_json(metrics_file) if metrics_file.exists() else {},
         class_names=data.class_names,
         examples=examples,
         curves=(curves, draw_curves(series, dark=True)) if curves else None,
@@ -113,9 +112,8 @@ def _read_json(path: Path) -> Any:
 def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     """The detections of each image, best first."""
     detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
-    categories = set(data.category_ids)
     for entry in sorted(_read_json(path), key=lambda entry: -entry["score"]):
-        if entry["image_id"] not in detections or entry["category_id"] not in categories:
+        if entry["image_id"] not in detections or entry["category_id"] not in data.category_ids:
             raise UserError(
                 f"{path}: was not made from {data.annotations_file}; give the test set that was evaluated"
             )
@@ -123,19 +121,10 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     return detections
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    return {name: math.nan if value is None else value for name, value in _read_json(path).items()}
-
-
 def _subtitle(data: CocoData, detections: int, config: str) -> str:
-    supervision = re.search(r"^ *SUPERVISION: (box|mask)$", config, re.MULTILINE)
-    parts = [SUPERVISION[supervision[1]]] if supervision else []
-    parts.append(f"{len(data.images)} images, {detections} detections.")
-    if not data.has_annotations:
-        parts.append("No annotations, so no scores.")
-    return " ".join(parts)
+    supervision = yaml.safe_load(config)["MODEL"]["SIM"]["SUPERVISION"] if config else None
+    unscored = "" if data.has_annotations else " No annotations, so no scores."
+    return f"{SUPERVISION.get(supervision, '')}{len(data.images)} images, {detections} detections.{unscored}"
 
 
 def _example(
@@ -146,25 +135,24 @@ def _example(
     names = dict(zip(data.category_ids, data.class_names, strict=True)) if len(data.class_names) > 1 else {}
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]
-    boxes = [mask_utils.toBbox(entry["segmentation"]).tolist() for entry in predictions]
-    places = match_boxes(boxes, [item["bbox"] for item in objects])
+    places = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
     texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
     predicted = [
         Shape(_colour(place), text, mask=mask_utils.decode(entry["segmentation"]).astype(bool))
         for place, text, entry in zip(places, texts, predictions, strict=True)
     ]
-    panels = {}
+    shapes = {}
     if truth is not None:
-        annotated = [
-            Shape(_colour(place), names.get(item["category_id"], ""), box=_xyxy([item["bbox"]])[0].tolist())
-            for place, item in enumerate(objects)
+        boxes = box_convert(_tensor([item["bbox"] for item in objects]), "xywh", "xyxy").tolist()
+        shapes["annotated boxes"] = [
+            Shape(_colour(place), names.get(item["category_id"], ""), box=box)
+            for place, (item, box) in enumerate(zip(objects, boxes, strict=True))
         ]
-        panels["annotated boxes"] = draw(pixels, annotated, PANEL_SIDE)
-    panels[f"predicted masks (score ≥ {min_score:g})"] = draw(pixels, predicted, PANEL_SIDE)
+    shapes[f"predicted masks (score ≥ {min_score:g})"] = predicted
     if truth is not None and coco_metrics.has_masks(truth):
         masks = [truth.annToMask(item).astype(bool) for item in objects]
-        true = [Shape(_colour(place), mask=mask) for place, mask in enumerate(masks)]
-        panels["true masks"] = draw(pixels, true, PANEL_SIDE)
+        shapes["true masks"] = [Shape(_colour(place), mask=mask) for place, mask in enumerate(masks)]
+    panels = {title: draw(pixels, drawn, PANEL_SIDE) for title, drawn in shapes.items()}
     return Example(image.file_name, panels, [(shape.colour, shape.text) for shape in predicted])
 
 
@@ -174,7 +162,7 @@ def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> l
     Boxes are x, y, width, height. A prediction without one gets a number of its own, ``len(annotated)`` or
     more.
     """
-    iou = box_iou(_xyxy(predicted), _xyxy(annotated))
+    iou = box_iou(_tensor(predicted), _tensor(annotated), fmt="xywh")
     places: list[int] = []
     for row in iou:
         best = int(row.argmax()) if row.numel() and row.max() >= MATCHED_IOU else len(annotated) + len(places)
@@ -184,8 +172,8 @@ def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> l
     return places
 
 
-def _xyxy(boxes: list[list[float]]) -> torch.Tensor:
-    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
+def _tensor(boxes: list[list[float]]) -> torch.Tensor:
+    return torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
 
 
 def _colour(place: int) -> str:
