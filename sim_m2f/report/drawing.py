@@ -6,6 +6,7 @@ By matplotlib: torchvision's drawing has no contours, and lets texts cover each 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox, IdentityTransform
 from PIL import Image
 
+from sim_m2f.files import atomic_write
 from sim_m2f.geometry import mask_extents
 
 PALETTE = (
@@ -32,6 +34,8 @@ HALO = (withStroke(linewidth=LINE + 2, foreground=INK, alpha=0.7),)  # the dark 
 MIN_TEXT_EXTENT = 0.1  # a smaller shape, in units of the panel's longer side, has no text: it would be hidden
 PAD = 2  # pixels around a text
 GAP, CAPTION = 8, 26  # pixels of the contact sheet: between panels, for a line of text
+
+Window = tuple[int, int, int, int]  # a part of an image, xyxy in its pixels
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,23 @@ def draw(image: Image.Image, shapes: Sequence[Shape], side: int) -> Image.Image:
     """The image, enlarged or reduced to ``side`` pixels on its longer side, with the shapes on it."""
     width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
     figure, axes = panel_grid([width], [height])
-    show(axes[0, 0], image, shapes)
+    show(axes[0, 0], np.asarray(image.convert("RGB")), shapes, (0, 0, *image.size))
     return rendered(figure)
 
 
-def show(axes: Axes, image: Image.Image, shapes: Sequence[Shape] = ()) -> None:
-    """Show an image with shapes on axes of a ``panel_grid``, in whose upper left corner it fits.
+def show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window) -> None:
+    """Show a part of an image (H, W) or (H, W, 3) of 0 to 255 with shapes in a panel of a ``panel_grid``.
 
     Masks are tinted and outlined, the largest first so that small ones stay visible; boxes are outlined.
     Texts are placed in the order of the shapes; one that has no room is left out.
     """
-    width, height = image.size
-    axes.imshow(image.convert("RGB"), extent=(0, width, height, 0), interpolation="bicubic")
-    axes.autoscale(False)
+    height, width = image.shape[:2]
+    axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
+    axes.set(xlim=window[::2], ylim=window[:0:-2], autoscale_on=False)
     axes.apply_aspect()
-    masks = [(shape.mask, shape.colour) for shape in shapes if shape.mask is not None]
-    for mask, colour in sorted(masks, key=lambda item: -np.count_nonzero(item[0])):
-        _draw_mask(axes, mask, colour)
-    for shape in shapes:
+    for shape in sorted(shapes, key=lambda shape: -np.count_nonzero(shape.mask)):
+        if shape.mask is not None:
+            _draw_mask(axes, shape.mask, shape.colour)
         if shape.box is not None:
             _draw_box(axes, shape.box, shape.colour)
     _draw_texts(axes, shapes)
@@ -79,16 +82,13 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Imag
     """Rows of panels under the titles of their columns, each with a caption; many rows stand in two blocks.
 
     Args:
-        rows: caption, and panels by title, of each row; the same titles in all of them.
+        rows: caption, and panels by title, of each row: the same titles in all of them, one size in a row.
     """
     lines = len(rows) if len(rows) < 4 else math.ceil(len(rows) / 2)
     columns = len(rows[0][1])
-    width = max(panel.width for _, panels in rows for panel in panels.values())
-    heights = [
-        max(panel.height for _, panels in rows[line::lines] for panel in panels.values())
-        for line in range(lines)
-    ]
-    widths = [width] * columns * math.ceil(len(rows) / lines)
+    sizes = [next(iter(panels.values())).size for _, panels in rows]
+    widths = [max(width for width, _ in sizes)] * columns * math.ceil(len(rows) / lines)
+    heights = [max(height for _, height in sizes[line::lines]) for line in range(lines)]
     figure, grid = panel_grid(widths, heights, GAP, above=CAPTION, top=CAPTION)
     for number, (caption, panels) in enumerate(rows):
         block, line = divmod(number, lines)
@@ -118,29 +118,23 @@ def panel_grid(
     width = sum(widths) + gap * (len(widths) + 1)
     height = top + sum(heights) + above * len(heights) + gap
     figure = Figure((width / DPI, height / DPI), DPI)
-    axes = figure.subplots(
-        len(heights),
-        len(widths),
-        squeeze=False,
-        subplot_kw=PANEL,
-        gridspec_kw={
-            "width_ratios": widths,
-            "height_ratios": heights,
-            "left": gap / width,
-            "right": 1 - gap / width,
-            "bottom": gap / height,
-            "top": 1 - (top + above) / height,
-            "wspace": gap / np.mean(widths),
-            "hspace": above / np.mean(heights),
-        },
-    )
-    return figure, axes
+    edges = {"left": gap / width, "right": 1 - gap / width}
+    edges |= {"bottom": gap / height, "top": 1 - (top + above) / height}
+    gaps = {"wspace": gap / np.mean(widths), "hspace": above / np.mean(heights)}
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    size = len(heights), len(widths)
+    return figure, figure.subplots(*size, squeeze=False, subplot_kw=PANEL, gridspec_kw=edges | gaps | ratios)
 
 
 def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
     """Text ``distance`` pixels above the left end of a panel."""
     place = {"xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(text, (0, 1), (0, distance + 5), fontsize=size, **place, **style)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    with atomic_write(path, "wb") as file:
+        image.save(file, "PNG")
 
 
 def rendered(figure: Figure) -> Image.Image:
@@ -172,30 +166,21 @@ def _draw_box(axes: Axes, box: Sequence[float], colour: str) -> None:
 def _draw_texts(axes: Axes, shapes: Sequence[Shape]) -> None:
     """Each on its shape's colour, above, below or inside the shape: where it is in the panel and free."""
     frame, taken = axes.get_window_extent(), []
+    inside = frame.padded(1).contains
     for shape in shapes:
-        if not shape.text:
-            continue
         (left, top), (right, bottom) = axes.transData.transform(np.reshape(shape.extent(), (2, 2)))
-        if max(right - left, top - bottom) < MIN_TEXT_EXTENT * max(frame.size):
+        if not shape.text or max(right - left, top - bottom) < MIN_TEXT_EXTENT * max(frame.size):
             continue
+        style = {"color": INK, "fontsize": TEXT_SIZE, "va": "bottom", "transform": IdentityTransform()}
         label = {"facecolor": shape.colour, "edgecolor": "none", "boxstyle": f"square,pad={PAD / TEXT_SIZE}"}
-        text = axes.text(0, 0, shape.text, color=INK, fontsize=TEXT_SIZE, va="bottom", bbox=label)
-        text.set_transform(IdentityTransform())
+        text = axes.text(0, 0, shape.text, **style, bbox=label)
         width, height = text.get_window_extent().padded(PAD).size
         left = max(min(left, frame.x1 - width), frame.x0)
-        places = [
-            Bbox.from_bounds(left, y, width, height) for y in (top, bottom - height, top - height, bottom)
-        ]
-        free = [
-            place
-            for place in places
-            if frame.y0 <= place.y0
-            and place.y1 <= frame.y1
-            and place.x1 <= frame.x1
-            and not place.count_overlaps(taken)
-        ]
-        if free:
-            text.set_position(free[0].p0 + PAD)
-            taken.append(free[0])
+        for y in (top, bottom - height, top - height, bottom):
+            place = Bbox.from_bounds(left, y, width, height)
+            if inside(*place.p0) and inside(*place.p1) and not place.count_overlaps(taken):
+                text.set_position(place.p0 + PAD)
+                taken.append(place)
+                break
         else:
             text.remove()

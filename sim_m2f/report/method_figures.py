@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
@@ -21,9 +20,18 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps
-from sim_m2f.files import atomic_write
 from sim_m2f.geometry import mask_extents
-from sim_m2f.report.drawing import INK, PALETTE, SOFT, Shape, panel_grid, rendered, show, write_above
+from sim_m2f.report.drawing import (
+    PALETTE,
+    SOFT,
+    Shape,
+    Window,
+    panel_grid,
+    rendered,
+    show,
+    write_above,
+    write_png,
+)
 from sim_m2f.report.page import Evolution
 from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import STRIDE
@@ -65,8 +73,7 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
         name = f"{place + 1:02d}_{Path(one.name).stem}"
         for kind, figure in (("objects", object_figure(one, step)), ("whole", whole_figure(one, step))):
             image = rendered(figure)
-            with atomic_write(folder / f"{step:07d}" / f"{name}.{kind}.png", "wb") as file:
-                image.save(file, "PNG")
+            write_png(folder / f"{step:07d}" / f"{name}.{kind}.png", image)
             yield f"{name}/{kind}", image
 
 
@@ -79,9 +86,15 @@ def read_method(folder: Path, most: int = 12) -> list[Evolution]:
     evolutions = []
     for last in sorted(steps[-1].glob("*.whole.png")):
         files = [steps[index] / last.name for index in chosen]
-        rows = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
+        rows = [
+            (f"step {int(file.parent.name):,}", Image.open(file).convert("RGB"))
+            for file in files
+            if file.exists()
+        ]
         objects = last.with_name(last.name.replace(".whole.", ".objects."))
-        evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, _read(objects)))
+        evolutions.append(
+            Evolution(last.name[3 : -len(".whole.png")], rows, Image.open(objects).convert("RGB"))
+        )
     return evolutions
 
 
@@ -94,27 +107,28 @@ def drop_later_steps(folder: Path, step: int) -> None:
 
 def whole_figure(maps: MethodMaps, step: int) -> Figure:
     """One row: the panels of the whole image. Where boxes overlap, the largest value is drawn."""
-    width, height = _size(maps, SIDE)
+    window = (0, 0, maps.image.shape[1], maps.image.shape[0])
+    width, height = _size(window, SIDE)
     widths = [max(width, OBJECT_SIDE)] * len(TITLES)
     figure, axes = _titled_grid(maps, step, list(TITLES.items()), widths, [height])
-    _show_panels(axes[0], maps, object_colours(maps), maps.classes)
+    _show_panels(axes[0], maps, object_colours(maps), maps.classes, window)
     return figure
 
 
 def object_figure(maps: MethodMaps, step: int) -> Figure:
     """One row for each of the largest objects: its own panels, and its positive masks with their weights."""
     chosen = np.argsort(-(maps.boxes[:, 2:] - maps.boxes[:, :2]).prod(1), kind="stable")[:OBJECTS]
-    objects = [cut_out(maps, index) for index in chosen]
+    windows = [_window(maps, index) for index in chosen]
     titles, widths = list(TITLES.items()), [OBJECT_SIDE] * len(TITLES)
     titles.insert(2, POSITIVE_MASKS)
-    widths.insert(2, max(POSITIVE_WIDTH, *(MASK_CELL * _columns(own) for own in objects)))
-    heights = [2 * (_size(own, MASK_SIDE)[1] + SMALL_LINE) for own in objects]
+    widths.insert(2, max(POSITIVE_WIDTH, MASK_CELL * math.ceil(len(maps.sources) / 2)))
+    heights = [2 * (_size(window, MASK_SIDE)[1] + SMALL_LINE) for window in windows]
     figure, axes = _titled_grid(maps, step, titles, widths, heights, LINE)
-    for row, own, index in zip(axes, objects, chosen, strict=True):
-        colour = object_colours(maps)[index]
+    for row, index, window in zip(axes, chosen, windows, strict=True):
+        own, colour = maps.only(index), object_colours(maps)[index]
         write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
-        _show_panels(np.delete(row, 2), own, [colour], [""])
-        _show_positives(row[2], own)
+        _show_panels(np.delete(row, 2), own, [colour], [""], window)
+        _show_positives(row[2], own, window)
     return figure
 
 
@@ -138,78 +152,55 @@ def label_cells(labels: np.ndarray, colours: Sequence[str]) -> np.ndarray:
     return cells
 
 
-def cut_out(maps: MethodMaps, index: int) -> MethodMaps:
-    """The surroundings of one object, with its own maps alone."""
-    height, width = maps.labels.shape[1:]
-    extent = mask_extents(torch.from_numpy(maps.labels[index] != OUTSIDE)).numpy()
-    left, top, right, bottom = np.clip(extent + [-MARGIN, -MARGIN, MARGIN, MARGIN], 0, 2 * [width, height])
-    cells = slice(top, bottom), slice(left, right)
-    pixels = slice(STRIDE * top, STRIDE * bottom), slice(STRIDE * left, STRIDE * right)
-    own = slice(index, index + 1)
-    return replace(
-        maps,
-        image=maps.image[pixels],
-        boxes=maps.boxes[own] - STRIDE * np.array([left, top, left, top], np.float32),
-        classes=maps.classes[own],
-        **{name: getattr(maps, name)[(own, *cells)] for name in ("semantic", "instance", "blend", "labels")},
-        thresholds=maps.thresholds[own],
-        positives=maps.positives[(slice(None), own, *cells)],
-        weights=maps.weights[:, own],
-        student=maps.student[(own, *pixels)],
-    )
-
-
-def _show_panels(row: Sequence[Axes], maps: MethodMaps, colours: Sequence[str], names: Sequence[str]) -> None:
+def _show_panels(
+    row: Sequence[Axes], maps: MethodMaps, colours: Sequence[str], names: Sequence[str], window: Window
+) -> None:
     """The six panels of ``TITLES``; names stand on the first."""
     boxes = [Shape(colour, box=box) for colour, box in zip(colours, maps.boxes.tolist(), strict=True)]
     named = [replace(shape, text=name) for shape, name in zip(boxes, names, strict=True)]
     masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
-    show(row[0], Image.fromarray(maps.image), named)
+    pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
+    show(row[0], maps.image, named, window)
     heats = (heat_cells(values) for values in (maps.semantic, maps.instance, maps.blend))
     for axes, cells in zip(row[1:5], (*heats, label_cells(maps.labels, colours)), strict=True):
-        show(axes, Image.fromarray(maps.image), boxes)
-        _show_cells(axes, maps, cells)
-    show(row[5], Image.fromarray(maps.image), masks)
+        show(axes, pale, boxes, window)
+        height, width = cells.shape[:2]
+        axes.imshow(cells, extent=(0, STRIDE * width, STRIDE * height, 0), interpolation="nearest")
+    show(row[5], maps.image, masks, window)
 
 
-def _show_positives(axes: Axes, own: MethodMaps) -> None:
+def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
     """The positive masks of a single object in two lines, under each its source and its weight."""
-    width, height = axes.get_window_extent().size
-    axes.set(xlim=(0, width), ylim=(height, 0), autoscale_on=False)
-    for number, place in enumerate(np.flatnonzero(own.weights[:, 0])):
-        line, column = divmod(number, _columns(own))
-        corner = np.array([MASK_CELL * column, line * height / 2])
-        _show_cells(axes, own, heat_cells(own.positives[place]), corner, MASK_SIDE / max(own.image.shape))
-        label = f"{own.sources[place]}  {own.weights[place, 0]:.2f}"
-        axes.text(*corner + [0, _size(own, MASK_SIDE)[1] + 3], label, size=SMALL, va="top")
+    left, top, right, bottom = (edge // STRIDE for edge in window)
+    width, height = _size(window, MASK_SIDE)
+    for place in np.flatnonzero(own.weights[0]):
+        line, column = divmod(place, math.ceil(len(own.sources) / 2))
+        x, y = column * MASK_CELL, line * (height + SMALL_LINE)
+        cells = heat_cells(own.positives[:, place])[top:bottom, left:right]
+        axes.imshow(cells, extent=(x, x + width, y + height, y), interpolation="nearest")
+        label = f"{own.sources[place]}  {own.weights[0, place]:.2f}"
+        axes.text(x, y + height + 3, label, size=SMALL, va="top")
+    frame = axes.get_window_extent()
+    axes.set(xlim=(0, frame.width), ylim=(frame.height, 0))
 
 
-def _show_cells(
-    axes: Axes, maps: MethodMaps, cells: np.ndarray, corner: Sequence[float] = (0, 0), zoom: float = 1
-) -> None:
-    """Cells (h, w, 4) at stride 4 over the image, which is grey and pale."""
-    pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
-    for pixels, stride, interpolation in ((pale, 1, "bicubic"), (cells, STRIDE, "nearest")):
-        right, bottom = corner + zoom * stride * np.array(pixels.shape[1::-1])
-        axes.imshow(
-            pixels,
-            "gray",
-            vmin=0,
-            vmax=255,
-            extent=(corner[0], right, bottom, corner[1]),
-            interpolation=interpolation,
-        )
+def _window(maps: MethodMaps, index: int) -> Window:
+    """The surroundings of an object, xyxy in pixels of the image."""
+    height, width = maps.labels.shape[1:]
+    left, top, right, bottom = mask_extents(torch.from_numpy(maps.labels[index] != OUTSIDE)).tolist()
+    corners = (
+        max(left - MARGIN, 0),
+        max(top - MARGIN, 0),
+        min(right + MARGIN, width),
+        min(bottom + MARGIN, height),
+    )
+    return tuple(STRIDE * corner for corner in corners)
 
 
-def _columns(own: MethodMaps) -> int:
-    """How many of the positive masks stand in a line."""
-    return math.ceil(np.count_nonzero(own.weights) / 2)
-
-
-def _size(maps: MethodMaps, side: int) -> tuple[int, int]:
-    """Width and height of the image if its longer side is ``side``."""
-    height, width = maps.image.shape[:2]
-    return round(side * width / max(height, width)), round(side * height / max(height, width))
+def _size(window: Sequence[int], side: int) -> tuple[int, int]:
+    """Width and height of a window whose longer side becomes ``side``."""
+    width, height = window[2] - window[0], window[3] - window[1]
+    return round(side * width / max(width, height)), round(side * height / max(width, height))
 
 
 def _caption(own: MethodMaps) -> str:
@@ -244,22 +235,13 @@ def _titled_grid(
 
 def _draw_legend(figure: Figure, colours: Sequence[str]) -> None:
     """On the right: the scale of probabilities and the colours of labels, each before its text."""
-    entries = {
-        "positive (the object's colour)": tuple(Patch(color=colour) for colour in colours),
-        "ignored": Patch(color=IGNORED_COLOUR),
-        "negative": Patch(color=NEGATIVE_COLOUR),
-    }
+    texts = "positive (the object's colour)", "ignored", "negative"
+    patches = [Patch(color=colour) for colour in (IGNORED_COLOUR, NEGATIVE_COLOUR)]
+    style = {"loc": "upper right", "ncols": 3, "frameon": False, "fontsize": SMALL}
     squares = {"handlelength": 1.2, "handleheight": 1, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
-    style = {"loc": "upper right", "ncols": len(entries), "frameon": False, "fontsize": SMALL}
-    figure.legend(entries.values(), entries, **style, **squares)
+    figure.legend([tuple(Patch(color=colour) for colour in colours), *patches], texts, **style, **squares)
     width, height = figure.bbox.size
     bar = figure.add_axes((1 - 580 / width, 1 - 21 / height, 90 / width, 11 / height))
-    figure.colorbar(ScalarMappable(cmap=HEAT), bar, orientation="horizontal", ticks=()).outline.set_visible(
-        False
-    )
+    bar.set(xticks=(), yticks=(), frame_on=False)
+    bar.imshow([np.linspace(0, 1, 256)], HEAT, aspect="auto")
     bar.text(1.05, 0.5, "probability, 0 to 1", transform=bar.transAxes, size=SMALL, va="center_baseline")
-
-
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")

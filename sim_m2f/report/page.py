@@ -37,7 +37,7 @@ class Evolution:
 class Page:
     """What the page shows; empty parts are left out.
 
-    ``metrics`` are in percent (None where unknown), ``curves`` are two PNG files, for light and for dark
+    ``metrics`` are in percent (None where unknown), ``curves`` are drawn for light and for dark
     screens, ``config`` is YAML text.
     """
 
@@ -46,18 +46,16 @@ class Page:
     metrics: Mapping[str, float | None]
     class_names: Sequence[str]
     examples: Sequence[Example]
-    curves: tuple[bytes, bytes] | None = None
+    curves: tuple[Image.Image, Image.Image] | None = None
     evolutions: Sequence[Evolution] = ()
     config: str = ""
 
 
 def render(page: Page) -> str:
     """The page as self-contained HTML."""
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": _number, "jpeg": _jpeg, "png": _png}
+    loader, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **options)
+    environment.filters |= {"number": _number, "embedded": _embedded}
     return environment.get_template("page.html.j2").render(
         page=page,
         kinds={kind: name for kind, name in KINDS.items() if f"{kind}/AP" in page.metrics},
@@ -77,15 +75,8 @@ def _ratio(metrics: Mapping[str, float | None], column: str) -> str:
     return "–" if masks is None or not filled else f"{masks / filled:.2f}×"
 
 
-def _jpeg(image: Image.Image) -> str:
+def _embedded(image: Image.Image, kind: str = "jpeg") -> str:
+    """The image as an address that holds it."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90, subsampling=0)
-    return _data("jpeg", buffer.getvalue())
-
-
-def _png(content: bytes) -> str:
-    return _data("png", content)
-
-
-def _data(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    image.save(buffer, kind, quality=90, subsampling=0)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,6 +1,7 @@
 """The page of a run, with its contact sheet and loss curves, from the files that the run left."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.report.curves import draw_curves
-from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw
+from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw, write_png
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
@@ -58,25 +59,22 @@ def write_report(
     truth = coco_metrics.load_truth(data.annotations_file) if data.has_annotations else None
     images = choose_images(data.images, num_images)
     examples = [_example(image, detections[image.id], truth, data, min_score) for image in images]
+    metrics_file, config_file = output_dir / METRICS_FILE, output_dir / "config.yaml"
+    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    series_file = output_dir / "metrics.jsonl"
+    curves = draw_curves(read_series(series_file)) if series_file.exists() else None
     if examples:
         sheet = contact_sheet([(example.caption, example.panels) for example in examples])
-        with atomic_write(output_dir / "report" / "contact_sheet.png", "wb") as file:
-            sheet.save(file, "PNG")
-    metrics_file, series_file = output_dir / METRICS_FILE, output_dir / "metrics.jsonl"
-    series = read_series(series_file) if series_file.exists() else {}
-    curves = draw_curves(series)
+        write_png(output_dir / "report" / "contact_sheet.png", sheet)
     if curves:
-        with atomic_write(output_dir / "report" / "loss_curves.png", "wb") as file:
-            file.write(curves)
-    config_file = output_dir / "config.yaml"
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+        write_png(output_dir / "report" / "loss_curves.png", curves[0])
     page = Page(
         title=f"Instance masks on {data.name}",
         subtitle=_subtitle(data, sum(map(len, detections.values())), config),
         metrics=_read_json(metrics_file) if metrics_file.exists() else {},
         class_names=data.class_names,
         examples=examples,
-        curves=(curves, draw_curves(series, dark=True)) if curves else None,
+        curves=curves,
         evolutions=read_method(output_dir / METHOD_FOLDER),
         config=config,
     )
@@ -135,25 +133,23 @@ def _example(
     names = dict(zip(data.category_ids, data.class_names, strict=True)) if len(data.class_names) > 1 else {}
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]
-    places = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
+    matches = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
+    colours, own = _colours(range(len(objects))), _colours(matches)
     texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
-    predicted = [
-        Shape(_colour(place), text, mask=mask_utils.decode(entry["segmentation"]).astype(bool))
-        for place, text, entry in zip(places, texts, predictions, strict=True)
-    ]
     shapes = {}
     if truth is not None:
-        boxes = box_convert(_tensor([item["bbox"] for item in objects]), "xywh", "xyxy").tolist()
-        shapes["annotated boxes"] = [
-            Shape(_colour(place), names.get(item["category_id"], ""), box=box)
-            for place, (item, box) in enumerate(zip(objects, boxes, strict=True))
-        ]
-    shapes[f"predicted masks (score ≥ {min_score:g})"] = predicted
+        boxes = _xyxy([item["bbox"] for item in objects]).tolist()
+        labels = [names.get(item["category_id"], "") for item in objects]
+        shapes["annotated boxes"] = list(map(Shape, colours, labels, boxes))
+    masks = [mask_utils.decode(entry["segmentation"]).astype(bool) for entry in predictions]
+    shapes[f"predicted masks (score ≥ {min_score:g})"] = [
+        Shape(colour, text, mask=mask) for colour, text, mask in zip(own, texts, masks, strict=True)
+    ]
     if truth is not None and coco_metrics.has_masks(truth):
         masks = [truth.annToMask(item).astype(bool) for item in objects]
-        shapes["true masks"] = [Shape(_colour(place), mask=mask) for place, mask in enumerate(masks)]
+        shapes["true masks"] = [Shape(colour, mask=mask) for colour, mask in zip(colours, masks, strict=True)]
     panels = {title: draw(pixels, drawn, PANEL_SIDE) for title, drawn in shapes.items()}
-    return Example(image.file_name, panels, [(shape.colour, shape.text) for shape in predicted])
+    return Example(image.file_name, panels, list(zip(own, texts, strict=True)))
 
 
 def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> list[int]:
@@ -162,7 +158,7 @@ def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> l
     Boxes are x, y, width, height. A prediction without one gets a number of its own, ``len(annotated)`` or
     more.
     """
-    iou = box_iou(_tensor(predicted), _tensor(annotated), fmt="xywh")
+    iou = box_iou(_xyxy(predicted), _xyxy(annotated))
     places: list[int] = []
     for row in iou:
         best = int(row.argmax()) if row.numel() and row.max() >= MATCHED_IOU else len(annotated) + len(places)
@@ -172,9 +168,9 @@ def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> l
     return places
 
 
-def _tensor(boxes: list[list[float]]) -> torch.Tensor:
-    return torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4)
+def _xyxy(boxes: list[list[float]]) -> torch.Tensor:
+    return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
 
 
-def _colour(place: int) -> str:
-    return PALETTE[place % len(PALETTE)]
+def _colours(places: Iterable[int]) -> list[str]:
+    return [PALETTE[place % len(PALETTE)] for place in places]
