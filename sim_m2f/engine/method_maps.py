@@ -5,6 +5,7 @@ The criterion's own modules compute it; neither weights nor prototypes change, a
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,8 +96,8 @@ class MethodView:
         for name, class_names, batch in self.images:
             images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last)
             outputs, teacher_outputs = (self._outputs(network, images) for network in (student, teacher))
-            objects = flatten_targets(batch["targets"], outputs["pred_masks"].shape[-2:], images.device)
-            height, width = batch["image_sizes"][0]
+            (*_, rows, columns), (height, width) = outputs["pred_masks"].shape, batch["image_sizes"][0]
+            objects = flatten_targets(batch["targets"], (rows, columns), images.device)
             image = self.pixels.undo(batch["images"][0])[:, :height, :width].permute(1, 2, 0)
             yield MethodMaps(
                 name=name,
@@ -115,7 +116,7 @@ class MethodView:
 
 def _pseudo_masks(
     criterion: SIMCriterion, outputs: Outputs, objects: Targets, size: tuple[int, int]
-) -> dict[str, np.ndarray | list[str]]:
+) -> dict[str, Any]:
     """The teacher's share of ``MethodMaps``, from its outputs for an image of this size."""
     layers, pseudo = criterion.layers(outputs), criterion.pseudo_masks
     evidence = pseudo.evidence(layers, outputs["mask_features"], objects, criterion.matcher)

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -80,7 +80,7 @@ def read_result(row: str, seed: int, folder: Path, minutes: float, truth: COCO) 
     )
 
 
-def score_tags(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def score_tags(truth: COCO, results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mask AP in percent on the images of each tag (a list "tags" of an image in the JSON), by tag.
 
     Args:
@@ -169,7 +169,8 @@ def _record(row: Row, group: Sequence[Result]) -> dict[str, Any]:
 
 
 def _write_csv(file: IO[str], groups: Groups) -> None:
-    headings, statistics = _headings(groups), {"mean": fmean, "min": min, "max": max}
+    headings = _headings(groups)
+    statistics: dict[str, Callable[..., float]] = {"mean": fmean, "min": min, "max": max}
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
         ["row", "seeds", "steps", *(f"{name} {kind}" for name in headings for kind in statistics)]

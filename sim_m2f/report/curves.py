@@ -7,15 +7,16 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from sim_m2f.engine.logging import Series
 from sim_m2f.report.drawing import rendered
 
 PRECISION = {
-    "segm/AP": ("masks", "#2f7fd6"),
-    "bbox/AP": ("boxes", "#e08a1e"),
-    "boxfill/AP": ("box fill", "#8a94a0"),
+    "segm/AP": ("masks", "#2f7fd6", "o-"),
+    "bbox/AP": ("boxes", "#e08a1e", "o-"),
+    "boxfill/AP": ("box fill", "#8a94a0", "o--"),
 }
 LOSS_COLOUR = "#2f7fd6"
 SMOOTHED_PART = 1 / 25  # of the logged steps, over which the bold line is a mean
@@ -40,8 +41,8 @@ def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
     panels = bool(precision) + len(losses)
     rows, columns = math.ceil(panels / COLUMNS), min(COLUMNS, panels)
     with matplotlib.style.context(styles):
-        figure = Figure(figsize=(4 * columns, 2.7 * rows), layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)  # inches
+        layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08)  # inches
+        figure = Figure(figsize=(4 * columns, 2.7 * rows), layout=layout)
         axes = iter(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
         for each in figure.axes:
             each.tick_params(labelbottom=True)
@@ -57,22 +58,18 @@ def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
 
 def _draw_precision(axes: Axes, series: Series) -> None:
     for key, values in series.items():
-        name, colour = PRECISION[key]
-        precision = [*values.values()]
-        style = "o--" if key == "boxfill/AP" else "o-"
-        label = f"{name} {precision[-1]:.1f}"
-        axes.plot([*values], precision, style, color=colour, markersize=4, linewidth=2, label=label)
-    axes.set_title("average precision, %")
-    axes.set_ylim(bottom=0)
+        name, colour, style = PRECISION[key]
+        label = f"{name} {[*values.values()][-1]:.1f}"
+        axes.plot([*values], [*values.values()], style, color=colour, markersize=4, linewidth=2, label=label)
+    axes.set(title="average precision, %", ylim=(0, None))
     axes.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _draw_loss(axes: Axes, name: str, values: dict[int, float]) -> None:
-    steps, logged = list(values), list(values.values())
+    steps, logged = [*values], [*values.values()]
     axes.plot(steps, logged, color=LOSS_COLOUR, linewidth=0.8, alpha=0.35)
     axes.plot(steps, _running_mean(logged), color=LOSS_COLOUR, linewidth=2)
-    axes.set_title(name)
-    axes.set_ylim(0, 1.1 * float(np.percentile(logged, 99)) or 1)
+    axes.set(title=name, ylim=(0, 1.1 * float(np.percentile(logged, 99)) or 1))
 
 
 def _running_mean(values: list[float]) -> np.ndarray:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.transforms import Bbox, IdentityTransform
 from PIL import Image
 
@@ -30,7 +30,8 @@ INK, SOFT = "#1c2024", "#667078"
 PANEL = {"frameon": False, "xticks": (), "yticks": (), "anchor": "NW"}
 DPI = 72  # a point is a pixel
 FILL_OPACITY, LINE, TEXT_SIZE = 0.35, 2, 13
-HALO = (withStroke(linewidth=LINE + 2, foreground=INK, alpha=0.7),)  # the dark line around contours and boxes
+# The dark line around contours and boxes.
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=LINE + 2, foreground=INK, alpha=0.7)]
 MIN_TEXT_EXTENT = 0.1  # a smaller shape, in units of the panel's longer side, has no text: it would be hidden
 PAD = 2  # pixels around a text
 GAP, CAPTION = 8, 26  # pixels of the contact sheet: between panels, for a line of text
@@ -70,7 +71,7 @@ def show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window)
     axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
     axes.set(xlim=window[::2], ylim=window[:0:-2], autoscale_on=False)
     axes.apply_aspect()
-    for shape in sorted(shapes, key=lambda shape: -np.count_nonzero(shape.mask)):
+    for shape in sorted(shapes, key=lambda shape: 0 if shape.mask is None else -shape.mask.sum()):
         if shape.mask is not None:
             _draw_mask(axes, shape.mask, shape.colour)
         if shape.box is not None:
@@ -128,7 +129,7 @@ def panel_grid(
 
 def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
     """Text ``distance`` pixels above the left end of a panel."""
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(text, (0, 1), (0, distance + 5), fontsize=size, **place, **style)
 
 
@@ -159,21 +160,22 @@ def _draw_box(axes: Axes, box: Sequence[float], colour: str) -> None:
     corners = axes.transData.transform(np.reshape(box, (2, 2)))
     frame = axes.get_window_extent().padded(-LINE / 2)
     (left, top), (right, bottom) = axes.transData.inverted().transform(np.clip(corners, frame.min, frame.max))
-    style = {"fill": False, "edgecolor": colour, "linewidth": LINE, "path_effects": HALO}
+    style: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": LINE, "path_effects": HALO}
     axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
 
 
 def _draw_texts(axes: Axes, shapes: Sequence[Shape]) -> None:
     """Each on its shape's colour, above, below or inside the shape: where it is in the panel and free."""
-    frame, taken = axes.get_window_extent(), []
+    frame = axes.get_window_extent()
+    taken: list[Bbox] = []
     inside = frame.padded(1).contains
     for shape in shapes:
         (left, top), (right, bottom) = axes.transData.transform(np.reshape(shape.extent(), (2, 2)))
         if not shape.text or max(right - left, top - bottom) < MIN_TEXT_EXTENT * max(frame.size):
             continue
-        style = {"color": INK, "fontsize": TEXT_SIZE, "va": "bottom", "transform": IdentityTransform()}
         label = {"facecolor": shape.colour, "edgecolor": "none", "boxstyle": f"square,pad={PAD / TEXT_SIZE}"}
-        text = axes.text(0, 0, shape.text, **style, bbox=label)
+        text = axes.text(0, 0, shape.text, color=INK, size=TEXT_SIZE, va="bottom", bbox=label)
+        text.set_transform(IdentityTransform())  # pixels of the figure
         width, height = text.get_window_extent().padded(PAD).size
         left = max(min(left, frame.x1 - width), frame.x0)
         for y in (top, bottom - height, top - height, bottom):

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from sim_m2f.data.catalog import eval_sources
-from sim_m2f.data.loader import eval_loader
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.dataset import TrainDataset
 from sim_m2f.engine.hooks import Metrics
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -30,7 +31,9 @@ class MethodFigures(Hook):
         drop_later_steps(trainer.output_dir / FOLDER, trainer.iteration)
         self.period = max(1, round(resolve_steps(show.PERIOD, trainer.cfg.SOLVER.MAX_ITER)))
         if show.PERIOD > 0 and show.PICTURES > 0 and trainer.teacher_terms:
-            self.view = MethodView(trainer.cfg, trainer.loader.dataset, show.PICTURES, trainer.accelerator)
+            dataset = trainer.loader.dataset
+            assert isinstance(dataset, TrainDataset)
+            self.view = MethodView(trainer.cfg, dataset, show.PICTURES, trainer.accelerator)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if self.view is None or not trainer.due(self.period):
@@ -49,5 +52,5 @@ class RunPage(Hook):
     def after_train(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
             source = eval_sources(trainer.cfg)[0]
-            page = write_report(trainer.output_dir, eval_loader(trainer.cfg, source).dataset.data)
+            page = write_report(trainer.output_dir, read_coco(source, read_masks=False))
             print(f"Report: {page}")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -80,21 +81,13 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
 def read_method(folder: Path, most: int = 12) -> list[Evolution]:
     """What ``write_method`` left in a folder: of each image at most so many steps, evenly spaced."""
     steps = sorted(path for path in folder.glob("*") if path.name.isdecimal())
-    if not steps:
-        return []
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    places = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps))).round().astype(int)
     evolutions = []
-    for last in sorted(steps[-1].glob("*.whole.png")):
-        files = [steps[index] / last.name for index in chosen]
-        rows = [
-            (f"step {int(file.parent.name):,}", Image.open(file).convert("RGB"))
-            for file in files
-            if file.exists()
-        ]
-        objects = last.with_name(last.name.replace(".whole.", ".objects."))
-        evolutions.append(
-            Evolution(last.name[3 : -len(".whole.png")], rows, Image.open(objects).convert("RGB"))
-        )
+    for last in sorted(steps[-1].glob("*.whole.png")) if steps else ():
+        files = [steps[place] / last.name for place in places]
+        rows = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
+        objects = _read(last.with_name(last.name.replace(".whole.", ".objects.")))
+        evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, objects))
     return evolutions
 
 
@@ -109,8 +102,8 @@ def whole_figure(maps: MethodMaps, step: int) -> Figure:
     """One row: the panels of the whole image. Where boxes overlap, the largest value is drawn."""
     window = (0, 0, maps.image.shape[1], maps.image.shape[0])
     width, height = _size(window, SIDE)
-    widths = [max(width, OBJECT_SIDE)] * len(TITLES)
-    figure, axes = _titled_grid(maps, step, list(TITLES.items()), widths, [height])
+    columns = [(*title, max(width, OBJECT_SIDE)) for title in TITLES.items()]
+    figure, axes = _titled_grid(maps, step, columns, [height])
     _show_panels(axes[0], maps, object_colours(maps), maps.classes, window)
     return figure
 
@@ -119,11 +112,10 @@ def object_figure(maps: MethodMaps, step: int) -> Figure:
     """One row for each of the largest objects: its own panels, and its positive masks with their weights."""
     chosen = np.argsort(-(maps.boxes[:, 2:] - maps.boxes[:, :2]).prod(1), kind="stable")[:OBJECTS]
     windows = [_window(maps, index) for index in chosen]
-    titles, widths = list(TITLES.items()), [OBJECT_SIDE] * len(TITLES)
-    titles.insert(2, POSITIVE_MASKS)
-    widths.insert(2, max(POSITIVE_WIDTH, MASK_CELL * math.ceil(len(maps.sources) / 2)))
+    columns = [(*title, OBJECT_SIDE) for title in TITLES.items()]
+    columns.insert(2, (*POSITIVE_MASKS, max(POSITIVE_WIDTH, MASK_CELL * _per_line(maps))))
     heights = [2 * (_size(window, MASK_SIDE)[1] + SMALL_LINE) for window in windows]
-    figure, axes = _titled_grid(maps, step, titles, widths, heights, LINE)
+    figure, axes = _titled_grid(maps, step, columns, heights, LINE)
     for row, index, window in zip(axes, chosen, windows, strict=True):
         own, colour = maps.only(index), object_colours(maps)[index]
         write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
@@ -153,11 +145,11 @@ def label_cells(labels: np.ndarray, colours: Sequence[str]) -> np.ndarray:
 
 
 def _show_panels(
-    row: Sequence[Axes], maps: MethodMaps, colours: Sequence[str], names: Sequence[str], window: Window
+    row: np.ndarray, maps: MethodMaps, colours: Sequence[str], names: Iterable[str], window: Window
 ) -> None:
     """The six panels of ``TITLES``; names stand on the first."""
-    boxes = [Shape(colour, box=box) for colour, box in zip(colours, maps.boxes.tolist(), strict=True)]
-    named = [replace(shape, text=name) for shape, name in zip(boxes, names, strict=True)]
+    named = [*map(Shape, colours, names, maps.boxes.tolist())]
+    boxes = [replace(shape, text="") for shape in named]
     masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
     pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
     show(row[0], maps.image, named, window)
@@ -171,10 +163,10 @@ def _show_panels(
 
 def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
     """The positive masks of a single object in two lines, under each its source and its weight."""
-    left, top, right, bottom = (edge // STRIDE for edge in window)
+    left, top, right, bottom = (math.ceil(edge / STRIDE) for edge in window)
     width, height = _size(window, MASK_SIDE)
-    for place in np.flatnonzero(own.weights[0]):
-        line, column = divmod(place, math.ceil(len(own.sources) / 2))
+    for place in np.flatnonzero(own.weights[0]).tolist():
+        line, column = divmod(place, _per_line(own))
         x, y = column * MASK_CELL, line * (height + SMALL_LINE)
         cells = heat_cells(own.positives[:, place])[top:bottom, left:right]
         axes.imshow(cells, extent=(x, x + width, y + height, y), interpolation="nearest")
@@ -184,17 +176,16 @@ def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
     axes.set(xlim=(0, frame.width), ylim=(frame.height, 0))
 
 
+def _per_line(maps: MethodMaps) -> int:
+    """How many positive masks stand in each of the two lines."""
+    return math.ceil(len(maps.sources) / 2)
+
+
 def _window(maps: MethodMaps, index: int) -> Window:
     """The surroundings of an object, xyxy in pixels of the image."""
-    height, width = maps.labels.shape[1:]
-    left, top, right, bottom = mask_extents(torch.from_numpy(maps.labels[index] != OUTSIDE)).tolist()
-    corners = (
-        max(left - MARGIN, 0),
-        max(top - MARGIN, 0),
-        min(right + MARGIN, width),
-        min(bottom + MARGIN, height),
-    )
-    return tuple(STRIDE * corner for corner in corners)
+    height, width = maps.image.shape[:2]
+    extent = mask_extents(torch.from_numpy(maps.labels[index] != OUTSIDE)).numpy()
+    return tuple(np.clip(STRIDE * (extent + MARGIN * np.array([-1, -1, 1, 1])), 0, 2 * [width, height]))
 
 
 def _size(window: Sequence[int], side: int) -> tuple[int, int]:
@@ -213,20 +204,23 @@ def _caption(own: MethodMaps) -> str:
 
 
 def _titled_grid(
-    maps: MethodMaps,
-    step: int,
-    titles: Sequence[tuple[str, str]],
-    widths: Sequence[int],
-    heights: Sequence[int],
-    above: int = 0,
+    maps: MethodMaps, step: int, columns: Sequence[tuple[str, str, int]], heights: list[int], above: int = 0
 ) -> tuple[Figure, np.ndarray]:
-    """A grid of panels with ``above`` pixels for a row's caption; above it file, step, legend and titles."""
-    figure, axes = panel_grid(widths, heights, GAP, above, HEADER)
+    """A grid of panels, below file, step and legend.
+
+    Args:
+        maps: the image.
+        step: after how many steps.
+        columns: title, note below it and width of each.
+        heights: of the rows.
+        above: room for a caption above each row.
+    """
+    figure, axes = panel_grid([width for *_, width in columns], heights, GAP, above, HEADER)
     width, height = figure.bbox.size
     name = Path(maps.name).name
     shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
     figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", size=14, weight="bold", va="top")
-    for each, (title, note) in zip(axes[0], titles, strict=True):
+    for each, (title, note, _) in zip(axes[0], columns, strict=True):
         write_above(each, title, above + SMALL_LINE, weight="bold")
         write_above(each, note, above, SMALL, color=SOFT)
     _draw_legend(figure, object_colours(maps)[:OBJECTS])
@@ -236,12 +230,17 @@ def _titled_grid(
 def _draw_legend(figure: Figure, colours: Sequence[str]) -> None:
     """On the right: the scale of probabilities and the colours of labels, each before its text."""
     texts = "positive (the object's colour)", "ignored", "negative"
-    patches = [Patch(color=colour) for colour in (IGNORED_COLOUR, NEGATIVE_COLOUR)]
-    style = {"loc": "upper right", "ncols": 3, "frameon": False, "fontsize": SMALL}
-    squares = {"handlelength": 1.2, "handleheight": 1, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
-    figure.legend([tuple(Patch(color=colour) for colour in colours), *patches], texts, **style, **squares)
+    positive = tuple(Patch(color=colour) for colour in colours)
+    patches: list[Any] = [positive, Patch(color=IGNORED_COLOUR), Patch(color=NEGATIVE_COLOUR)]
+    style: dict[str, Any] = {"loc": "upper right", "ncols": 3, "frameon": False, "fontsize": SMALL}
+    style |= {"handlelength": 1.2, "handleheight": 1, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
+    figure.legend(patches, texts, **style)
     width, height = figure.bbox.size
     bar = figure.add_axes((1 - 580 / width, 1 - 21 / height, 90 / width, 11 / height))
     bar.set(xticks=(), yticks=(), frame_on=False)
     bar.imshow([np.linspace(0, 1, 256)], HEAT, aspect="auto")
     bar.text(1.05, 0.5, "probability, 0 to 1", transform=bar.transAxes, size=SMALL, va="center_baseline")
+
+
+def _read(file: Path) -> Image.Image:
+    return Image.open(file).convert("RGB")

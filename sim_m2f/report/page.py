@@ -53,8 +53,10 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as self-contained HTML."""
-    loader, options = FileSystemLoader(Path(__file__).parent), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **options)
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"number": _number, "embedded": _embedded}
     return environment.get_template("page.html.j2").render(
         page=page,

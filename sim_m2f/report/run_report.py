@@ -87,8 +87,7 @@ def choose_images(images: list[ImageRecord], count: int) -> list[ImageRecord]:
     """Evenly spaced ones among those with annotated objects; the others only where these are too few."""
     annotated = [image for image in images if len(image.labels)]
     empty = [image for image in images if not len(image.labels)]
-    chosen = _evenly_spaced(annotated, count)
-    return chosen + _evenly_spaced(empty, count - len(chosen))
+    return _evenly_spaced(annotated, count) + _evenly_spaced(empty, count - len(annotated))
 
 
 def _evenly_spaced(images: list[ImageRecord], count: int) -> list[ImageRecord]:
@@ -120,7 +119,7 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
 
 
 def _subtitle(data: CocoData, detections: int, config: str) -> str:
-    supervision = yaml.safe_load(config)["MODEL"]["SIM"]["SUPERVISION"] if config else None
+    supervision = (yaml.safe_load(config) or {}).get("MODEL", {}).get("SIM", {}).get("SUPERVISION")
     unscored = "" if data.has_annotations else " No annotations, so no scores."
     return f"{SUPERVISION.get(supervision, '')}{len(data.images)} images, {detections} detections.{unscored}"
 
