@@ -36,8 +36,6 @@ MIN_TEXT_EXTENT = 0.1  # a smaller shape, in units of the panel's longer side, h
 PAD = 2  # pixels around a text
 GAP, CAPTION = 8, 26  # pixels of the contact sheet: between panels, for a line of text
 
-Window = tuple[int, int, int, int]  # a part of an image, xyxy in its pixels
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -56,20 +54,20 @@ class Shape:
 def draw(image: Image.Image, shapes: Sequence[Shape], side: int) -> Image.Image:
     """The image, enlarged or reduced to ``side`` pixels on its longer side, with the shapes on it."""
     width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
-    figure, axes = panel_grid([width], [height])
-    show(axes[0, 0], np.asarray(image.convert("RGB")), shapes, (0, 0, *image.size))
+    figure, ((axes,),) = panel_grid([width], [height])
+    pixels = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    axes.imshow(pixels, extent=(0, image.width, image.height, 0), aspect="auto")
+    draw_shapes(axes, shapes)
     return rendered(figure)
 
 
-def show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window) -> None:
-    """Show a part of an image (H, W) or (H, W, 3) of 0 to 255 with shapes in a panel of a ``panel_grid``.
+def draw_shapes(axes: Axes, shapes: Sequence[Shape]) -> None:
+    """Draw shapes in a panel of a ``panel_grid`` that shows an image, of which a unit is a pixel.
 
     Masks are tinted and outlined, the largest first so that small ones stay visible; boxes are outlined.
     Texts are placed in the order of the shapes; one that has no room is left out.
     """
-    height, width = image.shape[:2]
-    axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
-    axes.set(xlim=window[::2], ylim=window[:0:-2], autoscale_on=False)
+    axes.autoscale(False)
     axes.apply_aspect()
     for shape in sorted(shapes, key=lambda shape: 0 if shape.mask is None else -shape.mask.sum()):
         if shape.mask is not None:

@@ -26,10 +26,9 @@ from sim_m2f.report.drawing import (
     PALETTE,
     SOFT,
     Shape,
-    Window,
+    draw_shapes,
     panel_grid,
     rendered,
-    show,
     write_above,
     write_png,
 )
@@ -56,6 +55,8 @@ TITLES = {
 }
 POSITIVE_MASKS = "positive masks of the teacher, and their weights", "their weighted mean is $M_I$"
 POSITIVE_WIDTH = 360  # pixels, least width of their column: that of its title
+
+Window = tuple[int, int, int, int]  # a part of an image, xyxy in its pixels
 
 
 def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterator[tuple[str, Image.Image]]:
@@ -152,13 +153,21 @@ def _show_panels(
     boxes = [replace(shape, text="") for shape in named]
     masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
     pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
-    show(row[0], maps.image, named, window)
+    _show(row[0], maps.image, named, window)
     heats = (heat_cells(values) for values in (maps.semantic, maps.instance, maps.blend))
     for axes, cells in zip(row[1:5], (*heats, label_cells(maps.labels, colours)), strict=True):
-        show(axes, pale, boxes, window)
+        _show(axes, pale, boxes, window)
         height, width = cells.shape[:2]
         axes.imshow(cells, extent=(0, STRIDE * width, STRIDE * height, 0), interpolation="nearest")
-    show(row[5], maps.image, masks, window)
+    _show(row[5], maps.image, masks, window)
+
+
+def _show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window) -> None:
+    """A part of an image (H, W) or (H, W, 3), 0 to 255, with shapes."""
+    height, width = image.shape[:2]
+    axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
+    axes.set(xlim=window[::2], ylim=window[:0:-2])
+    draw_shapes(axes, shapes)
 
 
 def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
