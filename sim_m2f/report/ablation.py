@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import IO, Any
 
 import numpy as np
-from cycler import cycler
+from matplotlib import cycler
 from matplotlib.figure import Figure
 from pycocotools.coco import COCO
 
@@ -90,8 +90,8 @@ def score_tags(truth: COCO, results: Sequence[dict[str, Any]]) -> dict[str, floa
     tagged: dict[str, list[int]] = {}
     for image in truth.dataset["images"]:
         tags = image.get("tags")
-        for tag in set(tags) if isinstance(tags, list) else ():
-            tagged.setdefault(str(tag), []).append(image["id"])
+        for tag in {str(tag) for tag in tags} if isinstance(tags, list) else ():
+            tagged.setdefault(tag, []).append(image["id"])
     scores = {}
     for tag, ids in sorted(tagged.items()):
         images, annotations = truth.loadImgs(ids), truth.loadAnns(truth.getAnnIds(ids))

@@ -133,7 +133,7 @@ def _example(
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]
     matches = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
-    colours, own = _colours(range(len(objects))), _colours(matches)
+    colours, worn = _colours(range(len(objects))), _colours(matches)
     texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
     shapes = {}
     if truth is not None:
@@ -142,13 +142,13 @@ def _example(
         shapes["annotated boxes"] = list(map(Shape, colours, labels, boxes))
     masks = [mask_utils.decode(entry["segmentation"]).astype(bool) for entry in predictions]
     shapes[f"predicted masks (score ≥ {min_score:g})"] = [
-        Shape(colour, text, mask=mask) for colour, text, mask in zip(own, texts, masks, strict=True)
+        Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)
     ]
     if truth is not None and coco_metrics.has_masks(truth):
         masks = [truth.annToMask(item).astype(bool) for item in objects]
         shapes["true masks"] = [Shape(colour, mask=mask) for colour, mask in zip(colours, masks, strict=True)]
     panels = {title: draw(pixels, drawn, PANEL_SIDE) for title, drawn in shapes.items()}
-    return Example(image.file_name, panels, list(zip(own, texts, strict=True)))
+    return Example(image.file_name, panels, list(zip(worn, texts, strict=True)))
 
 
 def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> list[int]:
