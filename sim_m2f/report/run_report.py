@@ -109,8 +109,9 @@ def _read_json(path: Path) -> Any:
 def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     """The detections of each image, best first."""
     detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
+    categories = set(data.category_ids)
     for entry in sorted(_read_json(path), key=lambda entry: -entry["score"]):
-        if entry["image_id"] not in detections or entry["category_id"] not in data.category_ids:
+        if entry["image_id"] not in detections or entry["category_id"] not in categories:
             raise UserError(
                 f"{path}: was not made from {data.annotations_file}; give the test set that was evaluated"
             )
