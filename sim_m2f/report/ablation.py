@@ -25,7 +25,7 @@ SCORES = {"segm/AP": "AP", "segm/AP50": "AP50", "segm/AP75": "AP75", "boxfill/AP
 PLOT_FILE = "ap_over_steps.png"
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of the pale yellow.
 COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00", "#000000")
-STYLES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker="osD^vPX*"))
+STYLES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX*")))
 NOTE = """\
 AP of masks in %: mean over the seeds (minimum..maximum). Box fill: the same detections, each mask replaced \
 by its own filled box. AP and a tag: on the images of this tag alone."""
