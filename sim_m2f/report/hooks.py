@@ -4,7 +4,6 @@ from torch import Tensor
 
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
-from sim_m2f.data.dataset import TrainDataset
 from sim_m2f.engine.hooks import Metrics
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -31,9 +30,7 @@ class MethodFigures(Hook):
         drop_later_steps(trainer.output_dir / FOLDER, trainer.iteration)
         self.period = max(1, round(resolve_steps(show.PERIOD, trainer.cfg.SOLVER.MAX_ITER)))
         if show.PERIOD > 0 and show.PICTURES > 0 and trainer.teacher_terms:
-            dataset = trainer.loader.dataset
-            assert isinstance(dataset, TrainDataset)
-            self.view = MethodView(trainer.cfg, dataset, show.PICTURES, trainer.accelerator)
+            self.view = MethodView(trainer.cfg, trainer.loader.dataset, show.PICTURES, trainer.accelerator)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if self.view is None or not trainer.due(self.period):
