@@ -11,8 +11,8 @@ from statistics import fmean
 from typing import IO, Any
 
 import numpy as np
-from matplotlib import cycler
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from pycocotools.coco import COCO
 
 from sim_m2f.engine import coco_metrics
