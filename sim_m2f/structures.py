@@ -1,10 +1,11 @@
 """The dictionaries that travel between data, network, supervision and evaluation."""
 
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from torch import Tensor
 from torchvision import tv_tensors
+from typing_extensions import NotRequired  # of Python 3.11; PyTorch brings it
 
 
 class LayerOutputs(TypedDict):
