@@ -122,22 +122,19 @@ def _detect(
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
-            sizes = batch["original_sizes"]
-            detections = postprocess.instances(outputs, batch["image_sizes"], sizes, top_k)
-            for image_id, size, instances in zip(batch["image_ids"], sizes, detections, strict=True):
+            sizes = batch["image_sizes"], batch["original_sizes"]
+            detections = postprocess.instances(outputs, *sizes, top_k)
+            for image_id, instances in zip(batch["image_ids"], detections, strict=True):
                 seen.append(image_id)
-                results += encode(image_id, size, instances, category_ids)
+                results += encode(image_id, instances, category_ids)
     return seen, results
 
 
-def encode(
-    image_id: int, size: tuple[int, int], instances: Detections, category_ids: list[int]
-) -> list[dict[str, Any]]:
+def encode(image_id: int, instances: Detections, category_ids: list[int]) -> list[dict[str, Any]]:
     """The instances of one image as entries of COCO's results format.
 
     Args:
         image_id: id of the image.
-        size: height and width of the image.
         instances: "scores" (K,), "labels" (K,) from 0 on, "masks" (K, H, W) bool at the image's size.
         category_ids: COCO's category id of each label.
 
@@ -147,7 +144,6 @@ def encode(
 
     Raises:
         UserError: a score is not a finite number.
-        ValueError: masks, scores and labels do not belong to one image of this size and to these classes.
     """
     masks, scores, labels = instances["masks"], instances["scores"].tolist(), instances["labels"].tolist()
     if not all(math.isfinite(score) for score in scores):
@@ -155,13 +151,6 @@ def encode(
             f"image {image_id}: a score is not a finite number: broken weights, or training has diverged; "
             "start from an earlier checkpoint or lower SOLVER.BASE_LR"
         )
-    if masks.dtype != torch.bool or tuple(masks.shape) != (len(scores), *size) or len(labels) != len(scores):
-        raise ValueError(
-            f"image {image_id}: {masks.dtype} masks of shape {tuple(masks.shape)}, {len(labels)} labels; "
-            f"expected bool masks of shape {(len(scores), *size)} and as many labels"
-        )
-    if any(not 0 <= label < len(category_ids) for label in labels):
-        raise ValueError(f"image {image_id}: a label is outside 0..{len(category_ids) - 1}")
     encoded = encode_masks(masks.cpu().numpy())
     return [
         {
@@ -202,7 +191,6 @@ def _report(metrics: dict[str, float], data: CocoData, output_dir: Path) -> None
         tqdm.write(f"{data.annotations_file}: annotations without segmentation, so only boxes are scored")
     tables = coco_metrics.format_tables(metrics, data.class_names)
     tqdm.write(f"\n{data.name}, {len(data.images)} images\n{tables}\n")
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     with atomic_write(output_dir / METRICS_FILE) as file:
-        json.dump(
-            {name: None if math.isnan(value) else value for name, value in metrics.items()}, file, indent=1
-        )
+        json.dump(known, file, indent=1)
