@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.structure.pages import Page
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "sim_m2f/config/defaults.py"
 SECTION = re.compile(r"# -{20,} (?P<title>.+)")
@@ -52,5 +54,5 @@ def reference() -> str:
     return "\n".join(lines)
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+def on_page_markdown(markdown: str, page: "Page", **_: object) -> str:
     return markdown + reference() if page.file.src_uri == "configuration.md" else markdown
