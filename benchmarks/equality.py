@@ -27,11 +27,11 @@ from torch import Tensor, nn
 import sim_m2f
 from sim_m2f.config import CfgNode
 from sim_m2f.files import atomic_write
-from sim_m2f.weights.detectron2 import detectron2_checkpoint
-from sim_m2f.weights.transformers import write_transformers
 from sim_m2f.modeling import mask_decoder, position
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.supervision.mask_criterion import MaskCriterion
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
+from sim_m2f.weights.transformers import write_transformers
 
 Layers = list[dict[str, Tensor]]
 NETWORKS = {"R-50": "mask_R50_bs16_50ep", "Swin-T": "sim_swin_tiny"}
@@ -233,7 +233,8 @@ def our_losses(
     cfg: CfgNode, layers: Layers, targets: list[dict[str, Tensor]], images: Tensor
 ) -> dict[str, Tensor]:
     with same_points():
-        return MaskCriterion(cfg)({**layers[-1], "aux_outputs": layers[:-1]}, targets, images)
+        losses, _ = MaskCriterion(cfg)({**layers[-1], "aux_outputs": layers[:-1]}, targets, images)
+    return losses
 
 
 def transformers_losses(

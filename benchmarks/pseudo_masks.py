@@ -24,12 +24,12 @@ import hardware
 
 from sim_m2f.config import get_cfg
 from sim_m2f.data.loader import Batch, train_loader
-from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
 from sim_m2f.modeling import build_model
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import pseudo_labels
 from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
+from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES, CENTERS = (0.5, 0.3), (0.0, 0.5, 0.7)
@@ -93,7 +93,7 @@ def gather_edges(batch: Batch, features: Tensor, criterion: SIMCriterion) -> dic
     inside[boxes.image_index[pixels.target], pixels.y, pixels.x] = True
     counted = edge_mask(torch.ones_like(inside), dilation) & inside[:, None]
     ends = [torch.roll(instances, (-dy, -dx), (1, 2)) for dy, dx in neighbour_offsets(dilation)]
-    images = batch["images"] * criterion.std + criterion.mean
+    images = criterion.pixels.undo(batch["images"])
     return {
         "colour": color_affinity(images, dilation)[counted],
         "features": feature_affinity(features, dilation)[counted],

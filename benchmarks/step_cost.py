@@ -95,12 +95,16 @@ class TimedTrainer:
         images = batch["images"].to(trainer.accelerator.device, memory_format=torch.channels_last)
         images, targets = self._timed("paste", lambda: trainer._pasted(images, batch["targets"]))
         outputs = self._timed("student forward", lambda: trainer.model(images))
-        taught = self._timed("teacher forward", lambda: trainer._taught(images))
+        teacher = self._timed("teacher forward", lambda: trainer._teacher_outputs(images))
         leaves: list[tuple[Tensor, Tensor]] = []
         detached = detach(outputs, leaves)
-        losses = self._timed(
-            "losses", lambda: sum(trainer.criterion(detached, targets, images, taught, trainer.bank).values())
-        )
+
+        def supervise() -> Tensor:
+            losses, matched = trainer.criterion(detached, targets, images, teacher)
+            trainer._remember(images, matched)
+            return sum(losses.values())
+
+        losses = self._timed("losses", supervise)
         self._timed("losses backward", losses.backward)
         reached = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None]
         self._timed("student backward", lambda: torch.autograd.backward(*zip(*reached, strict=True)))

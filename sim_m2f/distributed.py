@@ -65,7 +65,7 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _reduced(value: Tensor, operation: dist.ReduceOp) -> Tensor:
+def _reduced(value: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     value = value.detach()
     if _distributed():
         value = value.clone()

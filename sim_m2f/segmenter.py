@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -85,7 +85,14 @@ class Segmenter(nn.Module):
         """The network's outputs for images that are normalised and padded already; see ``Mask2Former``."""
         return self.network(images)
 
-    @torch.no_grad()
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a text is a path, not several
+        self, images: ImageLike, threshold: float = 0.0
+    ) -> Instances: ...
+
+    @overload
+    def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...
+
     def predict(
         self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.0
     ) -> Instances | list[Instances]:
@@ -103,11 +110,15 @@ class Segmenter(nn.Module):
             UserError: a file cannot be decoded, or an array has another shape or type.
         """
         if not isinstance(images, ImageLike):
-            return [self.predict(image, threshold) for image in images]
-        pixels = _pixels(images)
-        original = tuple(pixels.shape[-2:])
+            return [self._predict(_pixels(image), threshold) for image in images]
+        return self._predict(_pixels(images), threshold)
+
+    @torch.no_grad()
+    def _predict(self, pixels: Tensor, threshold: float) -> Instances:
+        original = pixels.shape[-2], pixels.shape[-1]
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
-        size, divisor = tuple(resized.shape[-2:]), self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        size = resized.shape[-2], resized.shape[-1]
+        divisor = self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         padded = pad_and_cat(
             [self.pixels.normalise(resized)], *(-(-side // divisor) * divisor for side in size)
         )
@@ -115,8 +126,15 @@ class Segmenter(nn.Module):
         outputs = self.network.eval()(padded[None], auxiliary=False)
         self.network.train(training)
         (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        kept = {key: value[found["scores"] >= threshold] for key, value in found.items()}
-        return Instances(**kept, names=[self.class_names[label] for label in kept["labels"].tolist()])
+        kept = found["scores"] >= threshold
+        labels = found["labels"][kept]
+        return Instances(
+            labels=labels,
+            scores=found["scores"][kept],
+            boxes=found["boxes"][kept],
+            masks=found["masks"][kept],
+            names=[self.class_names[label] for label in labels.tolist()],
+        )
 
     @property
     def trained(self) -> TrainedNetwork:

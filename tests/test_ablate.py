@@ -24,12 +24,11 @@ from pycocotools.cocoeval import COCOeval
 from test_training import as_data_set, few_images, weights
 
 from sim_m2f.cli import main
+from sim_m2f.commands import ablate
 from sim_m2f.config import get_cfg
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import coco_metrics
-from sim_m2f.weights.checkpoint import point_to
 from sim_m2f.errors import UserError
-from sim_m2f.commands import ablate
 from sim_m2f.report.ablation import Result, Row, draw_plot, read_result, score_tags, write_tables
 
 STEPS = 4
@@ -227,7 +226,7 @@ def test_an_interrupted_run_goes_on(workshop, done, tmp_path):
     expected = weights(run)
     for name in ("model_final.pth", "index.html"):
         (run / name).unlink()
-    point_to(run / "model_0000001.pth")
+    (run / "last_checkpoint").write_text("model_0000001.pth")
     kept = [{**line, "kept": 1} for line in lines(run) if line["iteration"] < 2]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert main(arguments(workshop, ["slow"], "--seeds", "0", "--output", str(tmp_path))) == 0

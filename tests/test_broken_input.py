@@ -13,8 +13,8 @@ from PIL import Image
 
 import sim_m2f
 from sim_m2f.cli import main
-from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.errors import UserError
+from sim_m2f.weights.checkpoint import save_checkpoint
 
 CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
 

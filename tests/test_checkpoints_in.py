@@ -16,8 +16,8 @@ import torchvision
 from other_networks import assert_same_weights, small_network
 from safetensors.torch import save_file
 
-from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
+from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.weights.names import detectron2_names, to_names
 from sim_m2f.weights.pickles import multiarray, read_pickle

@@ -6,13 +6,13 @@ from other_networks import CLASSES, assert_same_weights, small_network, stirred
 from PIL import Image
 
 from sim_m2f import cli
-from sim_m2f.config import get_cfg
-from sim_m2f.weights.checkpoint import load_checkpoint
-from sim_m2f.errors import UserError
-from sim_m2f.weights.transformers import transformers_config
-from sim_m2f.weights.folder import from_pretrained
-from sim_m2f.segmenter import Segmenter
 from sim_m2f.commands.export import export
+from sim_m2f.config import get_cfg
+from sim_m2f.errors import UserError
+from sim_m2f.segmenter import Segmenter
+from sim_m2f.weights.checkpoint import load_checkpoint
+from sim_m2f.weights.folder import from_pretrained
+from sim_m2f.weights.transformers import transformers_config
 
 FILES = {"safetensors": "folder", "transformers": "folder", "detectron2": "model.pth"}
 

@@ -3,28 +3,31 @@
 import re
 
 import pytest
+import yaml
 from conftest import ROOT
 
 import sim_m2f
-from sim_m2f.config import CfgNode
+from sim_m2f.config import CfgNode, validate
 from sim_m2f.errors import UserError
-from sim_m2f.supervision.schedule import fade_out, ramp_up, resolve_steps
+from sim_m2f.supervision.schedule import ramp_up, resolve_steps, term_weight
 
 
-def leaves(node: CfgNode, prefix: str = ""):
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+@pytest.mark.parametrize("name", ["defaults.yaml", "without_effect.yaml"])
+def test_every_key_is_documented_where_its_default_is(name):
+    text = (ROOT / "sim_m2f/config" / name).read_text()
+    lines = text.splitlines()
 
+    def undocumented(node: yaml.MappingNode) -> list[str]:
+        found = []
+        for key, value in node.value:
+            at = key.start_mark.line
+            if isinstance(value, yaml.MappingNode):
+                found += undocumented(value)
+            elif not (re.search(r"  # .{8,}", lines[at]) or lines[at - 1].lstrip().startswith("# ")):
+                found.append(key.value)
+        return found
 
-def test_every_key_is_documented_where_its_default_is():
-    lines = (ROOT / "sim_m2f/config.py").read_text().splitlines()
-    for key in leaves(sim_m2f.get_cfg()):
-        at = next(i for i, line in enumerate(lines) if line.startswith(f"_C.{key} = "))
-        documented = re.search(r"  # .{8,}", lines[at]) or lines[at - 1].startswith("# ")
-        assert documented, f"{key} has no comment"
+    assert undocumented(yaml.compose(text)) == []
 
 
 def test_every_config_file_loads():
@@ -85,4 +88,34 @@ def test_steps_may_be_fractions_of_the_run():
     assert resolve_steps(0.25, 1000) == 250
     assert [ramp_up(step, 4) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert ramp_up(0, 0) == 1
-    assert [fade_out(step, 2) for step in range(4)] == [1, 0.5, 0, 0]
+    growing = CfgNode({"WEIGHT": 3.0, "START": 0.25, "WARMUP": 4.0})
+    assert [term_weight(growing, step, 16) for step in (0, 3, 4, 5, 8, 16)] == [0, 0, 0, 0.75, 3, 3]
+    fading = CfgNode({"WEIGHT": 3.0, "STEPS": 2.0})
+    assert [term_weight(fading, step, 16) for step in range(4)] == [3, 1.5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("INPUT.RANDOM_FLIP", "horizontl", "'horizontl' does not exist; take horizontal, vertical or none"),
+        ("MODEL.RESNETS.NORM", "LN", "'LN' does not exist; take FrozenBN, BN, SyncBN or GN"),
+        ("MODEL.SIM.SUPERVISION", "points", "'points' does not exist; take box or mask"),
+        ("TRACKERS", ("tensorboard", "visdom"), "'visdom' does not exist"),
+        ("MODEL.DEVICE", "cuda:1", "take auto, cpu or cuda"),
+        ("SOLVER.OPTIMIZER", "SGD", "the only choice is 'ADAMW'"),
+        ("INPUT.IMAGE_SIZE", 0, "is 0; use a number of at least 1"),
+        ("SOLVER.IMS_PER_BATCH", 0, "is 0; use a number of at least 1"),
+        ("SEED", -1, "is -1; use a number of at least 0"),
+        ("DATALOADER.NUM_WORKERS", -1, "is -1; use a number of at least 0"),
+        ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "is 48; use a multiple of 32"),
+        ("INPUT.MIN_SCALE", 0.0, "is 0.0, INPUT.MAX_SCALE 2.0; use 0 < MIN_SCALE <= MAX_SCALE"),
+        ("INPUT.MIN_SCALE", 3.0, "is 3.0, INPUT.MAX_SCALE 2.0; use 0 < MIN_SCALE <= MAX_SCALE"),
+    ],
+)
+def test_values_that_cannot_be_are_told(key, value, words):
+    cfg = sim_m2f.get_cfg()
+    validate(cfg)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        validate(cfg)
+    assert key in str(error.value)

@@ -10,7 +10,8 @@ import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
 
-from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.copy_paste import Jitter, paste
+from sim_m2f.supervision.paste_bank import PasteBank
 from sim_m2f.supervision.targets import flatten_targets
 
 HEIGHT, WIDTH = 32, 64
@@ -374,9 +375,9 @@ def test_jitter_of_nothing_changes_nothing():
 
 
 def test_jitter_moves_an_object_by_whole_cells():
-    image, mask = random_images(1), cells(slice(2, 5), slice(6, 10))
+    source, mask = random_images(1), cells(slice(2, 5), slice(6, 10))
     bank = PasteBank(50, CPU)
-    enter(bank, image, [make_target([[24.0, 8.0, 40.0, 20.0]])], mask[None])
+    enter(bank, source, [make_target([[24.0, 8.0, 40.0, 20.0]])], mask[None])
     images, targets = torch.zeros(40, 3, HEIGHT, WIDTH), [make_target([])] * 40
     images, new = paste(images, targets, bank, 1.0, 1, Jitter(shift=0.1))
     moves = set()
@@ -385,7 +386,7 @@ def test_jitter_moves_an_object_by_whole_cells():
         assert (right - left, bottom - top) == (16, 12)
         moves.add((left - 24, top - 8))
         expected = torch.zeros(3, HEIGHT, WIDTH)
-        expected[:, top:bottom, left:right] = image[0, :, 8:20, 24:40]
+        expected[:, top:bottom, left:right] = source[0, :, 8:20, 24:40]
         assert torch.allclose(image, expected, atol=1e-4)
     assert moves <= set(itertools.product((-8, -4, 0, 4, 8), (-4, 0, 4)))
     assert len(moves) > 5

@@ -7,7 +7,6 @@ from torchvision import tv_tensors
 
 from sim_m2f import get_cfg
 from sim_m2f.data import augmentation
-from sim_m2f.errors import UserError
 
 SIZE = 64
 
@@ -162,17 +161,3 @@ def test_min_size_test_0_keeps_the_image():
     original = sample(50, 80, [(20, 10, 50, 35)])
     result = augmentation.eval_augmentation(config(MIN_SIZE_TEST=0))(original)
     assert torch.equal(result["image"], original["image"])
-
-
-@pytest.mark.parametrize(
-    ("keys", "words"),
-    [
-        ({"RANDOM_FLIP": "horizontl"}, "INPUT.RANDOM_FLIP is 'horizontl'"),
-        ({"IMAGE_SIZE": 0}, "INPUT.IMAGE_SIZE is 0"),
-        ({"MIN_SCALE": 0.0}, "INPUT.MIN_SCALE is 0.0"),
-        ({"MIN_SCALE": 3.0}, "INPUT.MIN_SCALE is 3.0"),
-    ],
-)
-def test_wrong_keys_are_told(keys, words):
-    with pytest.raises(UserError, match=words):
-        augmentation.train_augmentation(config(**keys))

@@ -10,9 +10,9 @@ import torch
 from other_networks import assert_same_weights, small_network
 from safetensors.torch import save_file
 
-from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.errors import UserError
 from sim_m2f.weights import sources
+from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.download import download
 
 CONTENT = bytes(range(256)) * 40

@@ -19,9 +19,6 @@ from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.shapes import CLASSES
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
-from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
-from sim_m2f.supervision.pseudo_masks import IGNORED
-from sim_m2f.supervision.targets import flatten_targets
 from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
     NEGATIVE_COLOUR,
@@ -31,6 +28,9 @@ from sim_m2f.report.method_figures import (
     read_method,
     write_method,
 )
+from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
+from sim_m2f.supervision.pseudo_masks import IGNORED
+from sim_m2f.supervision.targets import flatten_targets
 
 LAYERS, QUERIES, SIDE = 3, 8, 32  # of the network of SMALL on shapes, maps at stride 4
 

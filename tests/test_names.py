@@ -6,6 +6,7 @@ from conftest import ROOT
 from other_networks import small_network
 
 from sim_m2f.config import get_cfg
+from sim_m2f.modeling import build_model
 from sim_m2f.weights.load import COMPUTED
 from sim_m2f.weights.names import (
     detectron2_names,
@@ -16,7 +17,6 @@ from sim_m2f.weights.names import (
     transformers_names,
 )
 from sim_m2f.weights.transformers import cfg_from_transformers, transformers_config
-from sim_m2f.modeling import build_model
 
 ZOO = [
     *("sim_R50_bs16_50ep", "sim_R101_bs16_50ep", "sim_swin_tiny", "sim_swin_small", "sim_swin_base"),

@@ -6,9 +6,9 @@ from other_networks import CLASSES, small_network
 
 from sim_m2f import cli
 from sim_m2f.errors import UserError
-from sim_m2f.weights.onnx import GridSampleAttention, onnx_bytes
 from sim_m2f.modeling.deformable_attention import MSDeformAttn
 from sim_m2f.segmenter import Segmenter
+from sim_m2f.weights.onnx import GridSampleAttention, onnx_bytes
 
 
 def test_grid_sample_attention_is_the_attention():

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sim_m2f import build_model, get_cfg
-from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.modeling.postprocess import instances
+from sim_m2f.weights.detectron2 import detectron2_checkpoint
 
 mask2former = pytest.importorskip("mask2former")
 CONFIGS = Path(mask2former.__file__).parents[1] / "configs/coco/instance-segmentation"

@@ -9,9 +9,9 @@ import yaml
 from conftest import ROOT
 
 import sim_m2f
+from sim_m2f.commands.train import configuration
 from sim_m2f.config import without_effect
 from sim_m2f.errors import UserError
-from sim_m2f.commands.train import configuration
 
 SWIN = {"PATCH_NORM": True, "APE": False, "DROP_PATH_RATE": 0.3}
 WINDOW_12 = {"WINDOW_SIZE": 12, "PRETRAIN_IMG_SIZE": 384}

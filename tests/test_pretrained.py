@@ -16,9 +16,9 @@ from pycocotools import mask as coco_mask
 import sim_m2f
 from sim_m2f.cli import main
 from sim_m2f.data.class_names import class_names, coco_names
-from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
+from sim_m2f.weights.checkpoint import save_checkpoint
 
 NAMES = ["crescent", "ring", "star"]
 

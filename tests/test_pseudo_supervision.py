@@ -11,19 +11,17 @@ from conftest import ROOT
 from torchvision.ops import sigmoid_focal_loss
 
 import sim_m2f
-from sim_m2f.supervision import criterion as criterion_module
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.matched import MatchedBoxes
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
 from sim_m2f.supervision.pseudo_masks import (
     IGNORED,
-    PseudoLabels,
     instance_probability,
     positive_masks,
     positive_thresholds,
     pseudo_labels,
-    pseudo_losses,
 )
 from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
 from sim_m2f.supervision.teacher import Teacher
@@ -171,7 +169,9 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
             (math.prod(weight(layer, t, match.query[layer, t])) + 1e-6, layer, match.query[layer, t])
             for layer in (0, 1)
         ]
-        taken = {match.query[1, s].item() for s in range(3) if objects.image_index[s] == objects.image_index[t]}
+        taken = {
+            match.query[1, s].item() for s in range(3) if objects.image_index[s] == objects.image_index[t]
+        }
         further = [(weight(1, t, q), q) for q in range(5) if q not in taken]
         claims = sorted(((p * o, 1, q) for (p, o), q in further if o >= 0.2), key=lambda claim: -claim[0])[:2]
         values = [
@@ -203,7 +203,7 @@ def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SIM.SUPERVISION", "box"])
     loss = build_criterion(cfg).classification(logits, objects, match)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)  # CLASS_WEIGHT 2
 
 
 def test_thresholds_and_labels_pixel_by_pixel(generator):
@@ -223,20 +223,6 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
         for i in members:
             for mask, label in ((blend[i], labels.final[i]), (semantic[i].item(), labels.semantic[i])):
                 assert label.item() == (1 if mask >= threshold else 0 if mask < 0.4 else IGNORED)
-
-
-def test_the_two_pseudo_losses_sum_to_the_focal_loss_of_all_labelled_pixels(generator):
-    logits = torch.randn(3, 50, generator=generator, dtype=torch.float64)
-    final, semantic = (torch.randint(3, (2, 50), generator=generator) - 1).unbind(0)
-    kept, changed = pseudo_losses(
-        logits, PseudoLabels(final, semantic, logits[0], BoxPixels(final, final, final))
-    )
-    labelled = final != IGNORED
-    wanted = final.clamp(min=0).double().expand_as(logits)
-    expected = sigmoid_focal_loss(logits, wanted, alpha=0.25, gamma=2) * labelled
-    torch.testing.assert_close(kept + changed, expected)
-    assert (kept[:, final != semantic] == 0).all()
-    assert (changed[:, final == semantic] == 0).all()
 
 
 def test_feature_affinity_of_every_pair_of_neighbours(generator):
@@ -262,8 +248,10 @@ FULL = [
 ]
 
 
-def losses_with(overrides: list[str], generator, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """The criterion's losses on fixed outputs of student and teacher."""
+def losses_with(
+    overrides: list[str], generator, dtype=torch.float32
+) -> tuple[dict[str, torch.Tensor], MatchedBoxes]:
+    """What the criterion makes of fixed outputs of student and teacher."""
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
     cfg.merge_from_list([*FULL, *overrides])
@@ -298,7 +286,7 @@ def losses_with(overrides: list[str], generator, dtype=torch.float32) -> dict[st
 )
 def test_a_weight_of_zero_equals_leaving_the_term_out(term, loss):
     def run(*overrides):
-        return losses_with(list(overrides), torch.Generator().manual_seed(7))
+        return losses_with(list(overrides), torch.Generator().manual_seed(7))[0]
 
     everything = run()
     weightless = run(f"MODEL.SIM.{term}.WEIGHT", "0")
@@ -313,8 +301,8 @@ def test_a_weight_of_zero_equals_leaving_the_term_out(term, loss):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
     """All after the network is computed in float32; features that are much longer change nothing."""
-    rounded = losses_with([], torch.Generator().manual_seed(7), dtype)
-    exact = losses_with([], torch.Generator().manual_seed(7))
+    rounded, _ = losses_with([], torch.Generator().manual_seed(7), dtype)
+    exact, _ = losses_with([], torch.Generator().manual_seed(7))
     for name, loss in exact.items():
         assert rounded[name].dtype == torch.float32
         assert rounded[name].item() == pytest.approx(loss.item(), rel=0.05, abs=0.01), name
@@ -330,25 +318,19 @@ def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
     torch.testing.assert_close(prototypes.vectors, moved)
 
 
-def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer(monkeypatch):
-    """Their sum is, per layer, the focal loss of all labelled pixels by their number (SIM, equation 8)."""
-    seen = []
-    original = criterion_module.pseudo_losses
-
-    def spy(logits, labels, *focal):
-        seen.append((logits, labels))
-        return original(logits, labels, *focal)
-
-    monkeypatch.setattr(criterion_module, "pseudo_losses", spy)
+def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():
+    """Per layer, the focal loss of pixels that keep or change their label, per labelled pixel."""
     weights = ["MODEL.SIM.PSEUDO_SEMANTIC.WEIGHT", "1", "MODEL.SIM.SELF_CORRECTION.WEIGHT", "1"]
-    losses = losses_with(weights, torch.Generator().manual_seed(7))
-    ((logits, labels),) = seen
-    labelled = labels.final != IGNORED
-    wanted = labels.final.clamp(min=0).double().expand_as(logits)
-    focal = sigmoid_focal_loss(logits.double(), wanted, alpha=0.25, gamma=2)
-    expected = (focal * labelled).sum(1).div(labelled.sum()).sum()
-    total = losses["loss_pseudo_semantic"] + losses["loss_self_correction"]
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    losses, matched = losses_with(weights, torch.Generator().manual_seed(7))
+    labels, pixels = matched.labels, matched.labels.pixels
+    logits = matched.masks[:, pixels.target, pixels.y, pixels.x].double()
+    target = labels.final.clamp(min=0).double().expand_as(logits)
+    focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2)
+    labelled, kept = labels.final != IGNORED, labels.final == labels.semantic
+    assert 0 < (labelled & kept).sum() < labelled.sum()
+    for name, chosen in (("loss_pseudo_semantic", kept), ("loss_self_correction", ~kept)):
+        expected = (focal * (labelled & chosen)).sum(1).div(labelled.sum()).sum()
+        assert losses[name].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
@@ -365,7 +347,7 @@ def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
     targets[0]["pasted_masks"], targets[1]["pasted_masks"] = wanted, wanted[:1]
     outputs = {"pred_logits": logits[1], "pred_masks": masks[1], "aux_outputs": []}
     criterion = build_criterion(cfg)
-    losses = criterion(outputs, targets, torch.zeros(2, 3, 24, 32))
+    losses, _ = criterion(outputs, targets, torch.zeros(2, 3, 24, 32))
 
     flat = flatten_targets(targets, (6, 8), torch.device("cpu"))
     match = criterion.matcher(logits[1:], masks[1:].amax(-2).sigmoid(), masks[1:].amax(-1).sigmoid(), flat)

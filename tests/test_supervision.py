@@ -177,7 +177,7 @@ def brute_force_pairwise(logits, boxes, images, affinity_of, valid, threshold):
 
 def test_pairwise_loss_and_gradient():
     boxes = list(BOXES.values())
-    images = [0] * 4 + [1] * 3
+    image_of = [0] * 4 + [1] * 3
     targets = flat(boxes[:4], boxes[4:])
     generator = torch.Generator().manual_seed(4)
     images = torch.rand(2, 3, 4 * HEIGHT, 4 * WIDTH, generator=generator) * 40
@@ -198,7 +198,7 @@ def test_pairwise_loss_and_gradient():
         return math.exp(-np.linalg.norm(lab[image][i] - lab[image][j]) / 2)
 
     expected, expected_numbers = brute_force_pairwise(
-        logits[0], boxes, images, affinity_of, valid, threshold
+        logits[0], boxes, image_of, affinity_of, valid, threshold
     )
     assert numbers.tolist() == expected_numbers
     assert 0 < sum(expected_numbers) < sum(8 * len(owned(box)) for box in boxes)
@@ -293,9 +293,7 @@ def test_matcher_finds_the_cheapest_assignment(box_weight):
             cost = np.array(
                 [
                     [
-                        brute_force_cost(
-                            logits[layer, image, q], masks[layer, image, q], box, t % 3, weights
-                        )
+                        brute_force_cost(logits[layer, image, q], masks[layer, image, q], box, t % 3, weights)
                         for t, box in enumerate(boxes)
                     ]
                     for q in range(queries)

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SMALL
 
 from sim_m2f.cli import main
+from sim_m2f.commands.train import build_trainer
 from sim_m2f.data.shapes import cached_shapes
-from sim_m2f.weights.checkpoint import point_to
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.supervision.criterion import build_criterion
@@ -23,7 +24,7 @@ from sim_m2f.supervision.criterion import build_criterion
 def train(cfg, *overrides: str, resume: bool = False) -> Path:
     cfg = cfg.clone()
     cfg.merge_from_list([str(value) for value in overrides])
-    Trainer(cfg, resume=resume).train()
+    build_trainer(cfg, resume).train()
     return Path(cfg.OUTPUT_DIR)
 
 
@@ -131,7 +132,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, t
     resumed = tmp_path / "resumed"
     resumed.mkdir()
     (whole / "model_0000002.pth").rename(resumed / "model_0000002.pth")
-    point_to(resumed / "model_0000002.pth")
+    (resumed / "last_checkpoint").write_text("model_0000002.pth")
     train(few, *settings, "OUTPUT_DIR", resumed, "DATALOADER.NUM_WORKERS", 1, resume=True)
     assert train_losses(resumed) == train_losses(whole)[3:]
     for name, weight in weights(whole).items():
@@ -142,7 +143,7 @@ def test_copy_paste_may_begin_in_a_resumed_run(few):
     settings = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.KEEP_CHECKPOINTS", True)
     teacher = ("MODEL.SIM.TEACHER.ENABLED", True)
     output = train(few, *settings, *teacher)
-    point_to(output / "model_0000001.pth")
+    (output / "last_checkpoint").write_text("model_0000001.pth")
     started = ("MODEL.SIM.COPY_PASTE.ENABLED", True, "MODEL.SIM.COPY_PASTE.START", 0)
     train(few, *settings, *teacher, *started, resume=True)
     assert "loss_copy_paste" in train_losses(output)[-1]
@@ -151,7 +152,7 @@ def test_copy_paste_may_begin_in_a_resumed_run(few):
 def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
     whole = '{"iteration": 0, "total_loss": 1.5}'
     (tmp_path / "metrics.jsonl").write_text(f'{whole}\n{{"iteration": 1, "total_lo')
-    MetricsLogger(tmp_path, start=2).write(2, {"total_loss": 1.0})
+    MetricsLogger(tmp_path, 2, Accelerator(cpu=True)).write(2, {"total_loss": 1.0})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines == [whole, '{"iteration": 2, "total_loss": 1.0}']
 

@@ -110,7 +110,7 @@ def plan(base: CfgNode, rows: Sequence[Row], seeds: Sequence[int], folder: Path)
     return runs
 
 
-def devices(cfg: CfgNode) -> list[str | None]:
+def devices(cfg: CfgNode) -> Sequence[str | None]:
     """A value of CUDA_VISIBLE_DEVICES for each run that may train at a time; [None] where there is no GPU."""
     count = 0 if cfg.MODEL.DEVICE == "cpu" else torch.cuda.device_count()
     if not count:

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,13 +79,14 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
     criterion = _criterion(cfg, state, path).to(accelerator.device)
-    networks = []
-    for weights in (state["model"], teacher_weights(state) or state["model"]):
-        networks.append(build_model(cfg).to(accelerator.device, memory_format=torch.channels_last))
-        load_weights(networks[-1], weights, path)
+    student, teacher = (
+        build_model(cfg).to(accelerator.device).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    load_weights(student, state["model"], path)
+    load_weights(teacher, teacher_weights(state) or state["model"], path)
     step = state.get("iteration", 0)
     view = MethodView(cfg, dataset, images, accelerator)
-    for _ in write_method(folder, step, view.maps(*networks, criterion)):
+    for _ in write_method(folder, step, view.maps(student, teacher, criterion)):
         pass
     page = Page(
         title="How the method sees its boxes",
@@ -110,9 +112,10 @@ def _checkpoint(cfg: CfgNode) -> Path:
     return path
 
 
-def _criterion(cfg: CfgNode, state: dict, path: Path) -> SIMCriterion:
+def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:
     """The criterion with the checkpoint's prototypes, which must have learned something."""
     criterion = build_criterion(cfg)
+    assert isinstance(criterion, SIMCriterion)
     untrained = criterion.pseudo_masks.prototypes.vectors
     prototypes = state.get("criterion", {}).get(PROTOTYPES)
     if prototypes is None or "model" not in state:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.report.drawing import PALETTE, Shape, draw
-from sim_m2f.segmenter import Instances, Segmenter
+from sim_m2f.segmenter import Instances, Segmenter, from_pretrained
 
 PREDICTIONS, OVERLAYS = "predictions.json", "overlays"
 SIDE = 1024  # longer side of an overlay in pixels
@@ -38,8 +38,6 @@ def run(args: argparse.Namespace) -> int:
         UserError: there are no images, or no such network; images that cannot be decoded, one line each,
             after all others are done.
     """
-    from sim_m2f.weights.folder import from_pretrained
-
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)

@@ -71,7 +71,7 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
     unheeded = without_effect(cfg)
     if unheeded and os.environ.get("RANK", "0") == "0":
         print(
-            f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config/defaults.py",
+            f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config/without_effect.yaml",
             file=sys.stderr,
         )
     cfg.freeze()

@@ -20,11 +20,7 @@ from sim_m2f.errors import UserError
 
 
 class CfgNode(FvcoreNode):
-    """A configuration that names the nearest known key when one is unknown.
-
-    Steps of a schedule (MODEL.SIM.*.START, WARMUP, STEPS) are numbers of steps, or, below 1, a fraction of
-    SOLVER.MAX_ITER, so that one file serves short and long runs.
-    """
+    """A configuration that names the nearest known key when one is unknown."""
 
     def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
         """Merge a YAML file (and the files that its ``_BASE_`` names); see ``find_config``.
@@ -47,8 +43,8 @@ class CfgNode(FvcoreNode):
             raise UserError(
                 f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}"
             )
-        loaded.pop(BASE_KEY, None)
-        self._merge(loaded, str(cfg_filename))
+        own = {key: value for key, value in loaded.items() if key != BASE_KEY}
+        self._merge(own, str(cfg_filename))
 
     def merge_from_list(self, cfg_list: list[str]) -> None:
         """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line.
@@ -128,11 +124,10 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
     return decoded
 
 
-def leaf_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    """Every key with its path, such as "SOLVER.BASE_LR"; groups of keys before those in them."""
+def leaf_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every key that holds a value, with its path, such as "SOLVER.BASE_LR"."""
     for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
             yield from leaf_keys(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"

@@ -1,7 +1,6 @@
 """Mask2Former's large-scale jitter for training, detectron2's resizing for tests, on tv_tensors.
 
-A sample is a dict {"image": Image (3, H, W) uint8, "boxes": BoundingBoxes (N, 4) xyxy, "labels": (N,) int64,
-"valid": Mask (H, W) uint8, "masks": Mask (N, H, W) uint8 for mask supervision only}. Of torchvision's own
+A sample is ``structures.Annotated``. Of torchvision's own
 transforms, ScaleJitter and Resize round down (narrow images to nothing) and RandomCrop pads on all sides.
 """
 
@@ -12,6 +11,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from sim_m2f.config import CfgNode
+from sim_m2f.structures import Annotated
 
 FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip, "none": v2.Identity}
 MIN_BOX = 1.0  # a box thinner than this many pixels after the crop is dropped
@@ -70,12 +70,14 @@ class ResizeShortestEdge(v2.Transform):
         return F.resize(inpt, params["size"], antialias=True)
 
 
-def drop_thin_boxes(sample: dict[str, Any]) -> dict[str, Any]:
+def drop_thin_boxes(sample: Annotated) -> Annotated:
     """Drop the objects whose box is thinner than MIN_BOX, with their labels and masks."""
     boxes = sample["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
-    remaining = {key: sample[key][kept] for key in ("boxes", "labels", "masks") if key in sample}
-    return {**sample, **remaining}
+    remaining: Annotated = {**sample, "boxes": boxes[kept], "labels": sample["labels"][kept]}
+    if "masks" in sample:
+        remaining["masks"] = sample["masks"][kept]
+    return remaining
 
 
 def train_augmentation(cfg: CfgNode) -> v2.Transform:

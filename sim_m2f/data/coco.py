@@ -107,8 +107,9 @@ def load_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
     if not isinstance(content, dict):
-        kind = {list: "list", str: "string"}.get(type(content), "number")
-        raise UserError(f"{path}: a {kind}, not a COCO data set (an object); give the path of one")
+        raise UserError(
+            f"{path}: a {type(content).__name__}, not a COCO data set (an object); give the path of one"
+        )
     for key in ("images", "categories", *(["annotations"] if "annotations" in content else [])):
         if not isinstance(content.get(key), list):
             raise UserError(f"{path}: has no list {key!r}; give the path of a COCO JSON")
@@ -163,7 +164,11 @@ RECORDS: dict[str, tuple[str, dict[str, Callable[[Any], bool]]]] = {
         {"id": _is_id, "image_id": _is_id, "category_id": _is_id, "bbox": _is_present},
     ),
 }
-EXPECTED = {_is_id: "a whole number", _is_size: "a positive whole number", _is_text: "a text"}
+EXPECTED: dict[Callable[[Any], bool], str] = {
+    _is_id: "a whole number",
+    _is_size: "a positive whole number",
+    _is_text: "a text",
+}
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -15,7 +16,7 @@ from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Annotated, Sample
 
 
-class TrainDataset(Dataset):
+class TrainDataset(Dataset[Sample]):
     """An endless, reproducible sequence of augmented training samples.
 
     Item ``n`` is sample n of the sequence: epochs follow each other, each a permutation of the images that
@@ -52,7 +53,7 @@ class TrainDataset(Dataset):
         return network_input(self.pixels, record, sample)
 
 
-class EvalDataset(Dataset):
+class EvalDataset(Dataset[Sample]):
     """The images of one data set in the order of its JSON, resized for testing. Masks are never read."""
 
     def __init__(self, cfg: CfgNode, data: CocoData) -> None:
@@ -81,7 +82,7 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
     valid = torch.ones(size, dtype=torch.uint8)
     valid[max(record.height - bottom_rows, 0) :] = 0
     boxes = torch.from_numpy(record.boxes).float()
-    sample = {
+    sample: Annotated = {
         "image": tv_tensors.Image(pixels.permute(2, 0, 1)),
         "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
         "labels": torch.from_numpy(record.labels),
@@ -96,11 +97,12 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
 
 
 def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
-    """The mask (H, W) uint8 of one object of an image.
+    """The mask (H, W) uint8 of one object of an image whose masks were read.
 
     Raises:
         UserError: the segmentation cannot be decoded.
     """
+    assert record.segmentations is not None
     try:
         return decode_segmentation(record.segmentations[index], record.height, record.width)
     except ValueError as error:
@@ -110,11 +112,14 @@ def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
 
 def network_input(pixels: Pixels, record: ImageRecord, sample: Annotated) -> Sample:
     """What ``loader.collate`` takes: plain tensors, the image normalised."""
-    return {
-        "image": pixels.normalise(sample["image"].as_subclass(torch.Tensor)),
-        "boxes": sample["boxes"].as_subclass(torch.Tensor),
+    network_sample: Sample = {
+        "image": pixels.normalise(sample["image"].as_subclass(Tensor)),
+        "boxes": sample["boxes"].as_subclass(Tensor),
         "labels": sample["labels"],
-        **{key: sample[key].as_subclass(torch.Tensor).bool() for key in ("valid", "masks") if key in sample},
+        "valid": sample["valid"].as_subclass(Tensor).bool(),
         "image_id": record.id,
         "original_size": (record.height, record.width),
     }
+    if "masks" in sample:
+        network_sample["masks"] = sample["masks"].as_subclass(Tensor).bool()
+    return network_sample

@@ -2,9 +2,9 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.errors import UserError
-from sim_m2f.structures import Batch, Sample
+from sim_m2f.structures import Batch, Sample, Target
+
+Data = TypeVar("Data", TrainDataset, EvalDataset)
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -31,17 +33,26 @@ class GlobalBatches(Sampler[list[int]]):
             yield list(range(first, first + self.share))
 
 
-class CleanErrorLoader(DataLoader):
-    """A DataLoader that raises a worker's UserError with its own message, free of the worker's traceback."""
+class Batches(Generic[Data]):
+    """A data set and its batches; a worker's UserError comes with its own message, free of its traceback."""
+
+    def __init__(self, dataset: Data, **options: Any) -> None:
+        self.dataset: Data = dataset
+        self._loader: DataLoader[Sample] = DataLoader(dataset, **options)
+
+    def __len__(self) -> int:
+        return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield from super().__iter__()
+            yield from self._loader
         except UserError as error:
             raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
 
 
-def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader:
+def train_loader(
+    cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_size: int = 1
+) -> Batches[TrainDataset]:
     """The endless stream of training batches (see ``collate``): this rank's shares of SOLVER.IMS_PER_BATCH.
 
     Images have INPUT.IMAGE_SIZE pixels a side (rounded up to MODEL.MASK_FORMER.SIZE_DIVISIBILITY).
@@ -61,7 +72,7 @@ def train_loader(cfg: CfgNode, start_iteration: int = 0, rank: int = 0, world_si
     check_classes(cfg, data)
     if rank == 0:
         print_notes(data)
-    return CleanErrorLoader(
+    return Batches(
         TrainDataset(cfg, data),
         batch_sampler=GlobalBatches(batch_size, start_iteration, rank, world_size),
         **_loader_options(cfg, least_size=cfg.INPUT.IMAGE_SIZE),
@@ -73,7 +84,7 @@ def eval_loader(
     source: DatasetSource,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
+) -> Batches[EvalDataset]:
     """One image a batch (see ``collate``): images rank, rank + world_size, ... of a data set, each once.
 
     ``loader.dataset.data`` is its CocoData.
@@ -85,7 +96,7 @@ def eval_loader(
     check_classes(cfg, [data])
     dataset = EvalDataset(cfg, data)
     own = range(rank, len(dataset), world_size)
-    return CleanErrorLoader(dataset, sampler=own, **_loader_options(cfg, least_size=1))
+    return Batches(dataset, sampler=own, **_loader_options(cfg, least_size=1))
 
 
 def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
@@ -98,37 +109,33 @@ def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
     }
 
 
-def collate(samples: list[Sample], least_size: int = 1, divisor: int = 32) -> Batch:
+def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -> Batch:
     """Samples as one batch, padded at the bottom and on the right to a common size.
 
     Args:
-        samples: as ``dataset.network_input`` gives them.
+        samples: at least one; all of them have masks or none.
         least_size: least height and width of the batch, pixels.
         divisor: height and width become multiples of it.
-
-    Returns:
-        {"images": (B, 3, H, W) float32 normalised, 0 on padding,
-        "targets": for each image {"labels": (N,) int64, "boxes": (N, 4) float32 xyxy in pixels of the
-        padded input, "valid": (H, W) bool, False on padding and on the lowest INPUT.BOTTOM_ROWS rows of the
-        original image, "masks": (N, H, W) bool, for mask supervision only},
-        "image_ids": list of int, "image_sizes": list of (h, w) before padding,
-        "original_sizes": list of (h, w) in the JSON}
     """
-    sizes = [tuple(sample["image"].shape[-2:]) for sample in samples]
+    sizes = [(sample["image"].shape[-2], sample["image"].shape[-1]) for sample in samples]
     height, width = (-(-max(least_size, *side) // divisor) * divisor for side in zip(*sizes, strict=True))
     counts = [len(sample["labels"]) for sample in samples]
     # One tensor each, given out as views: every tensor that leaves a worker costs a file descriptor.
-    targets = {
-        "labels": torch.cat([sample["labels"] for sample in samples]).split(counts),
-        "boxes": torch.cat([sample["boxes"] for sample in samples]).split(counts),
-        "valid": pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind(),
-    }
+    labels = torch.cat([sample["labels"] for sample in samples]).split(counts)
+    boxes = torch.cat([sample["boxes"] for sample in samples]).split(counts)
+    valid = pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind()
+    targets: list[Target] = [
+        {"labels": of_labels, "boxes": of_boxes, "valid": of_valid}
+        for of_labels, of_boxes, of_valid in zip(labels, boxes, valid, strict=True)
+    ]
     if "masks" in samples[0]:
-        targets["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+        masks = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+        for target, of_masks in zip(targets, masks, strict=True):
+            target["masks"] = of_masks
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {
         "images": images.view(len(samples), -1, height, width),
-        "targets": [dict(zip(targets, one, strict=True)) for one in zip(*targets.values(), strict=True)],
+        "targets": targets,
         "image_ids": [sample["image_id"] for sample in samples],
         "image_sizes": sizes,
         "original_sizes": [sample["original_size"] for sample in samples],

@@ -86,7 +86,7 @@ class Scene:
     def anywhere(self) -> Thing:
         diameter = self.rng.uniform(*DIAMETER)
         centre = self.rng.uniform(0.3 * diameter, paint.SIZE - 0.3 * diameter, 2)
-        return make_thing(self.rng, self.rng.integers(len(CLASSES)), centre, diameter)
+        return make_thing(self.rng, int(self.rng.integers(len(CLASSES))), centre, diameter)
 
     def beside(self, other: Thing, label: int, near: float, far: float) -> Thing:
         """A thing of similar size, its centre ``near`` to ``far`` mean diameters from that of the other."""
@@ -128,11 +128,12 @@ class Scene:
         """Beside the first thing, one of another class and of the same mean colour, at most 3 pixels away."""
         first = self.things[0]
         reach = binary_dilation(first.mask, iterations=3)
-        label = (first.label + self.rng.integers(1, len(CLASSES))) % len(CLASSES)
+        label = (first.label + int(self.rng.integers(1, len(CLASSES)))) % len(CLASSES)
         for _ in range(TRIES):
             thing = self.beside(first, label, 0.6, 1.1)
             overlap = (thing.mask & first.mask).sum()
             if (thing.mask & reach).any() and overlap <= 0.08 * thing.area and self.fits(thing):
+                assert first.colour is not None  # it was placed where nothing may hide
                 thing.colour = first.colour
                 return self.add(thing, paint.fill(self.rng, paint.LOOKS[thing.name][1], thing.colour))
 

@@ -197,11 +197,11 @@ def background(rng: np.random.Generator) -> np.ndarray:
     """A cluttered canvas: two colours mixed by smooth noise, blobs, patches of texture, lines, grain."""
     first = random_colour(rng)
     second = np.clip(first + rng.normal(0, 35, 3), 20, 235).astype(np.float32)
-    mix = rng.uniform(0.3, 0.9) * smooth_noise(rng, rng.integers(3, 7))
+    mix = rng.uniform(0.3, 0.9) * smooth_noise(rng, int(rng.integers(3, 7)))
     if rng.random() < 0.5:
         mix += wave(rng, rng.uniform(0, 2 * math.pi), rng.uniform(150, 400))
     canvas = first + np.clip(mix / 2 + 0.5, 0, 1)[..., None] * (second - first)
-    canvas += rng.uniform(0, 12) * smooth_noise(rng, rng.integers(10, 30))[..., None]
+    canvas += rng.uniform(0, 12) * smooth_noise(rng, int(rng.integers(10, 30)))[..., None]
     for _ in range(rng.integers(0, 6)):
         canvas += soft_spot(rng, rng.uniform(6, 22))[..., None] * rng.normal(0, 30, 3).astype(np.float32)
     for _ in range(rng.integers(0, 3)):

@@ -11,23 +11,30 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from pycocotools import mask as mask_utils
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 from tqdm import tqdm
 
 from sim_m2f.data.coco import CocoData
+from sim_m2f.data.dataset import EvalDataset
+from sim_m2f.data.loader import Batches
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.modeling import postprocess
+from sim_m2f.structures import Detections
 
 RESULTS_FILE = "inference/coco_instances_results.json"
 METRICS_FILE = "inference/metrics.json"
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, output_dir: str | Path, *, accelerator: Accelerator, top_k: int
+    model: nn.Module,
+    loader: Batches[EvalDataset],
+    output_dir: str | Path,
+    *,
+    accelerator: Accelerator,
+    top_k: int,
 ) -> dict[str, float]:
     """Detect instances in every image of a test set and score them as COCO does.
 
@@ -50,7 +57,7 @@ def evaluate(
             be written.
         ValueError: the detections do not fit the images or the classes, or an image came twice or never.
     """
-    data: CocoData = loader.dataset.data
+    data = loader.dataset.data
     output_dir = Path(output_dir)
     scored = data.has_annotations and accelerator.is_main_process
     truth = coco_metrics.load_truth(data.annotations_file) if scored else None
@@ -71,7 +78,11 @@ def evaluate(
 
 
 def _detect(
-    model: nn.Module, loader: DataLoader, category_ids: list[int], accelerator: Accelerator, top_k: int
+    model: nn.Module,
+    loader: Batches[EvalDataset],
+    category_ids: list[int],
+    accelerator: Accelerator,
+    top_k: int,
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """This rank's image ids and detections."""
     # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
@@ -85,16 +96,16 @@ def _detect(
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
-            found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
-            images = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
-            for image_id, size, instances in images:
+            sizes = batch["original_sizes"]
+            detections = postprocess.instances(outputs, batch["image_sizes"], sizes, top_k)
+            for image_id, size, instances in zip(batch["image_ids"], sizes, detections, strict=True):
                 seen.append(image_id)
                 results += encode(image_id, size, instances, category_ids)
     return seen, results
 
 
 def encode(
-    image_id: int, size: tuple[int, int], instances: dict[str, Tensor], category_ids: list[int]
+    image_id: int, size: tuple[int, int], instances: Detections, category_ids: list[int]
 ) -> list[dict[str, Any]]:
     """The instances of one image as entries of COCO's results format.
 

@@ -25,8 +25,8 @@ class Metrics(Hook):
         means = self.average.take()
         if self.logger:
             memory = memory_gib(trainer.accelerator.device)
-            rest = {
-                "lr": max(trainer.scheduler.get_last_lr()),
+            rest: dict[str, float] = {
+                "lr": float(max(trainer.scheduler.get_last_lr())),
                 "steps_per_second": trainer.bar.format_dict["rate"] or 0.0,
                 "memory_gib": memory,
             }

@@ -20,9 +20,11 @@ from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.structures import Batch, Outputs, Target
-from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.base import Criterion
+from sim_m2f.supervision.copy_paste import Jitter, paste
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
+from sim_m2f.supervision.paste_bank import PasteBank
 from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.teacher import Teacher, teacher_terms
 from sim_m2f.weights.checkpoint import (
@@ -70,7 +72,7 @@ class Trainer:
             load_weights(model, state.get("model", {}), self.checkpoint)
         elif cfg.MODEL.WEIGHTS:
             load_checkpoint(model, cfg.MODEL.WEIGHTS)
-        self.criterion = build_criterion(cfg).to(self.accelerator.device)
+        self.criterion: Criterion = build_criterion(cfg).to(self.accelerator.device)
         self.teacher_terms = teacher_terms(cfg)
         self.teacher = self._build_teacher(model)
         self.bank = self._build_bank()

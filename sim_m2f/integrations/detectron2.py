@@ -126,7 +126,7 @@ class SIMMask2Former(nn.Module):
         height, width = annotated.image_size
         valid = torch.zeros(size, dtype=torch.bool)
         valid[:height, :width] = True
-        target = {"labels": annotated.gt_classes, "boxes": annotated.gt_boxes.tensor, "valid": valid}
+        target: Target = {"labels": annotated.gt_classes, "boxes": annotated.gt_boxes.tensor, "valid": valid}
         if self.with_masks:
             masks = torch.zeros(len(annotated), *size, dtype=torch.bool)
             masks[:, :height, :width] = annotated.gt_masks.tensor

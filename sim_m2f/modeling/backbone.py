@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from timm.models import FeatureInfo
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(name):
             raise UserError(f"MODEL.BACKBONE.NAME: timm has no model {name!r}; timm.list_models() lists them")
         with torch.device("meta"):
-            reductions = timm.create_model(name, features_only=True).feature_info.reduction()
+            reductions = feature_info(timm.create_model(name, features_only=True)).reduction()
         missing = [stride for stride in STRIDES.values() if stride not in reductions]
         if missing:
             raise UserError(
@@ -49,7 +50,7 @@ class TimmBackbone(nn.Module):
             )
         indices = tuple(reductions.index(stride) for stride in STRIDES.values())
         self.body = timm.create_model(name, features_only=True, out_indices=indices, **options)
-        self.channels = dict(zip(STRIDES, self.body.feature_info.channels(), strict=True))
+        self.channels = dict(zip(STRIDES, feature_info(self.body).channels(), strict=True))
         self.name = name
         self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
 
@@ -58,6 +59,13 @@ class TimmBackbone(nn.Module):
         if self.channels_last:
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return dict(zip(STRIDES, maps, strict=True))
+
+
+def feature_info(body: nn.Module) -> FeatureInfo:
+    """What timm knows of the feature maps of a model."""
+    info = body.feature_info
+    assert isinstance(info, FeatureInfo)
+    return info
 
 
 class PaddedSwinBlock(SwinTransformerBlock):

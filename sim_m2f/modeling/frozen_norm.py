@@ -34,4 +34,4 @@ def fold_frozen_norms(body: nn.Module) -> None:
         for conv, norm in itertools.pairwise(parent.children()):
             if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d and conv.bias is None:
                 conv.__class__, norm.__class__ = _NormedConv, _AppliedNorm
-                conv.norm = (norm,)
+                conv.norm = (norm,)  # type: ignore[assignment]

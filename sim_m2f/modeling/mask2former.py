@@ -7,6 +7,7 @@ from sim_m2f.config import CfgNode, validate
 from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.mask_decoder import MaskDecoder
 from sim_m2f.modeling.pixel_decoder import PixelDecoder
+from sim_m2f.structures import LayerOutputs, Outputs
 
 
 class MaskFormerHead(nn.Module):
@@ -19,7 +20,7 @@ class MaskFormerHead(nn.Module):
 
     def forward(
         self, features: dict[str, Tensor], auxiliary: bool = True
-    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+    ) -> tuple[list[LayerOutputs], Tensor]:
         encoded, mask_features = self.pixel_decoder(features)
         return self.predictor(encoded, mask_features, auxiliary), mask_features
 
@@ -44,9 +45,15 @@ class Mask2Former(nn.Module):
         self.backbone = build_backbone(cfg)
         self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
 
-    def forward(self, images: Tensor, auxiliary: bool = True) -> dict[str, Tensor | list[dict[str, Tensor]]]:
+    def forward(self, images: Tensor, auxiliary: bool = True) -> Outputs:
         predictions, mask_features = self.sem_seg_head(self.backbone(images), auxiliary)
-        return {**predictions[-1], "mask_features": mask_features, "aux_outputs": predictions[:-1]}
+        last = predictions[-1]
+        return {
+            "pred_logits": last["pred_logits"],
+            "pred_masks": last["pred_masks"],
+            "mask_features": mask_features,
+            "aux_outputs": predictions[:-1],
+        }
 
 
 def build_model(cfg: CfgNode) -> Mask2Former:

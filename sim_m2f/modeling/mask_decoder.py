@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.position import sine_positions
+from sim_m2f.structures import LayerOutputs
 
 
 class Attention(nn.Module):
@@ -27,14 +28,14 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
         """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
-        projected = (
+        q, k, v = (
             F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for x, weight, bias in zip(
                 (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
             )
         )
         mask = None if allowed is None else allowed[:, None]
-        attended = F.scaled_dot_product_attention(*projected, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -108,9 +109,9 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
-        width, heads, pre_norm = former.HIDDEN_DIM, former.NHEADS, former.PRE_NORM
-        layers = former.DEC_LAYERS - 1
+        decoder, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
+        width, heads, pre_norm = decoder.HIDDEN_DIM, decoder.NHEADS, decoder.PRE_NORM
+        layers = decoder.DEC_LAYERS - 1
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(width, heads, pre_norm) for _ in range(layers)
         )
@@ -118,13 +119,13 @@ class MaskDecoder(nn.Module):
             CrossAttentionLayer(width, heads, pre_norm) for _ in range(layers)
         )
         self.transformer_ffn_layers = nn.ModuleList(
-            FFNLayer(width, former.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
+            FFNLayer(width, decoder.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
         )
         self.decoder_norm = nn.LayerNorm(width)
-        self.query_feat = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
-        self.query_embed = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
+        self.query_feat = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
+        self.query_embed = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
         self.level_embed = nn.Embedding(self.levels, width)
-        project = width != head.CONVS_DIM or former.ENFORCE_INPUT_PROJ
+        project = width != head.CONVS_DIM or decoder.ENFORCE_INPUT_PROJ
         self.input_proj = nn.ModuleList(
             nn.Conv2d(head.CONVS_DIM, width, 1) if project else nn.Sequential() for _ in range(self.levels)
         )
@@ -133,7 +134,7 @@ class MaskDecoder(nn.Module):
 
     def forward(
         self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool = True
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[LayerOutputs]:
         """
         Args:
             encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
@@ -149,7 +150,7 @@ class MaskDecoder(nn.Module):
         query = self.query_feat.weight.expand(batch, -1, -1)
         positions = self.query_embed.weight.expand(batch, -1, -1)
 
-        predictions = []
+        predictions: list[LayerOutputs] = []
         for i, (cross, self_attention, ffn) in enumerate(
             zip(
                 self.transformer_cross_attention_layers,
@@ -181,7 +182,7 @@ class MaskDecoder(nn.Module):
         query = self.decoder_norm(query)
         return query, self.mask_embed(query)
 
-    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> LayerOutputs:
         masks = (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return {"pred_logits": self.class_embed(query), "pred_masks": masks}
 

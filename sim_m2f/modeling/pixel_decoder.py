@@ -56,9 +56,13 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of encoder layers over all levels at once."""
 
-    def __init__(self, layers: int, *layer_arguments: int | float) -> None:
+    def __init__(
+        self, layers: int, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(*layer_arguments) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, hidden, levels, heads, points, dropout) for _ in range(layers)
+        )
 
     def forward(self, source: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
         reference = _pixel_centres(shapes, source.device)
@@ -111,17 +115,17 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
         super().__init__()
-        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        head, keys = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
         width = head.CONVS_DIM
         self.encoded_features = list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)[::-1]
         self.fine_feature = head.IN_FEATURES[0]
+        projections = [nn.Conv2d(channels[name], width, 1) for name in self.encoded_features]
+        for projection in projections:
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
         self.input_proj = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(channels[name], width, 1), nn.GroupNorm(32, width))
-            for name in self.encoded_features
+            nn.Sequential(projection, nn.GroupNorm(32, width)) for projection in projections
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight)
-            nn.init.zeros_(projection[0].bias)
         self.transformer = Transformer(
             head.TRANSFORMER_ENC_LAYERS,
             width,
@@ -129,13 +133,13 @@ class PixelDecoder(nn.Module):
             len(self.encoded_features),
             head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
             head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
-            former.DROPOUT,
+            keys.DROPOUT,
         )
         self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)
         self.layer_1 = ConvNorm(width, width, 3)
         self.mask_features = nn.Conv2d(width, head.MASK_DIM, 1)
         nn.init.kaiming_uniform_(self.mask_features.weight, a=1)
-        nn.init.zeros_(self.mask_features.bias)
+        nn.init.zeros_(self.mask_features.bias)  # type: ignore[arg-type]
 
     def forward(self, features: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         projected = [

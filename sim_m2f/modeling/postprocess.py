@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.geometry import extent
+from sim_m2f.structures import Detections, LayerOutputs
 
 STRIDE = 4
 CHUNK = 4  # masks that are brought to full size together
@@ -12,11 +13,11 @@ CHUNK = 4  # masks that are brought to full size together
 
 @torch.no_grad()
 def instances(
-    outputs: dict[str, Tensor],
+    outputs: LayerOutputs,
     image_sizes: list[tuple[int, int]],
     original_sizes: list[tuple[int, int]],
     top_k: int,
-) -> list[dict[str, Tensor]]:
+) -> list[Detections]:
     """The best (query, class) pairs of every image with their masks at the image's own size.
 
     A score is the class probability times the mean probability of the mask's pixels.
@@ -27,14 +28,11 @@ def instances(
         original_sizes: height and width that the masks are wanted in.
         top_k: most instances per image.
 
-    Returns:
-        per image, best first, {"scores" (K,), "labels" (K,) int64, "masks" (K, H0, W0) bool, "boxes" (K, 4)
-        xyxy in pixels around the masks, zeros for an empty mask}.
     """
     probabilities = outputs["pred_logits"].float().softmax(-1)[..., :-1]
     classes = probabilities.shape[-1]
     scores, pairs = probabilities.flatten(1).topk(min(top_k, probabilities[0].numel()), dim=1)
-    results = []
+    results: list[Detections] = []
     for i, (image_size, original_size) in enumerate(zip(image_sizes, original_sizes, strict=True)):
         queries, query = (pairs[i] // classes).unique(return_inverse=True)
         logits = outputs["pred_masks"][i, queries].float()

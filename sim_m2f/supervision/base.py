@@ -20,8 +20,8 @@ class Criterion(nn.Module):
 
     ``losses, matched = criterion(outputs, targets, images, teacher_outputs=None)`` changes nothing.
     ``losses`` are weighted scalars by name, each the sum over the decoder layers and normalised over all
-    ranks; their sum is the training loss. ``matched`` is what they were computed from: matches, labels, pseudo
-    masks. After a training step ``criterion.update(matched)`` keeps what the next one needs, part of
+    ranks; their sum is the training loss. ``matched`` is what they were computed from: matches, labels,
+    pseudo masks. After a training step ``criterion.update(matched)`` keeps what the next one needs, part of
     ``state_dict``.
 
     Args of the call:

@@ -23,7 +23,7 @@ from sim_m2f.supervision.paste_loss import copy_paste
 from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.pseudo_masks import PseudoMasks
 from sim_m2f.supervision.schedule import term_weight
-from sim_m2f.supervision.targets import STRIDE, flatten_targets
+from sim_m2f.supervision.targets import STRIDE, flatten_targets, map_size
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
 TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
@@ -83,7 +83,7 @@ class SIMCriterion(Criterion):
         layers = self.layers(outputs)
         mask_logits = [layer["pred_masks"] for layer in layers]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        objects = flatten_targets(targets, mask_logits[0].shape[-2:], images.device)
+        objects = flatten_targets(targets, map_size(mask_logits[0]), images.device)
         match = self.matcher(logits, *mask_projections(mask_logits), objects)
         features = labels = None
         if teacher_outputs is not None:

@@ -10,7 +10,7 @@ from sim_m2f.structures import Outputs, Target
 from sim_m2f.supervision.base import Criterion
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.matched import Matched, matched_masks, per_object
-from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.targets import flatten_targets, map_size
 
 
 class MaskCriterion(Criterion):
@@ -35,7 +35,7 @@ class MaskCriterion(Criterion):
             layers = self.layers(outputs)
             mask_logits = [layer["pred_masks"] for layer in layers]
             logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-            objects = flatten_targets(targets, mask_logits[0].shape[-2:], images.device)
+            objects = flatten_targets(targets, map_size(mask_logits[0]), images.device)
             truth = [target["masks"].to(images.device) for target in targets]
 
             match = self.matcher(logits, [layer.float() for layer in mask_logits], truth, objects)

@@ -16,6 +16,8 @@ from sim_m2f.distributed import max_over_ranks, ranks, sum_over_ranks
 class Prototypes(nn.Module):
     """L unit vectors per class, following the centroids of the pixels that optimal transport assigns to them.
 
+    ``vectors`` are (C, L, d).
+
     Args:
         classes, count, width: C classes, L prototypes each, of the width of the mask features.
         momentum: share of the old vector that an update keeps.
@@ -23,6 +25,8 @@ class Prototypes(nn.Module):
         iterations: Sinkhorn iterations.
         limit: most pixels per class that one update takes from a mean rank.
     """
+
+    vectors: Tensor
 
     def __init__(
         self,

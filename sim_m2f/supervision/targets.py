@@ -89,6 +89,11 @@ class BoxPixels:
     y: Tensor
 
 
+def map_size(maps: Tensor) -> tuple[int, int]:
+    """Height and width of maps (..., h, w)."""
+    return maps.shape[-2], maps.shape[-1]
+
+
 def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: torch.device) -> Targets:
     """The targets of the contract ({"labels", "boxes", ...} per image) as one ``Targets`` on ``device``.
 

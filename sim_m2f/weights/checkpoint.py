@@ -9,6 +9,7 @@ from torch import nn
 from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
+from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.load import LoadReport, load_into
 from sim_m2f.weights.sources import LAST_CHECKPOINT, local_weights
 from sim_m2f.weights.timm_backbone import TIMM, load_timm_backbone
@@ -55,7 +56,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(network: nn.Module, source: str | Path, complete: bool = False) -> LoadReport:
+def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = False) -> LoadReport:
     """Load weights of any origin that MODEL.WEIGHTS may name, and print what was loaded.
 
     Of a run that evaluated its teacher (TEST.USE_TEACHER) these are the teacher's weights.

@@ -22,9 +22,9 @@ def hub_folder(address: str) -> Path:
     if not match:
         raise UserError(f"{address}: not a name on the Hugging Face Hub; write {HUB}owner/name")
     try:
-        folder = _snapshot(*match.groups(), "*.safetensors")
+        folder = _snapshot(match[1], match[2], "*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            folder = _snapshot(*match.groups(), "*.bin")
+            folder = _snapshot(match[1], match[2], "*.bin")
     except Exception as error:  # of the network, the Hub or the disk, in many classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{address}: cannot be had from the Hugging Face Hub ({reason})") from error

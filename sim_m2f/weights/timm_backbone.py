@@ -3,7 +3,7 @@
 import timm
 
 from sim_m2f.errors import UserError
-from sim_m2f.modeling.backbone import TimmBackbone
+from sim_m2f.modeling.backbone import TimmBackbone, feature_info
 from sim_m2f.weights.load import COMPUTED, LoadReport
 from sim_m2f.weights.names import BODY
 
@@ -19,7 +19,7 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
         UserError: timm has no such weights, they cannot be downloaded, or they are of another backbone.
     """
     try:
-        indices = tuple(backbone.body.feature_info.out_indices)
+        indices = tuple(feature_info(backbone.body).out_indices)
         pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     except Exception as error:  # timm's ways of downloading raise errors of many libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -38,9 +38,7 @@ def test_grey_and_black_and_white(tmp_path, pixels):
     path = save(tmp_path, Image.fromarray(grey))
     np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([grey] * 3, axis=2))
     path = save(tmp_path, Image.fromarray(grey > 127))
-    np.testing.assert_array_equal(
-        read_image(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2)
-    )
+    np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2))
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
