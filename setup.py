@@ -14,7 +14,10 @@ setup(
         "MultiScaleDeformableAttention": "ops/MultiScaleDeformableAttention",
         "sim_m2f.configs": "configs",
     },
-    package_data={"sim_m2f": ["py.typed", "report/*.j2"], "sim_m2f.configs": ["*/*.yaml"]},
+    package_data={
+        "sim_m2f": ["py.typed", "config/*.yaml", "report/*.j2", "report/*.mplstyle"],
+        "sim_m2f.configs": ["*/*.yaml"],
+    },
     ext_modules=[EXTENSION],
     cmdclass={"build_ext": BuildOperator},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -1,56 +1,57 @@
-"""Adds every key of sim_m2f/config/defaults.py to the page configuration.md: name, default, comment."""
+"""Adds every key of sim_m2f/config/*.yaml to the page configuration.md: name, default, comment."""
 
-import re
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import yaml
 
 if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
-DEFAULTS = Path(__file__).resolve().parents[2] / "sim_m2f/config/defaults.py"
-SECTION = re.compile(r"# -{20,} (?P<title>.+)")
-KEY = re.compile(r"_C\.(?P<name>[\w.]+) = (?P<default>.+?)(?:  # (?P<comment>.+))?")
+FOLDER = Path(__file__).resolve().parents[2] / "sim_m2f/config"
+SECTIONS = {"defaults.yaml": "Keys", "without_effect.yaml": "Keys without effect"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: the section it stands in, its group, its name there, default and meaning as in the source."""
+    """One key: its group such as "MODEL.SIM", its name there, default and meaning as in the file."""
 
-    section: str
     group: str
     name: str
     default: str
     meaning: str
 
 
-def read_keys(source: str) -> Iterator[Key]:
-    """The keys in the order of the source; a key's comment is behind it, or in the lines right above it."""
-    section, above = "general", ""
-    for line in source.splitlines():
-        if title := SECTION.fullmatch(line):
-            section, above = title["title"], ""
-        elif line.startswith("# "):
-            above += line[1:]
+def read_keys(text: str, node: yaml.MappingNode, group: str = "") -> Iterator[Key]:
+    """The keys of a node of the file in their order, those of its groups where these stand."""
+    lines = text.splitlines()
+    for name, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            yield from read_keys(text, value, f"{group}.{name.value}".lstrip("."))
         else:
-            key = KEY.fullmatch(line)
-            if key and key["default"] != "CfgNode()":
-                meaning = f"{key['comment'] or ''}{above}".strip()
-                group, _, name = key["name"].rpartition(".")
-                yield Key(section, group or "Without a group", name, key["default"], meaning)
-            above = ""
+            default = text[value.start_mark.index : value.end_mark.index]
+            yield Key(group, name.value, default, comment(lines, name.start_mark.line))
+
+
+def comment(lines: list[str], at: int) -> str:
+    """What stands behind the value in a line, and in the lines of comment right above."""
+    above = itertools.takewhile(lambda line: line.startswith("# "), map(str.strip, reversed(lines[:at])))
+    behind = lines[at].partition("  # ")[2]
+    return " ".join([*([behind] if behind else []), *(line[2:] for line in reversed(list(above)))])
 
 
 def reference() -> str:
-    """The tables, one per group of keys, under a heading per section."""
+    """A table for every group of keys."""
     lines = []
-    for section, keys in groupby(read_keys(DEFAULTS.read_text(encoding="utf-8")), lambda key: key.section):
-        lines += [f"\n## {section.capitalize()}"]
-        for group, members in groupby(keys, lambda key: key.group):
-            lines += [f"\n### {group}\n", "| key | default | meaning |", "|---|---|---|"]
-            lines += [f"| `{key.name}` | `{key.default}` | {key.meaning} |" for key in members]
+    for file, title in SECTIONS.items():
+        lines += [f"\n## {title}"]
+        text = (FOLDER / file).read_text(encoding="utf-8")
+        for group, keys in itertools.groupby(read_keys(text, yaml.compose(text)), lambda key: key.group):
+            lines += [f"\n### {group or 'Without a group'}\n", "| key | default | meaning |", "|---|---|---|"]
+            lines += [f"| `{key.name}` | `{key.default}` | {key.meaning} |" for key in keys]
     return "\n".join(lines)
 
 
