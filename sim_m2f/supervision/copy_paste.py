@@ -3,15 +3,19 @@
 Pseudo masks are made of pixels at stride 4, so what is painted and what is covered is known exactly on these.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sim_m2f.config import CfgNode
 from sim_m2f.geometry import mask_extents
 from sim_m2f.structures import Target
+from sim_m2f.supervision.matched import Matched, MatchedBoxes
 from sim_m2f.supervision.paste_bank import PasteBank, fit_to
+from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.targets import STRIDE, box_ranges
 
 
@@ -61,10 +65,41 @@ class Jitter:
         return resample(pixels, 1), resample(masks[:, None], STRIDE)[:, 0] > 0.5
 
 
+class CopyPaste:
+    """Pastes objects of recent images on new ones, and keeps the bank of these images."""
+
+    def __init__(self, cfg: CfgNode, device: torch.device) -> None:
+        self.keys = cfg.MODEL.SIM.COPY_PASTE
+        self.start = resolve_steps(self.keys.START, cfg.SOLVER.MAX_ITER)
+        moved = self.keys.SHIFT > 0 or self.keys.SCALE != (1.0, 1.0)
+        self.jitter = Jitter(self.keys.SHIFT, self.keys.SCALE) if moved else None
+        self.bank = PasteBank(self.keys.PICTURES, device, self.keys.SCORE_POWER)
+
+    def __call__(
+        self, images: Tensor, targets: Sequence[Target], step: int
+    ) -> tuple[Tensor, Sequence[Target]]:
+        """See ``paste``; before MODEL.SIM.COPY_PASTE.START nothing is pasted."""
+        if step < self.start:
+            return images, targets
+        return paste(images, targets, self.bank, self.keys.PROBABILITY, self.keys.OBJECTS, self.jitter)
+
+    def remember(self, images: Tensor, matched: Matched) -> None:
+        """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice."""
+        if isinstance(matched, MatchedBoxes) and matched.labels is not None:
+            masks, scores = matched.labels.masks(matched.objects)
+            self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
+
+
+def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:
+    """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks are learned from boxes."""
+    sim = cfg.MODEL.SIM
+    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "box" else None
+
+
 @torch.no_grad()
 def paste(
     images: Tensor,
-    targets: list[Target],
+    targets: Sequence[Target],
     bank: PasteBank,
     probability: float,
     most_objects: int,
@@ -128,7 +163,7 @@ def _paint(
     """Paint those of the objects ``drawn`` (R, K) that ``exist`` (R, K) on R images, one of each at a time.
 
     Returns:
-        (R, 3, H, W) and (R, K, h, w) bool: the images, and of each object the pixels that no later one covers.
+        (R, 3, H, W) and (R, K, h, w) bool: the images, and each object's pixels that no later one covers.
     """
     height, width = canvas.shape[-2:]
     visible: list[Tensor] = []
@@ -144,13 +179,13 @@ def _paint(
     return canvas, torch.stack(visible, dim=1)
 
 
-def _images(targets: list[Target]) -> Tensor:
+def _images(targets: Sequence[Target]) -> Tensor:
     """(T,) int64: the image of every annotated object, in order."""
     counts = torch.tensor([len(target["labels"]) for target in targets])
     return torch.arange(len(targets)).repeat_interleave(counts)
 
 
-def _remaining(targets: list[Target], covered: Tensor) -> Tensor:
+def _remaining(targets: Sequence[Target], covered: Tensor) -> Tensor:
     """(T, 6): box, label, and 1 if something is left, of annotated objects under ``covered`` (B, h, w)."""
     device, (height, width) = covered.device, covered.shape[1:]
     boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
@@ -178,7 +213,7 @@ def _pasted(visible: Tensor, labels: Tensor) -> Tensor:
 
 
 def _collect(
-    targets: list[Target], table: Tensor, image: Tensor, masks: Tensor, painted: Tensor
+    targets: Sequence[Target], table: Tensor, image: Tensor, masks: Tensor, painted: Tensor
 ) -> list[Target]:
     """The new targets.
 
