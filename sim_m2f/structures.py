@@ -1,9 +1,10 @@
 """The dictionaries that travel between data, network, supervision and evaluation."""
 
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from torch import Tensor
 from torchvision import tv_tensors
+from typing_extensions import NotRequired  # of Python 3.11; PyTorch brings it
 
 
 class LayerOutputs(TypedDict):
