@@ -1,10 +1,13 @@
 """What is installed: configurations, templates and types, found without the source tree."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,26 @@ def test_a_wheel_has_every_file_of_the_packages(wheel):
     expected |= {f"sim_m2f/{file.relative_to(ROOT)}" for file in (ROOT / "configs").rglob("*.yaml")}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected
+
+
+@pytest.mark.slow
+def test_every_package_that_is_imported_is_declared(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        text = archive.read(metadata).decode()
+    declared = {name.lower() for name in re.findall(r"^Requires-Dist: ([\w.-]+)", text, re.MULTILINE)}
+    modules = set()
+    for file in (ROOT / "sim_m2f").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules |= {name.partition(".")[0] for name in names}
+    own = {"sim_m2f", "MultiScaleDeformableAttention"}
+    elsewhere = {"detectron2"}  # is not on PyPI
+    providers = packages_distributions()
+    for module in modules - own - elsewhere - set(sys.stdlib_module_names):
+        names = {name.lower().replace("_", "-") for name in providers.get(module, [module])}
+        assert names & declared, module
 
 
 @pytest.mark.slow
