@@ -19,10 +19,11 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.loader import eval_loader as loader_of
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, evaluate
+from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
-from sim_m2f.report.curves import _running_mean, draw_curves, read_series
+from sim_m2f.report.curves import _running_mean, draw_curves
 from sim_m2f.report.drawing import Shape, contact_sheet, draw
-from sim_m2f.report.run_page import choose_images, match_boxes, write_report
+from sim_m2f.report.run_report import choose_images, match_boxes, write_report
 
 
 class Reader(HTMLParser):
@@ -239,8 +240,9 @@ def test_odd_shapes_are_drawn():
 
 
 def test_contact_sheet_shows_every_panel():
-    panels = [Image.new("RGB", (40, 30 + number), (number, 255, 0)) for number in range(10)]
-    sheet = np.asarray(contact_sheet(["one", "two"], [("row", panels[i : i + 2]) for i in range(0, 10, 2)]))
+    panels = [Image.new("RGB", (40, 30 + number // 2), (number, 255, 0)) for number in range(10)]
+    rows = [("row", dict(zip(("one", "two"), panels[i : i + 2], strict=True))) for i in range(0, 10, 2)]
+    sheet = np.asarray(contact_sheet(rows))
     for number, panel in enumerate(panels):
         assert (sheet == (number, 255, 0)).all(-1).sum() == panel.width * panel.height
 

@@ -7,7 +7,7 @@ from sim_m2f.config import get_cfg
 from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.errors import UserError
-from sim_m2f.report.run_page import write_report
+from sim_m2f.report.run_report import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,31 +1,34 @@
 """What an ablation found, from the files of its runs: tables (Markdown, CSV, JSON) and a plot of AP."""
 
 import csv
-import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import IO, Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from pycocotools.coco import COCO
 
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.files import atomic_write
+from sim_m2f.report.drawing import rendered, write_png
 
 SCORES = {"segm/AP": "AP", "segm/AP50": "AP50", "segm/AP75": "AP75", "boxfill/AP": "box fill AP"}
-UNKNOWN = (math.nan,)  # the numbers of a row that was tested on images without a tag that others have
 PLOT_FILE = "ap_over_steps.png"
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of the pale yellow.
 COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00", "#000000")
-MARKERS = "osD^vPX*"
-LINES = ("-", "--", ":", "-.")  # the next one each time that the colours are used up
+STYLES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX*")))
+NOTE = """\
+AP of masks in %: mean over the seeds (minimum..maximum). Box fill: the same detections, each mask replaced \
+by its own filled box. AP and a tag: on the images of this tag alone."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class Result:
     tags: dict[str, float]  # mask AP on the images of each tag
     curve: dict[int, float]  # mask AP by the number of steps done
 
+    def numbers(self) -> dict[str, float]:
+        """Scores, scores on each tag's images, and minutes, by their headings in the tables."""
+        scores = {SCORES[key]: value for key, value in self.scores.items()}
+        tags = {f"AP {tag}": value for tag, value in self.tags.items()}
+        return {**scores, **tags, "minutes": self.minutes}
+
 
 Groups = Sequence[tuple[Row, Sequence[Result]]]  # rows with their results, of which there is at least one
 
@@ -71,24 +80,25 @@ def read_result(row: str, seed: int, folder: Path, minutes: float, truth: COCO) 
     )
 
 
-def score_tags(truth: COCO, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def score_tags(truth: COCO, results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Mask AP in percent on the images of each tag (a list "tags" of an image in the JSON), by tag.
 
     Args:
         truth: the annotations, from ``coco_metrics.load_truth``, all with masks.
         results: the detections in COCO's results format.
     """
-    tagged: dict[str, set[int]] = {}
+    tagged: dict[str, list[int]] = {}
     for image in truth.dataset["images"]:
         tags = image.get("tags")
-        for tag in tags if isinstance(tags, list) else []:
-            tagged.setdefault(str(tag), set()).add(image["id"])
-    return {
-        tag: coco_metrics.score(
-            _restricted(truth, tagged[tag]), [entry for entry in results if entry["image_id"] in tagged[tag]]
-        )["segm/AP"]
-        for tag in sorted(tagged)
-    }
+        for tag in {str(tag) for tag in tags} if isinstance(tags, list) else ():
+            tagged.setdefault(tag, []).append(image["id"])
+    scores = {}
+    for tag, ids in sorted(tagged.items()):
+        images, annotations = truth.loadImgs(ids), truth.loadAnns(truth.getAnnIds(ids))
+        of_tag = coco_metrics.index({**truth.dataset, "images": images, "annotations": annotations})
+        found = [entry for entry in results if entry["image_id"] in of_tag.imgs]
+        scores[tag] = coco_metrics.score(of_tag, found)["segm/AP"]
+    return scores
 
 
 def write_tables(
@@ -111,8 +121,7 @@ def write_tables(
     with atomic_write(folder / "ablation.csv") as file:
         _write_csv(file, groups)
     if groups:
-        with atomic_write(folder / PLOT_FILE, "wb") as file:
-            draw_plot(groups).savefig(file, format="png")
+        write_png(folder / PLOT_FILE, rendered(draw_plot(groups)))
     with atomic_write(folder / "ablation.md") as file:
         file.write(_markdown(folder, command, groups, failures))
 
@@ -120,19 +129,14 @@ def write_tables(
 def draw_plot(groups: Groups) -> Figure:
     """Mask AP over the steps: a line for each row's mean over its seeds in a band from minimum to maximum."""
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    for index, (row, group) in enumerate(groups):
+    axes = figure.add_subplot(xlabel="step", ylabel="mask AP, %")
+    axes.set_prop_cycle(STYLES)
+    for row, group in groups:
         steps = sorted(set.intersection(*(set(result.curve) for result in group)))
-        values = [[result.curve[step] for result in group] for step in steps]
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        mean = fmean(result.scores["segm/AP"] for result in group)
-        line = LINES[index // len(COLOURS) % len(LINES)]
-        axes.fill_between(
-            steps, [*map(min, values)], [*map(max, values)], color=style["color"], alpha=0.18, lw=0
-        )
-        axes.plot(steps, [*map(fmean, values)], line, **style, markersize=5, label=f"{row.name}  {mean:.1f}")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mask AP, %")
+        values = np.array([[result.curve[step] for step in steps] for result in group])
+        label = f"{row.name}  {fmean(result.scores['segm/AP'] for result in group):.1f}"
+        (line,) = axes.plot(steps, values.mean(0), markersize=5, label=label)
+        axes.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.18, lw=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("mean and range over the seeds", loc="left", fontsize=10)
@@ -140,19 +144,15 @@ def draw_plot(groups: Groups) -> Figure:
     return figure
 
 
-def _columns(group: Sequence[Result]) -> dict[str, list[float]]:
-    """The numbers of a row by heading, one per seed."""
-    return {
-        **{name: [result.scores[key] for result in group] for key, name in SCORES.items()},
-        **{f"AP {tag}": [result.tags[tag] for result in group] for tag in group[0].tags},
-        "minutes": [result.minutes for result in group],
-    }
-
-
 def _headings(groups: Groups) -> list[str]:
     """The headings of all rows; minutes last."""
-    names = dict.fromkeys(name for _, group in groups for name in _columns(group) if name != "minutes")
+    names = dict.fromkeys(name for _, group in groups for name in group[0].numbers() if name != "minutes")
     return [*names, "minutes"]
+
+
+def _values(group: Sequence[Result], heading: str) -> list[float]:
+    """One number per seed; NaN for a row that was tested on images without a tag that others have."""
+    return [result.numbers().get(heading, math.nan) for result in group]
 
 
 def _record(row: Row, group: Sequence[Result]) -> dict[str, Any]:
@@ -168,35 +168,28 @@ def _record(row: Row, group: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _write_csv(file: io.TextIOBase, groups: Groups) -> None:
+def _write_csv(file: IO[str], groups: Groups) -> None:
     headings = _headings(groups)
+    statistics: dict[str, Callable[..., float]] = {"mean": fmean, "min": min, "max": max}
     writer = csv.writer(file, lineterminator="\n")
-    statistics = {"mean": fmean, "min": min, "max": max}
-    cells = [f"{name} {kind}" for name in headings for kind in statistics]
-    writer.writerow(["row", "seeds", "steps", *cells])
+    writer.writerow(
+        ["row", "seeds", "steps", *(f"{name} {kind}" for name in headings for kind in statistics)]
+    )
     for row, group in groups:
-        columns = _columns(group)
-        cells = [_rounded(f(columns.get(name, UNKNOWN))) for name in headings for f in statistics.values()]
-        writer.writerow([row.name, " ".join(str(result.seed) for result in group), group[0].steps, *cells])
+        seeds = " ".join(str(result.seed) for result in group)
+        values = [_values(group, name) for name in headings]
+        cells = [_rounded(function(numbers)) for numbers in values for function in statistics.values()]
+        writer.writerow([row.name, seeds, group[0].steps, *cells])
 
 
 def _markdown(folder: Path, command: str, groups: Groups, failures: Sequence[str]) -> str:
     headings = _headings(groups)
-    lines = [
-        "# Ablation",
-        "",
-        f"    {command}",
-        "",
-        "AP of masks in %: mean over the seeds (minimum..maximum). Box fill: the same detections, each mask "
-        "replaced by its own filled box. AP and a tag: on the images of this tag alone.",
-        "",
-        _line(["row", "", "steps", *headings, "report of seed"]),
-        _line(["---", "---", *["--:"] * (1 + len(headings)), "---"]),
-    ]
+    lines = ["# Ablation", "", f"    {command}", "", NOTE, ""]
+    lines.append(_line(["row", "", "steps", *headings, "report of seed"]))
+    lines.append(_line(["---", "---", *["--:"] * (1 + len(headings)), "---"]))
     for row, group in groups:
-        columns = _columns(group)
-        pages = (f"[{result.seed}]({os.path.relpath(result.page, folder)})" for result in group)
-        cells = [_cell(columns.get(name, UNKNOWN)) for name in headings]
+        pages = [f"[{result.seed}]({os.path.relpath(result.page, folder)})" for result in group]
+        cells = [_cell(_values(group, name)) for name in headings]
         lines.append(_line([row.name, row.title, str(group[0].steps), *cells, " ".join(pages)]))
     if groups:
         lines += ["", f"![mask AP over the steps]({PLOT_FILE})"]
@@ -218,13 +211,3 @@ def _cell(values: Sequence[float]) -> str:
 
 def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 3)
-
-
-def _restricted(truth: COCO, image_ids: set[int]) -> COCO:
-    return coco_metrics.index(
-        {
-            **truth.dataset,
-            "images": [image for image in truth.dataset["images"] if image["id"] in image_ids],
-            "annotations": [item for item in truth.dataset["annotations"] if item["image_id"] in image_ids],
-        }
-    )

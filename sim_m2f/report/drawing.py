@@ -1,23 +1,40 @@
-"""Draws boxes and masks on images, and the contact sheet that sets them side by side."""
+"""Draws boxes and masks on images, and figures with panels of an exact size in pixels.
 
-from collections.abc import Sequence
+By matplotlib: torchvision's drawing has no contours, and lets texts cover each other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import font_manager
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import AbstractPathEffect, withStroke
+from matplotlib.transforms import Bbox, IdentityTransform
+from PIL import Image
+
+from sim_m2f.files import atomic_write
+from sim_m2f.geometry import mask_extents
 
 PALETTE = (
     *("#ff5a5f", "#3fa9ff", "#ffd23f", "#4cdf7b", "#c08bff", "#ff9838"),
     *("#2ad9e0", "#ff79c9", "#b4ec3c", "#a8b4ff", "#e0a183", "#f2f2f2"),
 )
-INK, PAPER = "#1c2024", "#ffffff"
-SCALE = 2  # everything is drawn this many times larger and then reduced, which smooths the edges
-FILL_OPACITY, HALO_OPACITY = 0.35, 0.7  # of the tint in a mask; of the dark line around contours and boxes
-LINE, HALO = 2 * SCALE, SCALE  # widths of a contour and of the dark line around it
-TEXT_SIZE = 13
+INK, SOFT = "#1c2024", "#667078"
+PANEL = {"frameon": False, "xticks": (), "yticks": (), "anchor": "NW"}
+DPI = 72  # a point is a pixel
+FILL_OPACITY, LINE, TEXT_SIZE = 0.35, 2, 13
+# The dark line around contours and boxes.
+HALO: list[AbstractPathEffect] = [withStroke(linewidth=LINE + 2, foreground=INK, alpha=0.7)]
 MIN_TEXT_EXTENT = 0.1  # a smaller shape, in units of the panel's longer side, has no text: it would be hidden
-GAP, TITLE_SIZE = 6, 15  # of the contact sheet
+PAD = 2  # pixels around a text
+GAP, CAPTION = 8, 26  # pixels of the contact sheet: between panels, for a line of text
 
 
 @dataclass(frozen=True)
@@ -29,131 +46,141 @@ class Shape:
     box: Sequence[float] | None = None
     mask: np.ndarray | None = None
 
+    def extent(self) -> Sequence[float]:
+        """The box, else the one around the mask, xyxy; zeros for an empty mask."""
+        return mask_extents(torch.from_numpy(self.mask)).tolist() if self.box is None else self.box
+
 
 def draw(image: Image.Image, shapes: Sequence[Shape], side: int) -> Image.Image:
-    """The image, enlarged or reduced to ``side`` pixels on its longer side, with the shapes on it.
+    """The image, enlarged or reduced to ``side`` pixels on its longer side, with the shapes on it."""
+    width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
+    figure, ((axes,),) = panel_grid([width], [height])
+    pixels = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    axes.imshow(pixels, extent=(0, image.width, image.height, 0), aspect="auto")
+    draw_shapes(axes, shapes)
+    return rendered(figure)
+
+
+def draw_shapes(axes: Axes, shapes: Sequence[Shape]) -> None:
+    """Draw shapes in a panel of a ``panel_grid`` that shows an image, of which a unit is a pixel.
 
     Masks are tinted and outlined, the largest first so that small ones stay visible; boxes are outlined.
     Texts are placed in the order of the shapes; one that has no room is left out.
     """
-    zoom = SCALE * side / max(image.size)
-    canvas = image.convert("RGB").resize(
-        [max(SCALE, round(length * zoom)) for length in image.size], Image.Resampling.BICUBIC
-    )
-    masks = [(shape.mask, shape.colour) for shape in shapes if shape.mask is not None]
-    for mask, colour in sorted(masks, key=lambda item: -np.count_nonzero(item[0])):
-        _draw_mask(canvas, mask, colour)
-    for shape in shapes:
+    axes.autoscale(False)
+    axes.apply_aspect()
+    for shape in sorted(shapes, key=lambda shape: 0 if shape.mask is None else -shape.mask.sum()):
+        if shape.mask is not None:
+            _draw_mask(axes, shape.mask, shape.colour)
         if shape.box is not None:
-            _draw_box(canvas, [zoom * coordinate for coordinate in shape.box], shape.colour)
-    _draw_texts(canvas, shapes, zoom)
-    return canvas.reduce(SCALE)
+            _draw_box(axes, shape.box, shape.colour)
+    _draw_texts(axes, shapes)
 
 
-def contact_sheet(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
+def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
     """Rows of panels under the titles of their columns, each with a caption; many rows stand in two blocks.
 
     Args:
-        titles: one per column.
-        rows: caption and panels of each row, as many panels as titles.
+        rows: caption, and panels by title, of each row: the same titles in all of them, one size in a row.
     """
-    width = max(panel.width for _, panels in rows for panel in panels) + GAP
-    half = len(rows) if len(rows) < 4 else (len(rows) + 1) // 2
-    blocks = [_block(titles, rows[start : start + half], width) for start in range(0, len(rows), half)]
-    margin = 3 * GAP
-    size = (
-        sum(block.width + margin for block in blocks) + margin,
-        max(block.height for block in blocks) + 2 * margin,
-    )
-    sheet = Image.new("RGB", size, PAPER)
-    for index, block in enumerate(blocks):
-        sheet.paste(block, (margin + index * (blocks[0].width + margin), margin))
-    return sheet
+    lines = len(rows) if len(rows) < 4 else math.ceil(len(rows) / 2)
+    columns = len(rows[0][1])
+    sizes = [next(iter(panels.values())).size for _, panels in rows]
+    widths = [max(width for width, _ in sizes)] * columns * math.ceil(len(rows) / lines)
+    heights = [max(height for _, height in sizes[line::lines]) for line in range(lines)]
+    figure, grid = panel_grid(widths, heights, GAP, above=CAPTION, top=CAPTION)
+    for number, (caption, panels) in enumerate(rows):
+        block, line = divmod(number, lines)
+        row = grid[line, block * columns : (block + 1) * columns]
+        write_above(row[0], caption, color=SOFT)
+        for axes, (title, panel) in zip(row, panels.items(), strict=True):
+            axes.imshow(panel, interpolation="nearest")
+            if line == 0:
+                write_above(axes, title, CAPTION, weight="bold")
+    return rendered(figure)
 
 
-def _block(
-    titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Image.Image]]], width: int
-) -> Image.Image:
-    line = 2 * TITLE_SIZE
-    heights = [line + max(panel.height for panel in panels) for _, panels in rows]
-    block = Image.new("RGB", (width * len(titles) - GAP, line + sum(heights)), PAPER)
-    pen = ImageDraw.Draw(block)
-    for column, title in enumerate(titles):
-        pen.text((column * width, 0), title, INK, text_font(TITLE_SIZE, "bold"))
-    top = line
-    for (caption, panels), height in zip(rows, heights, strict=True):
-        pen.text((0, top + line - GAP), caption, "#667078", text_font(TEXT_SIZE), anchor="ls")
-        for column, panel in enumerate(panels):
-            block.paste(panel, (column * width, top + line))
-        top += height
-    return block
+def panel_grid(
+    widths: Sequence[int], heights: Sequence[int], gap: int = 0, above: int = 0, top: int = 0
+) -> tuple[Figure, np.ndarray]:
+    """A figure with panels of a given size.
+
+    Args:
+        widths, heights: of the columns and the rows, in pixels.
+        gap: between columns, and at the edges.
+        above: room for text above each row.
+        top: room for more above the first one.
+
+    Returns:
+        the figure, and its axes (rows, columns).
+    """
+    width = sum(widths) + gap * (len(widths) + 1)
+    height = top + sum(heights) + above * len(heights) + gap
+    figure = Figure((width / DPI, height / DPI), DPI)
+    edges = {"left": gap / width, "right": 1 - gap / width}
+    edges |= {"bottom": gap / height, "top": 1 - (top + above) / height}
+    gaps = {"wspace": gap / np.mean(widths), "hspace": above / np.mean(heights)}
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    size = len(heights), len(widths)
+    return figure, figure.subplots(*size, squeeze=False, subplot_kw=PANEL, gridspec_kw=edges | gaps | ratios)
 
 
-def _draw_mask(canvas: Image.Image, mask: np.ndarray, colour: str) -> None:
-    area = Image.fromarray(mask).convert("L").resize(canvas.size, Image.Resampling.BILINEAR)
-    area = area.point(lambda value: 255 if value >= 128 else 0)
-    found = area.getbbox()
-    if found is None:
+def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
+    """Text ``distance`` pixels above the left end of a panel."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(text, (0, 1), (0, distance + 5), fontsize=size, **place, **style)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    with atomic_write(path, "wb") as file:
+        image.save(file, "PNG")
+
+
+def rendered(figure: Figure) -> Image.Image:
+    """The figure's pixels, RGB."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def _draw_mask(axes: Axes, mask: np.ndarray, colour: str) -> None:
+    left, top, right, bottom = mask_extents(torch.from_numpy(mask)).tolist()
+    if right == 0:
         return
-    margin = LINE + HALO  # may reach beyond the image, so that contours also run along its edge
-    corner = (found[0] - margin, found[1] - margin)
-    area = area.crop((*corner, found[2] + margin, found[3] + margin))
-    inside = area.filter(ImageFilter.BoxBlur(LINE)).point(lambda value: 255 if value == 255 else 0)
-    around = area.filter(ImageFilter.BoxBlur(HALO)).point(lambda value: 255 if value > 0 else 0)
-    contour, halo = ImageChops.subtract(area, inside), ImageChops.subtract(around, area)
-    canvas.paste(colour, corner, area.point(lambda value: value * FILL_OPACITY))
-    canvas.paste(INK, corner, halo.point(lambda value: value * HALO_OPACITY))
-    canvas.paste(colour, corner, contour)
+    area = np.pad(mask[top:bottom, left:right].astype(float), 1)
+    centres = np.arange(left, right + 2) - 0.5, np.arange(top, bottom + 2) - 0.5
+    axes.contourf(*centres, area, [0.5, 1], colors=colour, alpha=FILL_OPACITY)
+    axes.contour(*centres, area, [0.5], colors=colour, linewidths=LINE).set_path_effects(HALO)
 
 
-def _draw_box(canvas: Image.Image, box: Sequence[float], colour: str) -> None:
-    pen = ImageDraw.Draw(canvas, "RGBA")
-    left, top, right, bottom = box
-    right, bottom = max(right, left + 2 * LINE), max(bottom, top + 2 * LINE)
-    halo = (left - HALO, top - HALO, right + HALO, bottom + HALO)
-    pen.rectangle(halo, outline=INK + f"{round(255 * HALO_OPACITY):02x}", width=HALO)
-    pen.rectangle((left, top, right, bottom), outline=colour, width=LINE)
+def _draw_box(axes: Axes, box: Sequence[float], colour: str) -> None:
+    """Its outline; half a line inside the panel, so that one along the edge is seen as well."""
+    corners = axes.transData.transform(np.reshape(box, (2, 2)))
+    frame = axes.get_window_extent().padded(-LINE / 2)
+    (left, top), (right, bottom) = axes.transData.inverted().transform(np.clip(corners, frame.min, frame.max))
+    style: dict[str, Any] = {"fill": False, "edgecolor": colour, "linewidth": LINE, "path_effects": HALO}
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
 
 
-def _draw_texts(canvas: Image.Image, shapes: Sequence[Shape], zoom: float) -> None:
-    pen = ImageDraw.Draw(canvas)
-    font = text_font(TEXT_SIZE * SCALE)
-    pad = 2 * SCALE
-    taken: list[tuple[float, float, float, float]] = []
+def _draw_texts(axes: Axes, shapes: Sequence[Shape]) -> None:
+    """Each on its shape's colour, above, below or inside the shape: where it is in the panel and free."""
+    frame = axes.get_window_extent()
+    taken: list[Bbox] = []
+    inside = frame.padded(1).contains
     for shape in shapes:
-        left, top, right, bottom = (zoom * coordinate for coordinate in _extent(shape))
-        if not shape.text or max(right - left, bottom - top) < MIN_TEXT_EXTENT * max(canvas.size):
+        (left, top), (right, bottom) = axes.transData.transform(np.reshape(shape.extent(), (2, 2)))
+        if not shape.text or max(right - left, top - bottom) < MIN_TEXT_EXTENT * max(frame.size):
             continue
-        width, height = pen.textlength(shape.text, font) + 2 * pad, font.size + 2 * pad
-        left = min(max(left, 0), canvas.width - width)
-        for y in (top - height, bottom, top, bottom - height):
-            label = (left, y, left + width, y + height)
-            if (
-                left >= 0
-                and 0 <= y <= canvas.height - height
-                and not any(_overlap(label, other) for other in taken)
-            ):
-                pen.rectangle(label, fill=shape.colour)
-                pen.text((left + pad, y + height / 2), shape.text, INK, font, anchor="lm")
-                taken.append(label)
+        label = {"facecolor": shape.colour, "edgecolor": "none", "boxstyle": f"square,pad={PAD / TEXT_SIZE}"}
+        text = axes.text(0, 0, shape.text, color=INK, size=TEXT_SIZE, va="bottom", bbox=label)
+        text.set_transform(IdentityTransform())  # pixels of the figure
+        width, height = text.get_window_extent().padded(PAD).size
+        left = max(min(left, frame.x1 - width), frame.x0)
+        for y in (top, bottom - height, top - height, bottom):
+            place = Bbox.from_bounds(left, y, width, height)
+            if inside(*place.p0) and inside(*place.p1) and not place.count_overlaps(taken):
+                text.set_position(place.p0 + PAD)
+                taken.append(place)
                 break
-
-
-def _extent(shape: Shape) -> Sequence[float]:
-    """The box of a shape, else the box around its mask; zeros for an empty mask."""
-    if shape.box is not None:
-        return shape.box
-    if shape.mask is None or not shape.mask.any():
-        return (0, 0, 0, 0)
-    rows, columns = np.flatnonzero(shape.mask.any(1)), np.flatnonzero(shape.mask.any(0))
-    return (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-
-
-def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def text_font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(
-        font_manager.findfont(font_manager.FontProperties(family="DejaVu Sans", weight=weight)), size
-    )
+        else:
+            text.remove()

@@ -3,12 +3,12 @@
 from torch import Tensor
 
 from sim_m2f.data.catalog import eval_sources
-from sim_m2f.data.loader import eval_loader
+from sim_m2f.data.coco import read_coco
 from sim_m2f.engine.hooks import Metrics
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.report.method_figures import FOLDER, drop_later_steps, write_method
-from sim_m2f.report.run_page import write_report
+from sim_m2f.report.run_report import write_report
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.schedule import resolve_steps
 
@@ -49,5 +49,5 @@ class RunPage(Hook):
     def after_train(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
             source = eval_sources(trainer.cfg)[0]
-            page = write_report(trainer.output_dir, eval_loader(trainer.cfg, source).dataset.data)
+            page = write_report(trainer.output_dir, read_coco(source, read_masks=False))
             print(f"Report: {page}")

@@ -3,19 +3,35 @@
 Two figures for an image: the whole of it, and its largest objects one by one with their positive masks.
 """
 
-import re
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
+from matplotlib.patches import Patch
+from PIL import Image
 
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps
-from sim_m2f.files import atomic_write
-from sim_m2f.report.drawing import INK, PALETTE, PAPER, Shape, draw, text_font
+from sim_m2f.geometry import mask_extents
+from sim_m2f.report.drawing import (
+    PALETTE,
+    SOFT,
+    Shape,
+    draw_shapes,
+    panel_grid,
+    rendered,
+    write_above,
+    write_png,
+)
 from sim_m2f.report.page import Evolution
 from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import STRIDE
@@ -23,20 +39,24 @@ from sim_m2f.supervision.targets import STRIDE
 FOLDER = "method"  # in OUTPUT_DIR; below it one folder per step
 OBJECTS = 3  # objects of an image, the largest, that are drawn one by one
 SIDE, OBJECT_SIDE, MASK_SIDE = 230, 156, 64  # longer sides of panels: image, object, positive mask
+MASK_CELL = 72  # pixels, width of a positive mask and the gap beside it
 MARGIN = 2  # cells at stride 4 that are shown around an object's box
-GAP, LINE = 8, 17
-SOFT, NEGATIVE_COLOUR, IGNORED_COLOUR = "#667078", "#2b2350", "#d3d7db"
+GAP, HEADER, LINE = 16, 70, 26  # pixels: between panels, of header and titles, of a caption
+SMALL, SMALL_LINE = 11, 17  # size of small text, and height of its line
+HEAT, NEGATIVE_COLOUR, IGNORED_COLOUR = "viridis", "#2b2350", "#d3d7db"
 PALENESS = 0.7  # of the image outside the boxes
-HEAT = (255 * matplotlib.colormaps["viridis"](np.linspace(0, 1, 256))[:, :3]).round().astype(np.uint8)
 TITLES = {
     "boxes": "all that is annotated",
-    "semantic mask M_S": "prototypes of the class",
-    "instance mask M_I": "weighted positive masks",
-    "blend M": "α M_S + (1 − α) M_I",
+    r"semantic mask $\mathbf{M_S}$": "prototypes of the class",
+    r"instance mask $\mathbf{M_I}$": "weighted positive masks",
+    "blend M": "α $M_S$ + (1 − α) $M_I$",
     "pseudo labels": "M against two thresholds",
     "student": "the masks learned so far",
 }
-POSITIVE_MASKS = ("positive masks of the teacher, and their weights", "their weighted mean is M_I")
+POSITIVE_MASKS = "positive masks of the teacher, and their weights", "their weighted mean is $M_I$"
+POSITIVE_WIDTH = 360  # pixels, least width of their column: that of its title
+
+Window = tuple[int, int, int, int]  # a part of an image, xyxy in its pixels
 
 
 def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterator[tuple[str, Image.Image]]:
@@ -54,53 +74,55 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
     for place, one in enumerate(maps):
         name = f"{place + 1:02d}_{Path(one.name).stem}"
         for kind, figure in (("objects", object_figure(one, step)), ("whole", whole_figure(one, step))):
-            with atomic_write(folder / f"{step:07d}" / f"{name}.{kind}.png", "wb") as file:
-                figure.save(file, "PNG")
-            yield f"{name}/{kind}", figure
+            image = rendered(figure)
+            write_png(folder / f"{step:07d}" / f"{name}.{kind}.png", image)
+            yield f"{name}/{kind}", image
 
 
 def read_method(folder: Path, most: int = 12) -> list[Evolution]:
     """What ``write_method`` left in a folder: of each image at most so many steps, evenly spaced."""
     steps = sorted(path for path in folder.glob("*") if path.name.isdecimal())
-    if not steps:
-        return []
-    chosen = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    places = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps))).round().astype(int)
     evolutions = []
-    for last in sorted(steps[-1].glob("*.whole.png")):
-        files = [steps[index] / last.name for index in chosen]
+    for last in sorted(steps[-1].glob("*.whole.png")) if steps else ():
+        files = [steps[place] / last.name for place in places]
         rows = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
-        objects = last.with_name(last.name.replace(".whole.", ".objects."))
-        evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, _read(objects)))
+        objects = _read(last.with_name(last.name.replace(".whole.", ".objects.")))
+        evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, objects))
     return evolutions
 
 
 def drop_later_steps(folder: Path, step: int) -> None:
-    """Remove what a former run left of steps after ``step``."""
+    """Remove what an earlier run left of steps after ``step``."""
     for path in folder.glob("*"):
         if path.name.isdecimal() and int(path.name) > step:
             shutil.rmtree(path)
 
 
-def whole_figure(maps: MethodMaps, step: int) -> Image.Image:
+def whole_figure(maps: MethodMaps, step: int) -> Figure:
     """One row: the panels of the whole image. Where boxes overlap, the largest value is drawn."""
-    colours = object_colours(maps)
-    row = panels(maps, colours, maps.classes, SIDE)
-    return _sheet(_header(maps, step), list(TITLES.items()), [("", INK, row)], colours)
+    window = (0, 0, maps.image.shape[1], maps.image.shape[0])
+    width, height = _size(window, SIDE)
+    columns = [(*title, max(width, OBJECT_SIDE)) for title in TITLES.items()]
+    figure, axes = _titled_grid(maps, step, columns, [height])
+    _show_panels(axes[0], maps, object_colours(maps), maps.classes, window)
+    return figure
 
 
-def object_figure(maps: MethodMaps, step: int) -> Image.Image:
+def object_figure(maps: MethodMaps, step: int) -> Figure:
     """One row for each of the largest objects: its own panels, and its positive masks with their weights."""
-    colours = object_colours(maps)
-    sides = maps.boxes[:, 2:] - maps.boxes[:, :2]
-    rows = []
-    for index in np.argsort(-sides.prod(1), kind="stable")[:OBJECTS]:
-        own = cut_out(maps, int(index))
-        row = panels(own, [colours[index]], [""], OBJECT_SIDE)
-        row.insert(2, positive_panel(own))
-        rows.append((_caption(own), colours[index], row))
-    titles = list(TITLES.items())
-    titles.insert(2, POSITIVE_MASKS)
-    return _sheet(_header(maps, step), titles, rows, colours)
+    chosen = np.argsort(-(maps.boxes[:, 2:] - maps.boxes[:, :2]).prod(1), kind="stable")[:OBJECTS]
+    windows = [_window(maps, index) for index in chosen]
+    columns = [(*title, OBJECT_SIDE) for title in TITLES.items()]
+    columns.insert(2, (*POSITIVE_MASKS, max(POSITIVE_WIDTH, MASK_CELL * _per_line(maps))))
+    heights = [2 * (_size(window, MASK_SIDE)[1] + SMALL_LINE) for window in windows]
+    figure, axes = _titled_grid(maps, step, columns, heights, LINE)
+    for row, index, window in zip(axes, chosen, windows, strict=True):
+        own, colour = maps.only(index), object_colours(maps)[index]
+        write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
+        _show_panels(np.delete(row, 2), own, [colour], [""], window)
+        _show_positives(row[2], own, window)
+    return figure
 
 
 def object_colours(maps: MethodMaps) -> list[str]:
@@ -108,81 +130,77 @@ def object_colours(maps: MethodMaps) -> list[str]:
     return [PALETTE[index % len(PALETTE)] for index in range(len(maps.boxes))]
 
 
-def panels(maps: MethodMaps, colours: Sequence[str], names: Sequence[str], side: int) -> list[Image.Image]:
-    """The six panels of ``TITLES``, ``side`` pixels on the longer side; names stand on the first."""
-    boxes = [Shape(colour, box=box) for colour, box in zip(colours, maps.boxes.tolist(), strict=True)]
-    named = [replace(shape, text=name) for shape, name in zip(boxes, names, strict=True)]
-    masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
-    heats = [heat_image(maps.image, each) for each in (maps.semantic, maps.instance, maps.blend)]
-    labels = label_image(maps.image, maps.labels, colours)
-    image = Image.fromarray(maps.image)
-    return [
-        draw(image, named, side),
-        *(draw(Image.fromarray(pixels), boxes, side) for pixels in (*heats, labels)),
-        draw(image, masks, side),
-    ]
+def heat_cells(maps: np.ndarray) -> np.ndarray:
+    """(h, w, 4) RGBA: in colour the largest of the probabilities (T, h, w), transparent outside all boxes."""
+    return matplotlib.colormaps[HEAT](np.ma.masked_invalid(np.fmax.reduce(maps)))
 
 
-def heat_image(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: in colour the largest of the probabilities (T, h, w), else the image, pale."""
-    value = np.fmax.reduce(maps)
-    heat = HEAT[np.nan_to_num(255 * value).round().astype(np.uint8)]
-    return _over_pale(image, heat, ~np.isnan(value))
-
-
-def label_image(image: np.ndarray, labels: np.ndarray, colours: Sequence[str]) -> np.ndarray:
-    """(H, W, 3) uint8: labels (T, h, w); positive, in the object's colour, hides ignored hides negative."""
-    cells = np.zeros((*labels.shape[1:], 3), np.uint8)
-    cells[(labels == 0).any(0)] = _rgb(NEGATIVE_COLOUR)
-    cells[(labels == IGNORED).any(0)] = _rgb(IGNORED_COLOUR)
+def label_cells(labels: np.ndarray, colours: Sequence[str]) -> np.ndarray:
+    """(h, w, 4) RGBA of labels (T, h, w): positive, in the object's colour, hides ignored hides negative."""
+    cells = np.zeros((*labels.shape[1:], 4))
+    cells[(labels == 0).any(0)] = to_rgba(NEGATIVE_COLOUR)
+    cells[(labels == IGNORED).any(0)] = to_rgba(IGNORED_COLOUR)
     for own, colour in zip(labels, colours, strict=True):
-        cells[own == 1] = _rgb(colour)
-    return _over_pale(image, cells, (labels != OUTSIDE).any(0))
+        cells[own == 1] = to_rgba(colour)
+    return cells
 
 
-def positive_panel(maps: MethodMaps) -> Image.Image:
+def _show_panels(
+    row: np.ndarray, maps: MethodMaps, colours: Sequence[str], names: Iterable[str], window: Window
+) -> None:
+    """The six panels of ``TITLES``; names stand on the first."""
+    named = [*map(Shape, colours, names, maps.boxes.tolist())]
+    boxes = [replace(shape, text="") for shape in named]
+    masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
+    pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
+    _show(row[0], maps.image, named, window)
+    heats = (heat_cells(values) for values in (maps.semantic, maps.instance, maps.blend))
+    for axes, cells in zip(row[1:5], (*heats, label_cells(maps.labels, colours)), strict=True):
+        _show(axes, pale, boxes, window)
+        height, width = cells.shape[:2]
+        axes.imshow(cells, extent=(0, STRIDE * width, STRIDE * height, 0), interpolation="nearest")
+    _show(row[5], maps.image, masks, window)
+
+
+def _show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window) -> None:
+    """A part of an image (H, W) or (H, W, 3), 0 to 255, with shapes."""
+    height, width = image.shape[:2]
+    axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
+    axes.set(xlim=window[::2], ylim=window[:0:-2])
+    draw_shapes(axes, shapes)
+
+
+def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
     """The positive masks of a single object in two lines, under each its source and its weight."""
-    kept = [place for place, weight in enumerate(maps.weights[:, 0]) if weight > 0]
-    columns = -(-len(kept) // 2)
-    masks = [
-        draw(Image.fromarray(heat_image(maps.image, maps.positives[place])), [], MASK_SIDE) for place in kept
-    ]
-    cell = MASK_SIDE + GAP, masks[0].height + LINE
-    panel = Image.new("RGB", (columns * cell[0] - GAP, cell[1] * (1 + (len(kept) > 1))), PAPER)
-    pen = ImageDraw.Draw(panel)
-    for number, (place, mask) in enumerate(zip(kept, masks, strict=True)):
-        left, top = number % columns * cell[0], number // columns * cell[1]
-        panel.paste(mask, (left, top))
-        text = f"{maps.sources[place]}  {maps.weights[place, 0]:.2f}"
-        pen.text((left, top + mask.height + LINE / 2), text, INK, text_font(11), anchor="lm")
-    return panel
+    left, top, right, bottom = (math.ceil(edge / STRIDE) for edge in window)
+    width, height = _size(window, MASK_SIDE)
+    for place in np.flatnonzero(own.weights[0]).tolist():
+        line, column = divmod(place, _per_line(own))
+        x, y = column * MASK_CELL, line * (height + SMALL_LINE)
+        cells = heat_cells(own.positives[:, place])[top:bottom, left:right]
+        axes.imshow(cells, extent=(x, x + width, y + height, y), interpolation="nearest")
+        label = f"{own.sources[place]}  {own.weights[0, place]:.2f}"
+        axes.text(x, y + height + 3, label, size=SMALL, va="top")
+    frame = axes.get_window_extent()
+    axes.set(xlim=(0, frame.width), ylim=(frame.height, 0))
 
 
-def cut_out(maps: MethodMaps, index: int) -> MethodMaps:
-    """The surroundings of one object, with its own maps alone."""
-    height, width = maps.labels.shape[1:]
-    rows, columns = (np.flatnonzero((maps.labels[index] != OUTSIDE).any(axis)) for axis in (1, 0))
-    top, left = max(rows[0] - MARGIN, 0), max(columns[0] - MARGIN, 0)
-    cells = slice(top, min(rows[-1] + 1 + MARGIN, height)), slice(left, min(columns[-1] + 1 + MARGIN, width))
-    pixels = tuple(slice(STRIDE * part.start, STRIDE * part.stop) for part in cells)
-    own = slice(index, index + 1)
-    return replace(
-        maps,
-        image=maps.image[pixels],
-        boxes=maps.boxes[own] - STRIDE * np.array([left, top, left, top], np.float32),
-        classes=maps.classes[own],
-        **{name: getattr(maps, name)[(own, *cells)] for name in ("semantic", "instance", "blend", "labels")},
-        thresholds=maps.thresholds[own],
-        positives=maps.positives[(slice(None), own, *cells)],
-        weights=maps.weights[:, own],
-        student=maps.student[(own, *pixels)],
-    )
+def _per_line(maps: MethodMaps) -> int:
+    """How many positive masks stand in each of the two lines."""
+    return math.ceil(len(maps.sources) / 2)
 
 
-def _header(maps: MethodMaps, step: int) -> str:
-    name = Path(maps.name).name
-    shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
-    return f"{shown}, step {step:,}"
+def _window(maps: MethodMaps, index: int) -> Window:
+    """The surroundings of an object, xyxy in pixels of the image."""
+    height, width = maps.image.shape[:2]
+    extent = mask_extents(torch.from_numpy(maps.labels[index] != OUTSIDE)).numpy()
+    return tuple(np.clip(STRIDE * (extent + MARGIN * np.array([-1, -1, 1, 1])), 0, 2 * [width, height]))
+
+
+def _size(window: Sequence[int], side: int) -> tuple[int, int]:
+    """Width and height of a window whose longer side becomes ``side``."""
+    width, height = window[2] - window[0], window[3] - window[1]
+    return round(side * width / max(width, height)), round(side * height / max(width, height))
 
 
 def _caption(own: MethodMaps) -> str:
@@ -194,91 +212,44 @@ def _caption(own: MethodMaps) -> str:
     )
 
 
-def _over_pale(image: np.ndarray, cells: np.ndarray, shown: np.ndarray) -> np.ndarray:
-    """The cells (h, w, 3) where they are to be shown, else the pale image (H, W, 3) in grey."""
-    height, width = image.shape[:2]
-    grey = image.mean(-1, keepdims=True).repeat(3, axis=-1)
-    pale = (PALENESS * 255 + (1 - PALENESS) * grey).round().astype(np.uint8)
-    cells, shown = (
-        part.repeat(STRIDE, axis=0).repeat(STRIDE, axis=1)[:height, :width] for part in (cells, shown)
-    )
-    return np.where(shown[..., None], cells, pale)
+def _titled_grid(
+    maps: MethodMaps, step: int, columns: Sequence[tuple[str, str, int]], heights: list[int], above: int = 0
+) -> tuple[Figure, np.ndarray]:
+    """A grid of panels, below file, step and legend.
+
+    Args:
+        maps: the image.
+        step: after how many steps.
+        columns: title, note below it and width of each.
+        heights: of the rows.
+        above: room for a caption above each row.
+    """
+    figure, axes = panel_grid([width for *_, width in columns], heights, GAP, above, HEADER)
+    width, height = figure.bbox.size
+    name = Path(maps.name).name
+    shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
+    figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", size=14, weight="bold", va="top")
+    for each, (title, note, _) in zip(axes[0], columns, strict=True):
+        write_above(each, title, above + SMALL_LINE, weight="bold")
+        write_above(each, note, above, SMALL, color=SOFT)
+    _draw_legend(figure, object_colours(maps)[:OBJECTS])
+    return figure, axes
 
 
-def _sheet(
-    header: str,
-    titles: Sequence[tuple[str, str]],
-    rows: Sequence[tuple[str, str, Sequence[Image.Image]]],
-    colours: Sequence[str],
-) -> Image.Image:
-    """Header and legend, the columns' titles, and rows of panels, each with a caption in a colour."""
-    bold, plain = text_font(13, "bold"), text_font(11)
-    widths = [
-        max(*(panel.width for panel in column), round(bold.getlength(title)), round(plain.getlength(note)))
-        for (title, note), column in zip(titles, zip(*(row for _, _, row in rows), strict=True), strict=True)
-    ]
-    lefts = [2 * GAP + sum(widths[:column]) + 2 * GAP * column for column in range(len(widths))]
-    captions = [LINE if caption else 0 for caption, _, _ in rows]
-    heights = [max(panel.height for panel in row) for _, _, row in rows]
-    top = 2 * GAP + 4 * LINE
-    size = lefts[-1] + widths[-1] + 2 * GAP, top + sum(captions) + sum(heights) + 2 * GAP * len(rows)
-    sheet = Image.new("RGB", size, PAPER)
-    pen = ImageDraw.Draw(sheet)
-    pen.text((2 * GAP, GAP), header, INK, text_font(14, "bold"))
-    _draw_legend(pen, size[0] - 2 * GAP, GAP, colours)
-    for left, (title, note) in zip(lefts, titles, strict=True):
-        _write(pen, (left, top - 2.4 * LINE), title, INK, 13, "bold")
-        _write(pen, (left, top - 1.3 * LINE), note, SOFT, 11)
-    for (caption, colour, row), height, above in zip(rows, heights, captions, strict=True):
-        if caption:
-            pen.rectangle((2 * GAP, top + 3, 2 * GAP + 9, top + 12), fill=colour, outline=INK)
-            pen.text((4 * GAP, top), caption, INK, text_font(12))
-        for left, panel in zip(lefts, row, strict=True):
-            sheet.paste(panel, (left, top + above))
-        top += above + height + 2 * GAP
-    return sheet
-
-
-def _draw_legend(pen: ImageDraw.ImageDraw, right: float, top: float, colours: Sequence[str]) -> None:
-    """Right-aligned: the scale of probabilities and the colours of labels, each before its text."""
-    font = text_font(11)
-    entries = [
-        ([tuple(colour) for colour in HEAT[::3]], 1, "probability, 0 to 1"),
-        (list(dict.fromkeys(colours))[:OBJECTS], 4, "positive (the object's colour)"),
-        ([IGNORED_COLOUR], 12, "ignored"),
-        ([NEGATIVE_COLOUR], 12, "negative"),
-    ]
-    left = right + 2 * GAP
-    left -= sum(len(fills) * width + pen.textlength(text, font) + 3 * GAP for fills, width, text in entries)
-    for fills, width, text in entries:
-        for fill in fills:
-            pen.rectangle((left, top + 3, left + width - 1, top + 14), fill)
-            left += width
-        pen.text((left + GAP, top + LINE / 2), text, INK, font, anchor="lm")
-        left += pen.textlength(text, font) + 3 * GAP
-
-
-def _write(
-    pen: ImageDraw.ImageDraw,
-    place: tuple[float, float],
-    text: str,
-    colour: str,
-    size: int,
-    weight: str = "normal",
-) -> None:
-    """Text in which the letter after an underscore is set lower and smaller."""
-    left, top = place
-    for part in re.split(r"(_\w)", text):
-        low = part.startswith("_")
-        font = text_font(round(0.75 * size) if low else size, weight)
-        pen.text((left, top + (0.4 * size if low else 0)), part.lstrip("_"), colour, font)
-        left += pen.textlength(part.lstrip("_"), font)
-
-
-def _rgb(colour: str) -> list[int]:
-    return [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+def _draw_legend(figure: Figure, colours: Sequence[str]) -> None:
+    """On the right: the scale of probabilities and the colours of labels, each before its text."""
+    texts = "positive (the object's colour)", "ignored", "negative"
+    positive = tuple(Patch(color=colour) for colour in colours)
+    patches: list[Any] = [positive, Patch(color=IGNORED_COLOUR), Patch(color=NEGATIVE_COLOUR)]
+    style: dict[str, Any] = {"loc": "upper right", "ncols": 3, "frameon": False, "fontsize": SMALL}
+    style |= {"handlelength": 1.2, "handleheight": 1, "handler_map": {tuple: HandlerTuple(None, pad=0)}}
+    figure.legend(patches, texts, **style)
+    width, height = figure.bbox.size
+    bar = figure.add_axes((1 - 580 / width, 1 - 21 / height, 90 / width, 11 / height))
+    bar.set(xticks=(), yticks=(), frame_on=False)
+    bar.imshow([np.linspace(0, 1, 256)], HEAT, aspect="auto")
+    bar.text(1.05, 0.5, "probability, 0 to 1", transform=bar.transAxes, size=SMALL, va="center_baseline")
 
 
 def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")
+    return Image.open(file).convert("RGB")

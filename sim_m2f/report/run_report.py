@@ -1,12 +1,12 @@
 """The page of a run, with its contact sheet and loss curves, from the files that the run left."""
 
 import json
-import math
-import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from PIL import Image
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
@@ -20,16 +20,16 @@ from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.report.curves import draw_curves
-from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw
+from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw, write_png
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
 
 PANEL_SIDE = 400  # pixels of a panel's longer side
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
-SUPERVISION = {"box": "Trained from bounding boxes alone.", "mask": "Trained from masks (the upper bound)."}
+SUPERVISION = {"box": "Trained from bounding boxes alone. ", "mask": "Trained from masks (the upper bound). "}
 
-Entry = dict[str, Any]
+Entry = dict[str, Any]  # of COCO's results
 
 
 def write_report(
@@ -59,25 +59,22 @@ def write_report(
     truth = coco_metrics.load_truth(data.annotations_file) if data.has_annotations else None
     images = choose_images(data.images, num_images)
     examples = [_example(image, detections[image.id], truth, data, min_score) for image in images]
-    if examples:
-        rows = [(example.caption, list(example.panels.values())) for example in examples]
-        sheet = contact_sheet(list(examples[0].panels), rows)
-        with atomic_write(output_dir / "report" / "contact_sheet.png", "wb") as file:
-            sheet.save(file, "PNG")
-    metrics_file, config_file = output_dir / "metrics.jsonl", output_dir / "config.yaml"
-    series = read_series(metrics_file) if metrics_file.exists() else {}
-    curves = draw_curves(series)
-    if curves:
-        with atomic_write(output_dir / "report" / "loss_curves.png", "wb") as file:
-            file.write(curves)
+    metrics_file, config_file = output_dir / METRICS_FILE, output_dir / "config.yaml"
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    series_file = output_dir / "metrics.jsonl"
+    curves = draw_curves(read_series(series_file)) if series_file.exists() else None
+    if examples:
+        sheet = contact_sheet([(example.caption, example.panels) for example in examples])
+        write_png(output_dir / "report" / "contact_sheet.png", sheet)
+    if curves:
+        write_png(output_dir / "report" / "loss_curves.png", curves[0])
     page = Page(
         title=f"Instance masks on {data.name}",
         subtitle=_subtitle(data, sum(map(len, detections.values())), config),
-        metrics=_read_metrics(output_dir / METRICS_FILE),
+        metrics=_read_json(metrics_file) if metrics_file.exists() else {},
         class_names=data.class_names,
         examples=examples,
-        curves=(curves, draw_curves(series, dark=True)) if curves else None,
+        curves=curves,
         evolutions=read_method(output_dir / METHOD_FOLDER),
         config=config,
     )
@@ -90,8 +87,7 @@ def choose_images(images: list[ImageRecord], count: int) -> list[ImageRecord]:
     """Evenly spaced ones among those with annotated objects; the others only where these are too few."""
     annotated = [image for image in images if len(image.labels)]
     empty = [image for image in images if not len(image.labels)]
-    chosen = _evenly_spaced(annotated, count)
-    return chosen + _evenly_spaced(empty, count - len(chosen))
+    return _evenly_spaced(annotated, count) + _evenly_spaced(empty, count - len(annotated))
 
 
 def _evenly_spaced(images: list[ImageRecord], count: int) -> list[ImageRecord]:
@@ -123,19 +119,10 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     return detections
 
 
-def _read_metrics(path: Path) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    return {name: math.nan if value is None else value for name, value in _read_json(path).items()}
-
-
 def _subtitle(data: CocoData, detections: int, config: str) -> str:
-    supervision = re.search(r"^ *SUPERVISION: (box|mask)$", config, re.MULTILINE)
-    parts = [SUPERVISION[supervision[1]]] if supervision else []
-    parts.append(f"{len(data.images)} images, {detections} detections.")
-    if not data.has_annotations:
-        parts.append("No annotations, so no scores.")
-    return " ".join(parts)
+    supervision = (yaml.safe_load(config) or {}).get("MODEL", {}).get("SIM", {}).get("SUPERVISION")
+    unscored = "" if data.has_annotations else " No annotations, so no scores."
+    return f"{SUPERVISION.get(supervision, '')}{len(data.images)} images, {detections} detections.{unscored}"
 
 
 def _example(
@@ -146,26 +133,23 @@ def _example(
     names = dict(zip(data.category_ids, data.class_names, strict=True)) if len(data.class_names) > 1 else {}
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]
-    boxes = [mask_utils.toBbox(entry["segmentation"]).tolist() for entry in predictions]
-    places = match_boxes(boxes, [item["bbox"] for item in objects])
+    matches = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
+    colours, worn = _colours(range(len(objects))), _colours(matches)
     texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
-    predicted = [
-        Shape(_colour(place), text, mask=mask_utils.decode(entry["segmentation"]).astype(bool))
-        for place, text, entry in zip(places, texts, predictions, strict=True)
-    ]
-    panels = {}
+    shapes = {}
     if truth is not None:
-        annotated = [
-            Shape(_colour(place), names.get(item["category_id"], ""), box=_xyxy([item["bbox"]])[0].tolist())
-            for place, item in enumerate(objects)
-        ]
-        panels["annotated boxes"] = draw(pixels, annotated, PANEL_SIDE)
-    panels[f"predicted masks (score ≥ {min_score:g})"] = draw(pixels, predicted, PANEL_SIDE)
+        boxes = _xyxy([item["bbox"] for item in objects]).tolist()
+        labels = [names.get(item["category_id"], "") for item in objects]
+        shapes["annotated boxes"] = list(map(Shape, colours, labels, boxes))
+    masks = [mask_utils.decode(entry["segmentation"]).astype(bool) for entry in predictions]
+    shapes[f"predicted masks (score ≥ {min_score:g})"] = [
+        Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)
+    ]
     if truth is not None and coco_metrics.has_masks(truth):
         masks = [truth.annToMask(item).astype(bool) for item in objects]
-        true = [Shape(_colour(place), mask=mask) for place, mask in enumerate(masks)]
-        panels["true masks"] = draw(pixels, true, PANEL_SIDE)
-    return Example(image.file_name, panels, [(shape.colour, shape.text) for shape in predicted])
+        shapes["true masks"] = [Shape(colour, mask=mask) for colour, mask in zip(colours, masks, strict=True)]
+    panels = {title: draw(pixels, drawn, PANEL_SIDE) for title, drawn in shapes.items()}
+    return Example(image.file_name, panels, list(zip(worn, texts, strict=True)))
 
 
 def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> list[int]:
@@ -188,5 +172,5 @@ def _xyxy(boxes: list[list[float]]) -> torch.Tensor:
     return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
 
 
-def _colour(place: int) -> str:
-    return PALETTE[place % len(PALETTE)]
+def _colours(places: Iterable[int]) -> list[str]:
+    return [PALETTE[place % len(PALETTE)] for place in places]

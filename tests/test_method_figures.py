@@ -1,5 +1,6 @@
 """Seeing the method: the maps and what is drawn of them, pixel by pixel; training does not notice it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -19,13 +20,15 @@ from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.shapes import CLASSES
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
+from sim_m2f.report.drawing import rendered
 from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
     NEGATIVE_COLOUR,
     drop_later_steps,
-    heat_image,
-    label_image,
+    heat_cells,
+    label_cells,
     read_method,
+    whole_figure,
     write_method,
 )
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
@@ -106,13 +109,13 @@ def test_maps_hold_the_modules_values_in_every_pixel(explained):
                 (maps.semantic, maps.instance, maps.blend, maps.labels), wanted, strict=True
             ):
                 assert each[index, y, x] == values[place].item()
-            weights, positives = maps.weights[:, index], maps.positives[:, index, y, x]
+            weights, positives = maps.weights[index], maps.positives[index, :, y, x]
             mean = sum(w * p for w, p in zip(weights, positives, strict=True)) / sum(weights)
             assert maps.instance[index, y, x] == pytest.approx(mean, abs=1e-5)
             place += 1
         outside = np.ones((SIDE, SIDE), bool)
         outside[tuple(np.transpose(inside))] = False
-        for each in (maps.semantic, maps.instance, maps.blend, *maps.positives):
+        for each in (maps.semantic, maps.instance, maps.blend, *maps.positives.swapaxes(0, 1)):
             assert (np.isnan(each[index]) == outside).all()
         assert ((maps.labels[index] == OUTSIDE) == outside).all()
     assert place == len(made.final)
@@ -125,8 +128,8 @@ def test_positive_masks_are_those_of_the_layers_they_are_named_after(explained):
         for index in range(len(maps.boxes)):
             inside = tuple(np.transpose(cells(maps, index)))
             offered = teacher.masks[layer, 0].sigmoid().numpy()
-            assert any(np.allclose(maps.positives[place, index][inside], mask[inside]) for mask in offered)
-    assert (maps.weights[:3] > 0).all()
+            assert any(np.allclose(maps.positives[index, place][inside], mask[inside]) for mask in offered)
+    assert (maps.weights[:, :3] > 0).all()
     assert (maps.weights <= 1).all()
 
 
@@ -142,28 +145,40 @@ def rgb(colour: str) -> list[int]:
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
-def test_drawn_colours_pixel_by_pixel(explained):
+def test_drawn_colours_cell_by_cell(explained):
     maps, *_ = explained
     colours = [f"#{40 * index:02x}80ff" for index in range(len(maps.boxes))]
-    heat = heat_image(maps.image, maps.blend)
-    labels = label_image(maps.image, maps.labels, colours)
-    assert heat.shape == labels.shape == maps.image.shape
+    heat = 255 * heat_cells(maps.blend)
+    labels = 255 * label_cells(maps.labels, colours)
     viridis = matplotlib.colormaps["viridis"]
     owners = [set(cells(maps, index)) for index in range(len(maps.boxes))]
     for y, x in np.ndindex(SIDE, SIDE):
-        corner = slice(4 * y, 4 * y + 4), slice(4 * x, 4 * x + 4)
         owning = [index for index, own in enumerate(owners) if (y, x) in own]
         if not owning:
-            grey = maps.image[corner].mean(-1, keepdims=True)
-            for drawn in (heat, labels):
-                assert np.abs(drawn[corner] - (0.7 * 255 + 0.3 * grey)).max() <= 1
+            assert heat[y, x, 3] == labels[y, x, 3] == 0
             continue
         largest = max(maps.blend[index, y, x] for index in owning)
-        wanted = 255 * np.array(viridis(round(255 * float(largest)))[:3])
-        assert np.abs(heat[corner] - wanted).max() <= 1
+        assert np.abs(heat[y, x] - 255 * np.array(viridis(float(largest)))).max() <= 1
         found = {int(maps.labels[index, y, x]): colours[index] for index in owning}
         colour = found.get(1) or (IGNORED_COLOUR if IGNORED in found else NEGATIVE_COLOUR)
-        assert (labels[corner] == rgb(colour)).all()
+        np.testing.assert_allclose(labels[y, x], [*rgb(colour), 255])
+
+
+def test_cells_are_drawn_where_they_are_on_the_pale_image(explained):
+    maps, *_ = explained
+    maps = replace(maps, boxes=np.full_like(maps.boxes, 2), classes=np.full_like(maps.classes, ""))
+    figure = whole_figure(maps, 0)
+    pixels = np.asarray(rendered(figure)).astype(int)
+    blend = heat_cells(maps.blend)
+    grey = 0.7 * 255 + 0.3 * maps.image.mean(-1)
+    for y, x in list(np.ndindex(SIDE, SIDE))[2 * SIDE :]:  # below the boxes' outlines
+        column, row = figure.axes[3].transData.transform((4 * x + 2, 4 * y + 2))
+        drawn = pixels[int(len(pixels) - row), int(column)]
+        if blend[y, x, 3]:
+            assert np.abs(drawn - 255 * blend[y, x, :3]).max() <= 1
+        else:
+            around = grey[max(4 * y - 2, 0) : 4 * y + 6, max(4 * x - 2, 0) : 4 * x + 6]
+            assert around.min() - 9 <= drawn.min() <= drawn.max() <= around.max() + 9
 
 
 def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
