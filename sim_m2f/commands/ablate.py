@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sim_m2f.commands.train import configuration
 from sim_m2f.config import CfgNode
+from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.engine import coco_metrics
@@ -23,7 +24,7 @@ from sim_m2f.engine.ablation_runs import Run, train_all
 from sim_m2f.errors import UserError
 from sim_m2f.report.ablation import Result, Row, read_result, write_tables
 
-ROWS = Path(__file__).resolve().parents[2] / "configs/ablation"
+ROWS = shipped_configs() / "ablation"
 KEY = re.compile(r"[A-Z][A-Z0-9_.]*")  # a key of the configuration; no row and no seed looks like one
 
 
