@@ -151,7 +151,7 @@ def test_detectron2_gets_the_same_instances(detectron2_cfg):
     image = torch.randint(0, 256, (3, 64, 90), dtype=torch.uint8)
     with torch.no_grad():
         (found,) = model([{"image": image, "height": 50, "width": 70}])
-        normalised = (image - model.pixel_mean) / model.pixel_std
+        normalised = (image - model.pixels.mean) / model.pixels.std
         outputs = model.network(torch.nn.functional.pad(normalised, (0, 6))[None])
     (expected,) = instances(outputs, [(64, 90)], [(50, 70)], detectron2_cfg.TEST.DETECTIONS_PER_IMAGE)
     assert torch.equal(found["instances"].scores, expected["scores"])

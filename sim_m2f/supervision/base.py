@@ -23,12 +23,6 @@ class Criterion(nn.Module):
     ranks; their sum is the training loss. ``matched`` is what they were computed from: matches, labels,
     pseudo masks. After a training step ``criterion.update(matched)`` keeps what the next one needs, part of
     ``state_dict``.
-
-    Args of the call:
-        outputs: of the network.
-        targets: one per image.
-        images: (B, 3, H, W), as the network got them.
-        teacher_outputs: the teacher's outputs for the same images.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -46,7 +40,14 @@ class Criterion(nn.Module):
         images: Tensor,
         teacher_outputs: Outputs | None = None,
     ) -> tuple[dict[str, Tensor], Matched]:
-        """See the class."""
+        """See the class.
+
+        Args:
+            outputs: of the network.
+            targets: one per image.
+            images: (B, 3, H, W), as the network got them.
+            teacher_outputs: the teacher's outputs for the same images.
+        """
 
     def update(self, matched: Matched) -> None:
         """A training step more."""
