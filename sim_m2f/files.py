@@ -1,6 +1,7 @@
-"""Writing files so that a reader, or a process killed half-way, never sees half of one."""
+"""Reading JSON, and writing files so that a reader, or a process killed half-way, never sees half of one."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,23 @@ from sim_m2f.errors import UserError
 def cache_folder() -> Path:
     """Where data sets and weights are kept: ``$SIM_M2F_CACHE``, by default ~/.cache/sim_m2f."""
     return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object; take another file")
+    return content
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from sim_m2f.data.augmentation import eval_augmentation
 from sim_m2f.data.image import to_rgb
 from sim_m2f.data.loader import pad_and_cat
 from sim_m2f.data.segmentation import encode_masks
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.pixels import Pixels
@@ -176,8 +176,7 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
     try:
         return Segmenter(trained.network, trained.cfg, trained.class_names, trained.metrics).to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device}: cannot be used ({reason}); take auto or cpu") from error
+        raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error
 
 
 def _pixels(image: ImageLike) -> Tensor:

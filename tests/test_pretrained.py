@@ -171,11 +171,14 @@ def test_names_of_classes(model, tmp_path):
         ({"config.yaml": "SEED: 1", "a.pth": "", "b.pth": ""}, "without model.safetensors"),
         ({"config.json": '{"model_type": "bert"}', "model.safetensors": ""}, "not of Mask2Former"),
         ({"config.json": "{", "model.safetensors": ""}, "not JSON"),
-        ({"config.json": "[]", "model.safetensors": ""}, "holds a list"),
+        ({"config.json": "[]", "model.safetensors": ""}, "holds a JSON list"),
         ({"config.json": '{"model_type": "mask2former", "id2label": ["a"]}'}, "id2label is an object"),
         ({"config.json": '{"model_type": "mask2former", "id2label": {"a": "b"}}'}, "id2label has a number"),
         ({"config.json": '{"model_type": "mask2former", "backbone_config": "swin"}'}, "backbone_config is"),
-        ({"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"}, "class_names"),
+        (
+            {"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"},
+            "classes.json: holds a JSON list",
+        ),
     ],
 )
 def test_a_folder_of_something_else_is_named(tmp_path, files, message):

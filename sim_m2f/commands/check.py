@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
     parser.add_argument(
-        "--masks", action="store_true", help="check the segmentations too, each box must have one"
+        "--masks", action="store_true", help="check the segmentations too; each box needs one"
     )
 
 
@@ -38,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     for line in problems:
         print(line)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(image_problems, data), data.images)
-        for lines in tqdm(found, "check", len(data.images), unit="image", disable=None, leave=False):
+        by_image = pool.map(partial(image_problems, data), data.images)
+        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
             for line in lines:
                 tqdm.write(line)
             problems += lines
@@ -59,18 +58,12 @@ def requested_source(args: argparse.Namespace) -> DatasetSource:
 
 def image_problems(data: CocoData, image: ImageRecord) -> list[str]:
     """What is wrong with one image's file, unless it is missing, and with the masks that were read."""
-    return [str(error) for error in _image_errors(data, image)]
-
-
-def _image_errors(data: CocoData, image: ImageRecord) -> Iterator[UserError]:
-    path = data.image_root / image.file_name
-    if path.is_file():
+    path, problems = data.image_root / image.file_name, []
+    checks = [partial(read_image, path, image.height, image.width)] if path.is_file() else []
+    checks += [partial(read_mask, data, image, index) for index in range(len(image.segmentations or []))]
+    for check in checks:
         try:
-            read_image(path, image.height, image.width)
+            check()
         except UserError as error:
-            yield error
-    for index in range(len(image.segmentations or [])):
-        try:
-            read_mask(data, image, index)
-        except UserError as error:
-            yield error
+            problems.append(str(error))
+    return problems

@@ -25,16 +25,9 @@ FOLDER = "explain"  # in OUTPUT_DIR, if no other is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
     parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="configuration of the run, its config.yaml"
-    )
-    parser.add_argument(
-        "--num-images",
-        "--pictures",
-        type=int,
-        default=4,
-        metavar="N",
-        help="the first N images with an object (4)",
+        "--num-images", "--pictures", type=int, default=4, metavar="N", help="first images (4)"
     )
     parser.add_argument("--folder", type=Path, help=f"where to write (default: OUTPUT_DIR/{FOLDER})")
     parser.add_argument(
@@ -79,15 +72,13 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
     criterion = _criterion(cfg, state, path).to(accelerator.device)
-    student, teacher = (
-        build_model(cfg).to(accelerator.device).to(memory_format=torch.channels_last) for _ in range(2)
-    )
-    load_weights(student, state["model"], path)
-    load_weights(teacher, teacher_weights(state) or state["model"], path)
+    networks = []
+    for weights in (state["model"], teacher_weights(state) or state["model"]):
+        networks.append(build_model(cfg).to(accelerator.device, memory_format=torch.channels_last))
+        load_weights(networks[-1], weights, path)
     step = state.get("iteration", 0)
     view = MethodView(cfg, dataset, images, accelerator)
-    for _ in write_method(folder, step, view.maps(student, teacher, criterion)):
-        pass
+    list(write_method(folder, step, view.maps(*networks, criterion)))
     page = Page(
         title="How the method sees its boxes",
         subtitle=f"{path}, after {step:,} steps.",
@@ -104,10 +95,9 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
 
 def _checkpoint(cfg: CfgNode) -> Path:
     weights = cfg.MODEL.WEIGHTS
-    path = (
-        Path(weights) if weights and not weights.startswith(TIMM) else last_checkpoint(Path(cfg.OUTPUT_DIR))
-    )
-    if path is None:
+    if weights and not weights.startswith(TIMM):
+        return Path(weights)
+    if (path := last_checkpoint(Path(cfg.OUTPUT_DIR))) is None:
         raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
     return path
 
@@ -119,14 +109,10 @@ def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:
     untrained = criterion.pseudo_masks.prototypes.vectors
     prototypes = state.get("criterion", {}).get(PROTOTYPES)
     if prototypes is None or "model" not in state:
-        raise UserError(
-            f"{path}: holds no prototypes; take a checkpoint that train_net.py wrote, of a run from boxes"
-        )
+        raise UserError(f"{path}: holds no prototypes; take a checkpoint that train_net.py made from boxes")
     if prototypes.shape != untrained.shape:
-        raise UserError(
-            f"{path}: prototypes of shape {tuple(prototypes.shape)}, the configuration asks for "
-            f"{tuple(untrained.shape)}; give the run's own config.yaml"
-        )
+        shapes = f"{tuple(prototypes.shape)}, the configuration asks for {tuple(untrained.shape)}"
+        raise UserError(f"{path}: prototypes of shape {shapes}; give the run's own config.yaml")
     if torch.equal(prototypes, untrained):
         raise UserError(
             f"{path}: its prototypes never learned, for no loss of the run used the teacher; train with "

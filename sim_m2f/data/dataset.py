@@ -89,10 +89,8 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
         "valid": tv_tensors.Mask(valid),
     }
     if record.segmentations is not None:
-        masks = np.empty((len(record.labels), *size), np.uint8)
-        for index in range(len(masks)):
-            masks[index] = read_mask(data, record, index)
-        sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        masks = [read_mask(data, record, index) for index in range(len(record.labels))]
+        sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
     return sample
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
@@ -30,14 +30,8 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
             image = _oriented(stored, (width, height))
             size, pixels = image.size, to_rgb(image)
     except Exception as error:  # Pillow's decoders raise anything on a broken file
-        reason = (
-            "not an image"
-            if isinstance(error, UnidentifiedImageError)
-            else str(error) or type(error).__name__
-        )
-        raise UserError(
-            f"{path}: cannot be decoded ({reason}); replace the file or remove its record"
-        ) from error
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{path}: cannot be decoded ({reason}); replace the file or its record") from error
     if size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
         raise UserError(f"{path}: {sizes}; correct the record or the file")

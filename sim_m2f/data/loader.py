@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -80,10 +80,7 @@ def train_loader(
 
 
 def eval_loader(
-    cfg: CfgNode,
-    source: DatasetSource,
-    rank: int = 0,
-    world_size: int = 1,
+    cfg: CfgNode, source: DatasetSource, rank: int = 0, world_size: int = 1
 ) -> Batches[EvalDataset]:
     """One image a batch (see ``collate``): images rank, rank + world_size, ... of a data set, each once.
 
@@ -121,17 +118,16 @@ def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -
     height, width = (-(-max(least_size, *side) // divisor) * divisor for side in zip(*sizes, strict=True))
     counts = [len(sample["labels"]) for sample in samples]
     # One tensor each, given out as views: every tensor that leaves a worker costs a file descriptor.
-    labels = torch.cat([sample["labels"] for sample in samples]).split(counts)
-    boxes = torch.cat([sample["boxes"] for sample in samples]).split(counts)
-    valid = pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind()
-    targets: list[Target] = [
-        {"labels": of_labels, "boxes": of_boxes, "valid": of_valid}
-        for of_labels, of_boxes, of_valid in zip(labels, boxes, valid, strict=True)
-    ]
+    parts = {
+        "labels": torch.cat([sample["labels"] for sample in samples]).split(counts),
+        "boxes": torch.cat([sample["boxes"] for sample in samples]).split(counts),
+        "valid": pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind(),
+    }
     if "masks" in samples[0]:
-        masks = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
-        for target, of_masks in zip(targets, masks, strict=True):
-            target["masks"] = of_masks
+        parts["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+    targets = [
+        cast(Target, dict(zip(parts, of_one, strict=True))) for of_one in zip(*parts.values(), strict=True)
+    ]
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {
         "images": images.view(len(samples), -1, height, width),
@@ -146,8 +142,8 @@ def pad_and_cat(tensors: list[Tensor], height: int, width: int) -> Tensor:
     """Tensors (n, h, w) of several sizes as one of (sum of n, height, width), zero beyond each one's own."""
     counts = [len(tensor) for tensor in tensors]
     padded = tensors[0].new_zeros((sum(counts), height, width))
-    for target, tensor in zip(padded.split(counts), tensors, strict=True):
-        target[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    for part, tensor in zip(padded.split(counts), tensors, strict=True):
+        part[:, : tensor.shape[1], : tensor.shape[2]] = tensor
     return padded
 
 

@@ -12,10 +12,12 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
@@ -26,7 +28,7 @@ from sim_m2f.files import atomic_write, cache_folder
 
 VERSION = "shapes-v1"
 SPLITS = {"train": 2000, "val": 200}
-CLASSES = tuple(paint.OUTLINES)
+CLASSES = tuple(paint.LOOKS)
 
 DIAMETER = (36, 84)  # of the circle around an object, pixels
 CAMOUFLAGED = 0.08  # share of the objects that are placed freely
@@ -58,7 +60,7 @@ class Thing:
 
 def make_thing(rng: np.random.Generator, label: int, centre: np.ndarray, diameter: float) -> Thing:
     turn = paint.rotation(rng.uniform(0, 2 * math.pi)) * diameter / 2
-    polygons = [polygon @ turn + centre for polygon in paint.OUTLINES[CLASSES[label]](rng)]
+    polygons = [polygon @ turn + centre for polygon in paint.LOOKS[CLASSES[label]].outline(rng)]
     alpha = paint.coverage(polygons)
     area = paint.polygon_area(polygons[0]) - sum(map(paint.polygon_area, polygons[1:]))
     return Thing(label, centre, diameter, alpha, alpha >= 0.5, area)
@@ -120,9 +122,8 @@ class Scene:
                 if self.rng.random() < 0.5:
                     shift = self.rng.choice([-1, 1]) * self.rng.uniform(25, 45)
                     thing.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
-                return self.add(
-                    thing, paint.fill(self.rng, paint.class_fill(self.rng, thing.name), thing.colour)
-                )
+                kind = paint.class_fill(self.rng, thing.name)
+                return self.add(thing, paint.fill(self.rng, kind, thing.colour))
 
     def add_same_colour(self) -> None:
         """Beside the first thing, one of another class and of the same mean colour, at most 3 pixels away."""
@@ -135,27 +136,24 @@ class Scene:
             if (thing.mask & reach).any() and overlap <= 0.08 * thing.area and self.fits(thing):
                 assert first.colour is not None  # it was placed where nothing may hide
                 thing.colour = first.colour
-                return self.add(thing, paint.fill(self.rng, paint.LOOKS[thing.name][1], thing.colour))
+                return self.add(thing, paint.fill(self.rng, paint.LOOKS[thing.name].texture, thing.colour))
 
     def tags(self) -> list[str]:
         pairs = [(a, b) for i, a in enumerate(self.things) for b in self.things[:i]]
-        found = {
+        present = {
             "camouflage": any(thing.colour is None for thing in self.things),
             "same_class_overlap": any(a.label == b.label and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
             "same_colour": any(a.colour is not None and a.colour is b.colour for a, b in pairs),
         }
-        return [tag for tag, is_there in found.items() if is_there]
+        return [tag for tag, is_there in present.items() if is_there]
 
 
 def make_scene(rng: np.random.Generator) -> Scene:
     scene = Scene(rng)
     draw = rng.random()
-    if draw < SAME_CLASS_OVERLAP:
+    if draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
         scene.add_alone(may_hide=False)
-        scene.add_same_class_overlap()
-    elif draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
-        scene.add_alone(may_hide=False)
-        scene.add_same_colour()
+        scene.add_same_class_overlap() if draw < SAME_CLASS_OVERLAP else scene.add_same_colour()
     for _ in range(rng.integers(1, 4) - len(scene.things)):
         scene.add_alone()
     return scene
@@ -163,14 +161,12 @@ def make_scene(rng: np.random.Generator) -> Scene:
 
 def annotate(thing: Thing, image_id: int) -> dict:
     """The thing as a COCO annotation, without its id."""
-    rows, columns = np.flatnonzero(thing.visible.any(axis=1)), np.flatnonzero(thing.visible.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
     (segmentation,) = encode_masks(thing.visible[None])
     return {
         "image_id": image_id,
         "category_id": int(thing.label) + 1,
-        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
-        "area": int(thing.visible.sum()),
+        "bbox": coco_mask.toBbox(segmentation).astype(int).tolist(),
+        "area": int(coco_mask.area(segmentation)),
         "iscrowd": 0,
         "segmentation": segmentation,
         "camouflage": thing.colour is None,
@@ -183,18 +179,17 @@ def write_image(folder: Path, split: str, number: int) -> tuple[dict, list[dict]
     name = f"{number:06d}.png"
     pixels = np.clip(np.rint(scene.canvas), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / split / name, compress_level=1)
-    size = {"width": paint.SIZE, "height": paint.SIZE}
-    image = {"id": number, "file_name": name, **size, "tags": scene.tags()}
+    image = {"id": number, "file_name": name, "width": paint.SIZE, "height": paint.SIZE, "tags": scene.tags()}
     return image, [annotate(thing, number) for thing in scene.things]
 
 
 def write_split(folder: Path, split: str) -> None:
     (folder / split).mkdir(parents=True)
-    numbers = range(1, SPLITS[split] + 1)
+    count = SPLITS[split]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        written = pool.map(partial(write_image, folder, split), numbers, chunksize=25)
-        results = list(tqdm(written, f"shapes {split}", len(numbers), unit="image", disable=None))
-    annotations = [annotation for _, found in results for annotation in found]
+        written = pool.map(partial(write_image, folder, split), range(1, count + 1), chunksize=25)
+        results = list(tqdm(written, f"shapes {split}", count, unit="image", disable=None))
+    annotations = chain.from_iterable(annotations for _, annotations in results)
     data = {
         "info": {"description": f"{VERSION} {split}"},
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],

@@ -6,7 +6,7 @@ from typing import Any
 
 import huggingface_hub
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 HUB = "hf://"
 DESCRIPTIONS = ["*.json", "*.yaml"]
@@ -26,8 +26,9 @@ def hub_folder(address: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = _snapshot(match[1], match[2], "*.bin")
     except Exception as error:  # of the network, the Hub or the disk, in many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{address}: cannot be had from the Hugging Face Hub ({reason})") from error
+        raise UserError(
+            f"{address}: cannot be had from the Hugging Face Hub ({first_line(error)})"
+        ) from error
     return folder
 
 

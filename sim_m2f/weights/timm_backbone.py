@@ -2,7 +2,7 @@
 
 import timm
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.backbone import TimmBackbone, feature_info
 from sim_m2f.weights.load import COMPUTED, LoadReport
 from sim_m2f.weights.names import BODY
@@ -22,9 +22,8 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
         indices = tuple(feature_info(backbone.body).out_indices)
         pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     except Exception as error:  # timm's ways of downloading raise errors of many libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{TIMM}{name}: cannot be loaded ({reason}); set MODEL.WEIGHTS to a file or to ''"
+            f"{TIMM}{name}: cannot be loaded ({first_line(error)}); set MODEL.WEIGHTS to a file or to ''"
         ) from error
     weights, own = pretrained.state_dict(), backbone.body.state_dict()
     unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
