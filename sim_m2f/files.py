@@ -45,21 +45,18 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         UserError: the folder cannot be written to, or the disk is full. ``path`` is as it was before.
     """
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from error
-    finally:
-        if temporary is not None:
+        try:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
             Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        advice = "free space or choose another folder"
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error

@@ -29,21 +29,12 @@ KEY = re.compile(r"[A-Z][A-Z0-9_.]*")  # a key of the configuration; no row and 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="what all rows start from")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=[],
-        metavar="ROW",
-        help="rows of configs/ablation by name, or YAML files of overrides (all of configs/ablation)",
-    )
+    rows = "rows of configs/ablation by name, or YAML files of overrides (all of configs/ablation)"
+    parser.add_argument("--variants", nargs="+", default=[], metavar="ROW", help=rows)
     parser.add_argument("--seeds", nargs="+", default=["0", "1"], metavar="N", help="seeds of each row (0 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (OUTPUT_DIR/ablation)")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides of the base; a row's own keys come after them",
-    )
+    overrides = "overrides of the base; a row's own keys come after them"
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=overrides)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +96,7 @@ def plan(base: CfgNode, rows: Sequence[Row], seeds: Sequence[int], folder: Path)
             cfg.merge_from_file(row.file)
             cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder / row.name / f"seed{seed}")
             cfg.freeze()
-            runs.append(Run(f"{row.name}/seed{seed}", row.name, seed, cfg))
+            runs.append(Run(row.name, seed, cfg))
     return runs
 
 
@@ -159,10 +150,8 @@ class Ablation:
 def _check_test_set(base: CfgNode) -> None:
     data = read_coco(eval_sources(base)[0], read_masks=False)
     if not data.has_annotations or not coco_metrics.has_masks(coco_metrics.load_truth(data.annotations_file)):
-        raise UserError(
-            f"{data.annotations_file}: annotations without segmentation, so masks cannot be compared; "
-            "evaluate on a data set with masks (DATASETS.TEST)"
-        )
+        fault = f"{data.annotations_file}: annotations without segmentation, so masks cannot be compared"
+        raise UserError(f"{fault}; evaluate on a data set with masks (DATASETS.TEST)")
 
 
 def _until_key(values: Sequence[str]) -> tuple[list[str], list[str]]:

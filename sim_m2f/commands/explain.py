@@ -72,13 +72,14 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
     criterion = _criterion(cfg, state, path).to(accelerator.device)
-    networks = []
-    for weights in (state["model"], teacher_weights(state) or state["model"]):
-        networks.append(build_model(cfg).to(accelerator.device, memory_format=torch.channels_last))
-        load_weights(networks[-1], weights, path)
+    student, teacher = (
+        build_model(cfg).to(accelerator.device).to(memory_format=torch.channels_last) for _ in range(2)
+    )
+    load_weights(student, state["model"], path)
+    load_weights(teacher, teacher_weights(state) or state["model"], path)
     step = state.get("iteration", 0)
     view = MethodView(cfg, dataset, images, accelerator)
-    list(write_method(folder, step, view.maps(*networks, criterion)))
+    list(write_method(folder, step, view.maps(student, teacher, criterion)))
     page = Page(
         title="How the method sees its boxes",
         subtitle=f"{path}, after {step:,} steps.",

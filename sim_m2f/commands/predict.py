@@ -24,9 +24,7 @@ SIDE = 1024  # longer side of an overlay in pixels
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of them")
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="a network's folder or name on the Hub"
-    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="a network: folder or name on the Hub")
     parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
@@ -43,15 +41,10 @@ def run(args: argparse.Namespace) -> int:
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
-    category_ids = list(range(1, len(model.class_names) + 1))
-    content: dict[str, Any] = {
-        "info": {"description": f"{len(files)} images by SIM-M2F"},
-        "images": [],
-        "annotations": [],
-        "categories": [
-            {"id": i, "name": name} for i, name in zip(category_ids, model.class_names, strict=True)
-        ],
-    }
+    categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
+    category_ids = list(range(1, len(categories) + 1))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     problems = []
     named = zip(tqdm(files, "predict", unit="image"), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
@@ -61,17 +54,18 @@ def run(args: argparse.Namespace) -> int:
             problems.append(str(error))
             continue
         height, width = detected.masks.shape[1:]
-        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
         detections = cast(Detections, vars(detected))
-        content["annotations"] += encode(number, (height, width), detections, category_ids)
+        annotations += encode(number, (height, width), detections, category_ids)
         _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
-    for number, annotation in enumerate(content["annotations"], start=1):
-        area = int(coco_mask.area(annotation["segmentation"]))
-        annotation.update(id=number, area=area, iscrowd=0)
+    for number, annotation in enumerate(annotations, start=1):
+        annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
+    info = {"description": f"{len(files)} images by SIM-M2F"}
     with atomic_write(args.output / PREDICTIONS) as file:
-        json.dump(content, file)
-    counts = f"{len(content['annotations'])} objects in {len(content['images'])} images"
-    print(f"{counts}: {args.output / PREDICTIONS}")
+        json.dump(
+            {"info": info, "images": images, "annotations": annotations, "categories": categories}, file
+        )
+    print(f"{len(annotations)} objects in {len(images)} images: {args.output / PREDICTIONS}")
     if problems:
         raise UserError("\n".join(problems))
     return 0
@@ -102,12 +96,11 @@ def _names(files: list[Path], given: list[Path]) -> list[str]:
 
 
 def _draw(file: Path, detected: Instances, path: Path) -> None:
-    colours = [PALETTE[label % len(PALETTE)] for label in detected.labels.tolist()]
-    texts = [
-        f"{name} {score:.2f}" for name, score in zip(detected.names, detected.scores.tolist(), strict=True)
+    masks = detected.masks.cpu().numpy()
+    shapes = [
+        Shape(PALETTE[label % len(PALETTE)], f"{detected.names[i]} {detected.scores[i]:.2f}", mask=masks[i])
+        for i, label in enumerate(detected.labels.tolist())
     ]
-    objects = zip(colours, texts, detected.masks.cpu().numpy(), strict=True)
-    shapes = [Shape(colour=colour, text=text, mask=mask) for colour, text, mask in objects]
     with Image.open(file) as stored:
         image = draw(ImageOps.exif_transpose(stored), shapes, SIDE)
     with atomic_write(path, "wb") as target:

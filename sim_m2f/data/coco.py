@@ -4,6 +4,7 @@ The format is that of cocodataset.org/#format-data. Boxes are needed; ``segmenta
 for mask supervision only.
 """
 
+import contextlib
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -161,14 +162,16 @@ class _Reader:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
         root = self.source.image_root
         if not root.is_dir():
-            advice = "check DATASETS.* and $DETECTRON2_DATASETS"
-            self.problems.append(f"{root}: no such folder of images; {advice}")
-            return
+            return self.problems.append(
+                f"{root}: no such folder of images; check DATASETS.*, $DETECTRON2_DATASETS"
+            )
         listed: dict[Path, dict[str, bool]] = {}
         for image in images:
             path = root / image["file_name"]
             if path.parent not in listed:
-                listed[path.parent] = _list_folder(path.parent)
+                listed[path.parent] = {}  # name of each entry -> whether it is a folder
+                with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+                    listed[path.parent] = {entry.name: entry.is_dir() for entry in entries}
             is_folder = listed[path.parent].get(path.name)
             if is_folder is None:
                 self.report(f"image id {image['id']}", f"{path} is missing; add it or remove the record")
@@ -221,15 +224,6 @@ class _Reader:
         for fault in faults:
             self.report(f"annotation id {item['id']}", fault)
         return None if faults else box
-
-
-def _list_folder(folder: Path) -> dict[str, bool]:
-    """Name of each entry -> whether it is a folder; empty when there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_dir() for entry in entries}
-    except OSError:
-        return {}
 
 
 def box_problem(bbox: Any, height: int, width: int) -> str | None:

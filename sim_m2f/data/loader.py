@@ -152,15 +152,12 @@ def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
     first = data[0]
     for other in data[1:]:
         if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
-            raise UserError(
-                f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
-            )
-    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if len(first.category_ids) != classes:
-        raise UserError(
-            f"{first.annotations_file}: has {len(first.category_ids)} categories, but the network {classes}; "
-            f"set MODEL.SEM_SEG_HEAD.NUM_CLASSES {len(first.category_ids)}"
-        )
+            files = f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
+            raise UserError(f"{files}; train on one of them")
+    classes, categories = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, len(first.category_ids)
+    if categories != classes:
+        fault = f"{first.annotations_file}: has {categories} categories, but the network {classes}"
+        raise UserError(f"{fault}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES {categories}")
 
 
 def print_notes(data: list[CocoData]) -> None:

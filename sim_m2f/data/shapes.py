@@ -109,8 +109,7 @@ class Scene:
             if hide:
                 return self.add(thing, paint.camouflage(self.rng, thing.name, self.canvas, thing.mask))
             thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
-            kind = paint.class_fill(self.rng, thing.name)
-            return self.add(thing, paint.fill(self.rng, kind, thing.colour))
+            return self.add(thing, paint.class_fill(self.rng, thing.name, thing.colour))
 
     def add_same_class_overlap(self) -> None:
         """Over the first thing, a second of its class: half the time of a similar colour."""
@@ -122,8 +121,7 @@ class Scene:
                 if self.rng.random() < 0.5:
                     shift = self.rng.choice([-1, 1]) * self.rng.uniform(25, 45)
                     thing.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
-                kind = paint.class_fill(self.rng, thing.name)
-                return self.add(thing, paint.fill(self.rng, kind, thing.colour))
+                return self.add(thing, paint.class_fill(self.rng, thing.name, thing.colour))
 
     def add_same_colour(self) -> None:
         """Beside the first thing, one of another class and of the same mean colour, at most 3 pixels away."""

@@ -155,11 +155,6 @@ def class_colours(rng: np.random.Generator, name: str, count: int) -> np.ndarray
     return (255 * hsv_to_rgb(hsv)).astype(np.float32)
 
 
-def class_fill(rng: np.random.Generator, name: str) -> str:
-    """A kind of fill for a class: its usual texture, or, now and then, any."""
-    return LOOKS[name].texture if rng.random() < USUAL_TEXTURE else str(rng.choice(FILLS))
-
-
 def contrasting_colour(rng: np.random.Generator, name: str, under: np.ndarray) -> np.ndarray:
     """A colour of a class, if it can 70 (Euclidean, RGB) from the mean of the pixels (N, 3) it covers."""
     tries = class_colours(rng, name, 20)
@@ -181,6 +176,11 @@ def fill(rng: np.random.Generator, kind: str, colour: np.ndarray) -> np.ndarray:
         pattern, contrast = texture(rng, kind, rng.uniform(5, 14)), rng.uniform(30, 60)
     direction = rng.normal(rng.choice([-1, 1]), 0.4, 3).astype(np.float32)
     return colour + pattern[..., None] * (contrast * direction) + grain(rng, rng.uniform(1, 5))
+
+
+def class_fill(rng: np.random.Generator, name: str, colour: np.ndarray) -> np.ndarray:
+    """A canvas filled around ``colour``: with the usual texture of a class, or, now and then, with any."""
+    return fill(rng, LOOKS[name].texture if rng.random() < USUAL_TEXTURE else rng.choice(FILLS), colour)
 
 
 def camouflage(rng: np.random.Generator, name: str, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:

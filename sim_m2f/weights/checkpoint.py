@@ -26,9 +26,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error}); free space or choose another OUTPUT_DIR"
-            ) from error
+            advice = "free space or choose another OUTPUT_DIR"
+            raise UserError(f"{path}: cannot be written ({error}); {advice}") from error
 
 
 def replace_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
@@ -104,14 +103,12 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
         UserError: a weight is missing, unknown or of another shape.
     """
     own = model.state_dict()
-    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
-    common = own.keys() & weights.keys()
-    reshaped = [name for name in common if own[name].shape != getattr(weights[name], "shape", None)]
-    if missing or unknown or reshaped:
-        example = sorted(reshaped or missing or unknown)[0]
+    shapes = {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    unfit = sorted({*own, *shapes} - {name for name in own if own[name].shape == shapes.get(name)})
+    if unfit:
         raise UserError(
-            f"{path}: belongs to another network: {len(missing)} weights missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape (for instance {example}); check MODEL.* and NUM_CLASSES"
+            f"{path}: belongs to another network: {len(unfit)} weights are missing, unknown or of another "
+            f"shape, such as {unfit[0]}; check MODEL.* and NUM_CLASSES"
         )
     model.load_state_dict(weights)
 

@@ -24,7 +24,7 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
     Raises:
         UserError: the format does not have such a network, or the path cannot be written.
     """
-    weights = {name: weight.detach().cpu() for name, weight in trained.network.state_dict().items()}
+    weights = {name: weight.cpu() for name, weight in trained.network.state_dict().items()}
     if format_name == "safetensors":
         write_folder(output, trained)
     elif format_name == "transformers":

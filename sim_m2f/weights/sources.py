@@ -9,10 +9,9 @@ from sim_m2f.weights.hub import HUB, hub_folder
 DETECTRON2 = "detectron2://"
 DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 # Names of the weights in a folder, the preferred one first: those of transformers, which are ours too.
-IN_FOLDERS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+IN_FOLDERS = [
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+]
 LAST_CHECKPOINT = "last_checkpoint"
 
 
@@ -41,7 +40,7 @@ def weights_in(folder: Path) -> Path:
     """
     pointer = folder / LAST_CHECKPOINT
     names = [*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
-    return found[0]
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")

@@ -22,9 +22,8 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
         indices = tuple(feature_info(backbone.body).out_indices)
         pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     except Exception as error:  # timm's ways of downloading raise errors of many libraries
-        raise UserError(
-            f"{TIMM}{name}: cannot be loaded ({first_line(error)}); set MODEL.WEIGHTS to a file or to ''"
-        ) from error
+        advice = "set MODEL.WEIGHTS to a file or to ''"
+        raise UserError(f"{TIMM}{name}: cannot be loaded ({first_line(error)}); {advice}") from error
     weights, own = pretrained.state_dict(), backbone.body.state_dict()
     unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
