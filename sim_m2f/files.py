@@ -60,3 +60,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     except OSError as error:
         advice = "free space or choose another folder"
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file as ``atomic_write`` does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with atomic_write(path, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)

@@ -23,7 +23,7 @@ from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.pixels import Pixels
-from sim_m2f.weights.folder import TrainedNetwork, read_folder, write_folder
+from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -67,11 +67,7 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Mask2Former,
-        cfg: CfgNode,
-        class_names: list[str],
-        metrics: dict[str, float | None] | None = None,
+        self, network: Mask2Former, cfg: CfgNode, class_names: list[str], metrics: Metrics | None = None
     ) -> None:
         super().__init__()
         self.network, self.cfg = network.eval(), cfg

@@ -150,13 +150,13 @@ def test_detectron2_gets_the_same_instances(detectron2_cfg):
     model = SIMTrainer.build_model(detectron2_cfg).eval()
     image = torch.randint(0, 256, (3, 64, 90), dtype=torch.uint8)
     with torch.no_grad():
-        (found,) = model([{"image": image, "height": 50, "width": 70}])
-        normalised = (image - model.pixel_mean) / model.pixel_std
+        (detected,) = model([{"image": image, "height": 50, "width": 70}])
+        normalised = (image - model.pixels.mean) / model.pixels.std
         outputs = model.network(torch.nn.functional.pad(normalised, (0, 6))[None])
     (expected,) = instances(outputs, [(64, 90)], [(50, 70)], detectron2_cfg.TEST.DETECTIONS_PER_IMAGE)
-    assert torch.equal(found["instances"].scores, expected["scores"])
-    assert torch.equal(found["instances"].pred_classes, expected["labels"])
-    assert torch.equal(found["instances"].pred_masks.bool(), expected["masks"])
+    assert torch.equal(detected["instances"].scores, expected["scores"])
+    assert torch.equal(detected["instances"].pred_classes, expected["labels"])
+    assert torch.equal(detected["instances"].pred_masks.bool(), expected["masks"])
 
 
 @needs_detectron2

@@ -45,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     base = configuration(args.config_file, overrides)
     folder = args.output or Path(base.OUTPUT_DIR) / "ablation"
     rows = find_rows(names)
-    runs = plan(base, rows, _numbers(seeds), folder)
+    if not all(seed.isascii() and seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds: {' '.join(seeds)}; give whole numbers from 0 on")
+    runs = plan(base, rows, sorted(set(map(int, seeds))), folder)
     _check_test_set(base)
     command = ["sim-m2f", "ablate", "--config-file", args.config_file]
     command += ["--variants", *names] if names else []
@@ -65,13 +67,13 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     Raises:
         UserError: a row is unknown, a file is missing, or two rows have one name.
     """
-    known = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
-    short = {re.sub(r"^\d+_", "", name): file for name, file in known.items()}
+    own = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
+    known = own | {re.sub(r"^\d+_", "", name): file for name, file in own.items()}
     rows: dict[str, Row] = {}
-    for name in names or known:
-        file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name) or short.get(name)
+    for name in names or own:
+        file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
         if file is None:
-            nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.0)
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             advice = f"did you mean {nearest[0]}?" if nearest else "give the path of a YAML file"
             raise UserError(f"--variants: no row {name!r} in {ROWS}; {advice}")
         if file.stem in rows:
@@ -120,9 +122,8 @@ class Ablation:
     def run(self, devices: Sequence[str | None]) -> int:
         """Train what is not finished; returns the exit status as ``run`` does."""
         waiting = [run for run in self.runs if not run.is_finished()]
-        for run in self.runs:
-            if run not in waiting:
-                self._add_result(run)
+        for run in [run for run in self.runs if run not in waiting]:
+            self._add_result(run)
         self._write()
         with tqdm(total=len(self.runs), initial=len(self.results), desc="ablation", unit="run") as bar:
             stopped_by = train_all(waiting, devices, self._done, bar)
@@ -158,12 +159,6 @@ def _until_key(values: Sequence[str]) -> tuple[list[str], list[str]]:
     """The values of a flag, and the pairs KEY VALUE that came after them and that argparse took as well."""
     end = next((index for index, value in enumerate(values) if KEY.fullmatch(value)), len(values))
     return list(values[:end]), list(values[end:])
-
-
-def _numbers(seeds: Sequence[str]) -> list[int]:
-    if not all(seed.isascii() and seed.isdigit() for seed in seeds):
-        raise UserError(f"--seeds: {' '.join(seeds)}; give whole numbers from 0 on")
-    return sorted({int(seed) for seed in seeds})
 
 
 def _title(file: Path) -> str:

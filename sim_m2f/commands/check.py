@@ -17,13 +17,9 @@ from sim_m2f.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="a data set's name, such as coco_2017_train or shapes_val")
-    parser.add_argument(
-        "--annotations", type=Path, metavar="JSON", help="or: the COCO JSON of a data set ..."
-    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="or: COCO JSON of a data set ...")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
-    parser.add_argument(
-        "--masks", action="store_true", help="check the segmentations too; each box needs one"
-    )
+    parser.add_argument("--masks", action="store_true", help="check segmentations too; each box needs one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +28,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments do not name a data set, or its JSON is not one.
     """
-    source = requested_source(args)
+    if args.name and not args.annotations and not args.images:
+        source = find_source(args.name)
+    elif args.annotations and args.images and not args.name:
+        source = DatasetSource(args.annotations.stem, args.annotations, args.images)
+    else:
+        raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
     data, problems = inspect_coco(source, args.masks)
     for line in problems:
         print(line)
@@ -46,14 +47,6 @@ def run(args: argparse.Namespace) -> int:
     contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
     print(f"{data.name}: {contents}, {data.zero_area} boxes of zero area; {len(problems) or 'no'} problems")
     return 2 if problems else 0
-
-
-def requested_source(args: argparse.Namespace) -> DatasetSource:
-    if args.name and not args.annotations and not args.images:
-        return find_source(args.name)
-    if not args.name and args.annotations and args.images:
-        return DatasetSource(args.annotations.stem, args.annotations, args.images)
-    raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
 
 
 def image_problems(data: CocoData, image: ImageRecord) -> list[str]:

@@ -12,7 +12,7 @@ from sim_m2f.data.loader import train_loader
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.report.method_figures import read_method, write_method
 from sim_m2f.report.page import Page, render
@@ -26,47 +26,30 @@ FOLDER = "explain"  # in OUTPUT_DIR, if no other is given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
-    parser.add_argument(
-        "--num-images", "--pictures", type=int, default=4, metavar="N", help="first images (4)"
-    )
+    parser.add_argument("--num-images", "--pictures", type=int, default=4, metavar="N", help="how many (4)")
     parser.add_argument("--folder", type=Path, help=f"where to write (default: OUTPUT_DIR/{FOLDER})")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides: MODEL.WEIGHTS is the checkpoint (default: the last one in OUTPUT_DIR), "
-        "DATASETS.TRAIN_ANNOTATIONS and DATASETS.TRAIN_IMAGES (or DATASETS.TRAIN) the boxes and images",
+    overrides = (
+        "overrides: MODEL.WEIGHTS is the checkpoint (the last one in OUTPUT_DIR), DATASETS.TRAIN* the data"
     )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=overrides)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the figures and a page with all of them; prints the path of the page."""
+    """Draw what a checkpoint's networks and prototypes make of the first images with objects.
+
+    The checkpoint is MODEL.WEIGHTS, or the last one in OUTPUT_DIR; the data are those of DATASETS.TRAIN*. A
+    checkpoint without a teacher is its own teacher. Writes the figures and index.html, a page with all of
+    them, whose path is printed.
+
+    Raises:
+        UserError: the data or the checkpoint have a fault, or its prototypes have never learned.
+    """
     if args.num_images < 1:
         raise UserError(f"--num-images {args.num_images}: give a number of at least 1")
     cfg = configuration(args.config_file, args.opts)
     if cfg.MODEL.SIM.SUPERVISION != "box":
         raise UserError("MODEL.SIM.SUPERVISION mask: no pseudo masks to explain; take a run from boxes")
-    print(explain(cfg, args.num_images, args.folder or Path(cfg.OUTPUT_DIR) / FOLDER))
-    return 0
-
-
-def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
-    """Draw what a checkpoint's networks and prototypes make of the first ``images`` images with objects.
-
-    The checkpoint is MODEL.WEIGHTS, or the last one in OUTPUT_DIR; the data are those of DATASETS.TRAIN*. A
-    checkpoint without a teacher is its own teacher.
-
-    Args:
-        cfg: the configuration of the run, MODEL.SIM.SUPERVISION "box".
-        images: how many.
-        folder: where to write the figures, and index.html with all of them.
-
-    Returns:
-        the path of index.html.
-
-    Raises:
-        UserError: the data or the checkpoint have a fault, or its prototypes have never learned.
-    """
+    folder = args.folder or Path(cfg.OUTPUT_DIR) / FOLDER
     path = _checkpoint(cfg)
     state = read_checkpoint(path)
     dataset = train_loader(cfg).dataset
@@ -78,7 +61,7 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
     load_weights(student, state["model"], path)
     load_weights(teacher, teacher_weights(state) or state["model"], path)
     step = state.get("iteration", 0)
-    view = MethodView(cfg, dataset, images, accelerator)
+    view = MethodView(cfg, dataset, args.num_images, accelerator)
     list(write_method(folder, step, view.maps(student, teacher, criterion)))
     page = Page(
         title="How the method sees its boxes",
@@ -89,9 +72,9 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
         evolutions=read_method(folder),
         config=cfg.dump(),
     )
-    with atomic_write(folder / "index.html") as file:
-        file.write(render(page))
-    return folder / "index.html"
+    write_file(folder / "index.html", render(page))
+    print(folder / "index.html")
+    return 0
 
 
 def _checkpoint(cfg: CfgNode) -> Path:
@@ -115,9 +98,7 @@ def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:
         shapes = f"{tuple(prototypes.shape)}, the configuration asks for {tuple(untrained.shape)}"
         raise UserError(f"{path}: prototypes of shape {shapes}; give the run's own config.yaml")
     if torch.equal(prototypes, untrained):
-        raise UserError(
-            f"{path}: its prototypes never learned, for no loss of the run used the teacher; train with "
-            "MODEL.SIM.PSEUDO_SEMANTIC.ENABLED True"
-        )
+        advice = "train with MODEL.SIM.PSEUDO_SEMANTIC.ENABLED True"
+        raise UserError(f"{path}: its prototypes never learned, for no loss used the teacher; {advice}")
     untrained.copy_(prototypes)
     return criterion.eval()

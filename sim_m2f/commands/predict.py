@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.report.drawing import PALETTE, Shape, draw
 from sim_m2f.segmenter import Instances, from_pretrained
 from sim_m2f.structures import Detections
@@ -61,10 +61,8 @@ def run(args: argparse.Namespace) -> int:
     for number, annotation in enumerate(annotations, start=1):
         annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
     info = {"description": f"{len(files)} images by SIM-M2F"}
-    with atomic_write(args.output / PREDICTIONS) as file:
-        json.dump(
-            {"info": info, "images": images, "annotations": annotations, "categories": categories}, file
-        )
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    write_file(args.output / PREDICTIONS, json.dumps(content))
     print(f"{len(annotations)} objects in {len(images)} images: {args.output / PREDICTIONS}")
     if problems:
         raise UserError("\n".join(problems))

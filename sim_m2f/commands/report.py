@@ -13,14 +13,10 @@ from sim_m2f.report.run_page import write_report
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of the run")
     parser.add_argument("--config-file", type=Path, help="its configuration (OUTPUT_DIR/config.yaml)")
-    parser.add_argument(
-        "--annotations", type=Path, help="COCO JSON of the test set, if not the configuration's"
-    )
+    parser.add_argument("--annotations", type=Path, help="another COCO JSON than the configuration's")
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--min-score", type=float, default=0.5, help="least score that is drawn (0.5)")
-    parser.add_argument(
-        "--num-images", "--num-pictures", type=int, default=16, help="images on the contact sheet (16)"
-    )
+    parser.add_argument("--num-images", "--num-pictures", type=int, default=16, help="images drawn (16)")
 
 
 def run(args: argparse.Namespace) -> int:

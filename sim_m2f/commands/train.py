@@ -19,12 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate MODEL.WEIGHTS; the last checkpoint in OUTPUT_DIR with --resume, or where "
-        "MODEL.WEIGHTS is empty or a backbone's (timm://)",
+    weights = (
+        "MODEL.WEIGHTS, or OUTPUT_DIR's last checkpoint with --resume or where they are no trained network"
     )
+    parser.add_argument("--eval-only", action="store_true", help=f"evaluate {weights}")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")

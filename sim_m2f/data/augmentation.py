@@ -43,12 +43,9 @@ class CropToFit(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        return {
-            "top": int(torch.randint(max(height - self.size, 0) + 1, ())),
-            "left": int(torch.randint(max(width - self.size, 0) + 1, ())),
-            "height": min(height, self.size),
-            "width": min(width, self.size),
-        }
+        top = int(torch.randint(max(height - self.size, 0) + 1, ()))
+        left = int(torch.randint(max(width - self.size, 0) + 1, ()))
+        return {"top": top, "left": left, "height": min(height, self.size), "width": min(width, self.size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.crop(inpt, **params)

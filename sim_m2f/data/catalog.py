@@ -80,9 +80,7 @@ def _sources(cfg: CfgNode, split: str) -> list[DatasetSource]:
     key = f"DATASETS.{split}"
     if annotations or images:
         missing = f"{key}_IMAGES" if annotations else f"{key}_ANNOTATIONS"
-        raise UserError(
-            f"{missing} is not set; a data set of your own needs its JSON and its folder of images"
-        )
+        raise UserError(f"{missing} is not set; a data set of your own needs both its JSON and its images")
     if not cfg.DATASETS[split]:
         raise UserError(f"{key} names no data set; name one, or give {key}_ANNOTATIONS and _IMAGES")
     return [find_source(name) for name in cfg.DATASETS[split]]

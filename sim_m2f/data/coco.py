@@ -109,6 +109,7 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+Record = dict[str, Any]  # an object in one of the lists of the JSON
 Check = tuple[str, Callable[[Any], bool]]  # what a value has to be, in words, and whether it is
 WHOLE: Check = ("a whole number", lambda value: type(value) is int)
 SIZE: Check = ("a positive whole number", lambda value: type(value) is int and value > 0)
@@ -134,7 +135,7 @@ class _Reader:
     def report(self, where: str, what: str) -> None:
         self.problems.append(f"{self.source.annotations}: {where}: {what}")
 
-    def records(self, key: str) -> Iterator[dict[str, Any]]:
+    def records(self, key: str) -> Iterator[Record]:
         """The well-formed records of a list, each id once."""
         kind, checks = RECORDS[key]
         seen: set[int] = set()
@@ -158,13 +159,14 @@ class _Reader:
                 seen.add(item["id"])
                 yield item
 
-    def report_missing_images(self, images: Iterable[dict[str, Any]]) -> None:
+    def report_missing_images(self, images: Iterable[Record]) -> None:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
         root = self.source.image_root
         if not root.is_dir():
-            return self.problems.append(
-                f"{root}: no such folder of images; check DATASETS.*, $DETECTRON2_DATASETS"
+            self.problems.append(
+                f"{root}: no such folder of images; check DATASETS.* and $DETECTRON2_DATASETS"
             )
+            return
         listed: dict[Path, dict[str, bool]] = {}
         for image in images:
             path = root / image["file_name"]
@@ -178,10 +180,10 @@ class _Reader:
             elif is_folder:
                 self.report(f"image id {image['id']}", f"{path} is a folder, not an image; replace it")
 
-    def image_records(self, images: dict[int, dict[str, Any]], category_ids: list[int]) -> list[ImageRecord]:
+    def image_records(self, images: dict[int, Record], category_ids: list[int]) -> list[ImageRecord]:
         """The images with their targets, in the order of the JSON."""
         labels = {category: label for label, category in enumerate(category_ids)}
-        targets: dict[int, list[tuple[dict[str, Any], list[float]]]] = {number: [] for number in images}
+        targets: dict[int, list[tuple[Record, list[float]]]] = {number: [] for number in images}
         for item in self.records("annotations"):
             box = self.target_box(item, images.get(item["image_id"]), labels)
             if box is not None:
@@ -199,9 +201,7 @@ class _Reader:
             for number, image in images.items()
         ]
 
-    def target_box(
-        self, item: dict[str, Any], image: dict[str, Any] | None, labels: dict[int, int]
-    ) -> list[float] | None:
+    def target_box(self, item: Record, image: Record | None, labels: dict[int, int]) -> list[float] | None:
         """The box xyxy of an annotation, in its image; None where it is no target. Faults are reported."""
         crowd, faults, box = item.get("iscrowd", 0), [], None
         if item["category_id"] not in labels:
@@ -217,9 +217,8 @@ class _Reader:
             if box[0] == box[2] or box[1] == box[3]:
                 self.zero_area += 1
                 return None
-            if self.read_masks and (
-                fault := segmentation_problem(item.get("segmentation"), image["height"], image["width"])
-            ):
+            shape = item.get("segmentation")
+            if self.read_masks and (fault := segmentation_problem(shape, image["height"], image["width"])):
                 faults.append(f"segmentation {fault}")
         for fault in faults:
             self.report(f"annotation id {item['id']}", fault)

@@ -32,9 +32,7 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
             size, pixels = image.size, to_rgb(image)
     except Exception as error:  # Pillow's decoders raise anything on a broken file
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise UserError(
-            f"{path}: cannot be decoded ({reason}); put an image there or leave it out"
-        ) from error
+        raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
     if height and size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
         raise UserError(f"{path}: {sizes}; correct the record or the file")

@@ -33,19 +33,32 @@ class GlobalBatches(Sampler[list[int]]):
             yield list(range(first, first + self.share))
 
 
-class Batches(Generic[Data]):
-    """A data set and its batches; a worker's UserError comes with its own message, free of its traceback."""
+class Batches(DataLoader[Sample], Generic[Data]):
+    """A data set as batches (see ``collate``); a worker's UserError comes without its traceback.
 
-    def __init__(self, dataset: Data, **options: Any) -> None:
-        self.dataset: Data = dataset
-        self._loader: DataLoader[Sample] = DataLoader(dataset, **options)
+    Args:
+        cfg: the configuration.
+        dataset: what gives the samples.
+        least_size: least height and width of a batch, pixels.
+        options: those of ``DataLoader`` that choose the samples.
+    """
 
-    def __len__(self) -> int:
-        return len(self._loader)
+    dataset: Data
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __init__(self, cfg: CfgNode, dataset: Data, least_size: int, **options: Any) -> None:
+        divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        super().__init__(
+            dataset,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=partial(collate, least_size=least_size, divisor=divisor),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else making an iterator draws from the global random state
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            yield from self._loader
+            yield from super().__iter__()
         except UserError as error:
             raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
 
@@ -72,11 +85,8 @@ def train_loader(
     check_classes(cfg, data)
     if rank == 0:
         print_notes(data)
-    return Batches(
-        TrainDataset(cfg, data),
-        batch_sampler=GlobalBatches(batch_size, start_iteration, rank, world_size),
-        **_loader_options(cfg, least_size=cfg.INPUT.IMAGE_SIZE),
-    )
+    batches = GlobalBatches(batch_size, start_iteration, rank, world_size)
+    return Batches(cfg, TrainDataset(cfg, data), cfg.INPUT.IMAGE_SIZE, batch_sampler=batches)
 
 
 def eval_loader(
@@ -91,19 +101,8 @@ def eval_loader(
     """
     data = read_coco(source, read_masks=False)
     check_classes(cfg, [data])
-    dataset = EvalDataset(cfg, data)
-    own = range(rank, len(dataset), world_size)
-    return Batches(dataset, sampler=own, **_loader_options(cfg, least_size=1))
-
-
-def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
-    divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-    return {
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": partial(collate, least_size=least_size, divisor=divisor),
-        "pin_memory": torch.cuda.is_available(),
-        "generator": torch.Generator(),  # else making an iterator draws from the global random state
-    }
+    own = range(rank, len(data.images), world_size)
+    return Batches(cfg, EvalDataset(cfg, data), least_size=1, sampler=own)
 
 
 def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -> Batch:
@@ -125,13 +124,11 @@ def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -
     }
     if "masks" in samples[0]:
         parts["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
-    targets = [
-        cast(Target, dict(zip(parts, of_one, strict=True))) for of_one in zip(*parts.values(), strict=True)
-    ]
+    targets = [dict(zip(parts, of_image, strict=True)) for of_image in zip(*parts.values(), strict=True)]
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {
         "images": images.view(len(samples), -1, height, width),
-        "targets": targets,
+        "targets": cast(list[Target], targets),
         "image_ids": [sample["image_id"] for sample in samples],
         "image_sizes": sizes,
         "original_sizes": [sample["original_size"] for sample in samples],

@@ -4,7 +4,6 @@ Each run is a process of ``sim-m2f train --resume`` in a folder of its own, so t
 """
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -22,7 +21,7 @@ from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.engine.logging import read_series
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 
 POLL_SECONDS = 0.5
 
@@ -37,7 +36,7 @@ class Run:
 
     def minutes(self) -> float:
         """How long training and evaluation have taken so far, over all attempts."""
-        return json.loads(self.minutes_file.read_text()) if self.minutes_file.exists() else 0.0
+        return float(self.minutes_file.read_text()) if self.minutes_file.exists() else 0.0
 
     def is_finished(self) -> bool:
         """Whether the folder holds the last evaluation and the page, of the same configuration."""
@@ -64,8 +63,7 @@ class Run:
         """
         self.started, config_file = time.monotonic(), self.folder / "config.yaml"
         with self._log() as log:
-            with atomic_write(config_file) as file:
-                file.write(self.cfg.dump())
+            write_file(config_file, self.cfg.dump())
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sim_m2f.cli", "train", "--resume", "--config-file", str(config_file)],
                 stdin=subprocess.DEVNULL,
@@ -78,9 +76,7 @@ class Run:
     def end(self) -> str:
         """Wait for the process; returns why the run failed, "" if it did not."""
         status = self.process.wait()
-        minutes = self.minutes() + (time.monotonic() - self.started) / 60
-        with atomic_write(self.minutes_file) as file:
-            json.dump(minutes, file)
+        write_file(self.minutes_file, str(self.minutes() + (time.monotonic() - self.started) / 60))
         if status == 0:
             return ""
         log = self.log_file.read_text(encoding="utf-8", errors="replace").rstrip()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 try:
     from detectron2.config import CfgNode as Detectron2Cfg
@@ -69,9 +71,7 @@ class SIMMask2Former(nn.Module):
         super().__init__()
         sim = cfg.MODEL.SIM
         if sim.COPY_PASTE.ENABLED:
-            raise UserError(
-                "MODEL.SIM.COPY_PASTE.ENABLED: not under detectron2; set it False, or use train_net.py"
-            )
+            raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: not under detectron2; set it False")
         check_choices(cfg)
         self.cfg = cfg
         self.network = Mask2Former(cfg)
@@ -83,12 +83,8 @@ class SIMMask2Former(nn.Module):
         self.register_load_state_dict_pre_hook(_tensors_as_numbers)
         self.to(cfg.MODEL.DEVICE)
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixels.mean.device
-
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        normalised = [self.pixels.normalise(item["image"].to(self.device)) for item in batch]
+        normalised = [self.pixels.normalise(item["image"].to(self.pixels.mean.device)) for item in batch]
         images = ImageList.from_tensors(normalised, self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY)
         if self.training:
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
@@ -104,9 +100,7 @@ class SIMMask2Former(nn.Module):
         ]
         outputs = self.network(images.tensor, auxiliary=False)
         detections = instances(outputs, sizes, originals, self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        return [
-            {"instances": _as_instances(one, size)} for one, size in zip(detections, originals, strict=True)
-        ]
+        return [{"instances": _as_instances(*each)} for each in zip(detections, originals, strict=True)]
 
     def _teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""
@@ -148,7 +142,7 @@ class SIMTrainer(DefaultTrainer):
     """detectron2's trainer with Mask2Former's recipe: AdamW, full-model clipping, large-scale jitter."""
 
     @classmethod
-    def build_optimizer(cls, cfg: Detectron2Cfg, model: SIMMask2Former) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: Detectron2Cfg, model: SIMMask2Former) -> Optimizer:
         """Not fused: the clipping must see gradients that mixed precision no longer scales."""
         optimizer = torch.optim.AdamW(parameter_groups(model.network, cfg), lr=cfg.SOLVER.BASE_LR)
         clip = cfg.SOLVER.CLIP_GRADIENTS
@@ -161,9 +155,7 @@ class SIMTrainer(DefaultTrainer):
         return optimizer
 
     @classmethod
-    def build_lr_scheduler(
-        cls, cfg: Detectron2Cfg, optimizer: torch.optim.Optimizer
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def build_lr_scheduler(cls, cfg: Detectron2Cfg, optimizer: Optimizer) -> LRScheduler:
         return build_scheduler(optimizer, cfg)
 
     @classmethod

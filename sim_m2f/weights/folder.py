@@ -4,7 +4,6 @@ A folder of ours holds model.safetensors, config.yaml, classes.json and README.m
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.class_names import class_names, read_class_names
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write, read_json
+from sim_m2f.files import read_json, write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -25,7 +24,9 @@ from sim_m2f.weights.transformers import cfg_from_transformers
 CONFIG, WEIGHTS, CLASSES, CARD = "config.yaml", "model.safetensors", "classes.json", "README.md"
 METRICS = "inference/metrics.json"
 SHOWN = ("segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl")  # on the model card
-CHECKPOINTS = (".pth", ".pkl", ".safetensors")
+
+
+Metrics = dict[str, float | None]  # in percent; None where there is nothing to measure
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TrainedNetwork:
     network: Mask2Former
     cfg: CfgNode
     class_names: list[str]
-    metrics: dict[str, float | None]
+    metrics: Metrics
 
 
 def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
@@ -44,16 +45,17 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
     Raises:
         UserError: there is nothing of the kind, a file is damaged, or weights and configuration do not fit.
     """
-    folder = _on_this_machine(source)
+    path = Path(source).expanduser()
+    folder = path if path.exists() else hub_folder(str(source))
     names: list[str] = []
-    metrics: dict[str, float | None] = {}
+    metrics: Metrics = {}
     if folder.is_file() and not config:
         raise UserError(f"{folder}: a checkpoint alone does not say what network it is of; give its config")
     if not config and not (folder / CONFIG).exists():
         cfg, names = _from_transformers(folder)
         weights = folder
     else:
-        weights = folder if folder.is_file() else _weights_in(folder)
+        weights = folder if folder.is_file() else weights_in(folder)
         cfg = get_cfg()
         cfg.merge_from_file(config or folder / CONFIG)
         validate(cfg)
@@ -66,33 +68,16 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
     return TrainedNetwork(network, cfg, names or class_names(cfg), metrics)
 
 
-def _on_this_machine(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if not re.fullmatch(r"(hf://)?[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
-        raise UserError(f"{source}: no such folder or file, and no name on the Hub (owner/name)")
-    return hub_folder(str(source))
-
-
 def _from_transformers(folder: Path) -> tuple[CfgNode, list[str]]:
     """The configuration and the names of the classes in a folder of transformers."""
     if not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder}: has neither {CONFIG} nor config.json; give the folder of a trained network"
-        )
+        raise UserError(f"{folder}: has neither {CONFIG} nor config.json; give a trained network's folder")
     files = (folder / "config.json", folder / "preprocessor_config.json")
     contents = [read_json(file) for file in files if file.exists()]
     try:
         return cfg_from_transformers(*contents)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
-
-
-def _weights_in(folder: Path) -> Path:
-    """The folder's only checkpoint, else ours, else the last one of a run."""
-    checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
-    return checkpoints[0] if len(checkpoints) == 1 else weights_in(folder)
 
 
 def write_folder(folder: Path, trained: TrainedNetwork) -> None:
@@ -106,16 +91,10 @@ def write_folder(folder: Path, trained: TrainedNetwork) -> None:
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = defaults.MODEL.WEIGHTS, defaults.OUTPUT_DIR
     cfg.DATASETS = defaults.DATASETS
     weights = {name: weight.cpu().contiguous() for name, weight in trained.network.state_dict().items()}
-    with atomic_write(folder / WEIGHTS, "wb") as file:
-        file.write(save(weights, metadata={"format": "pt"}))
-    texts = {
-        CONFIG: cfg.dump(),
-        CLASSES: json.dumps({"class_names": trained.class_names}, indent=1),
-        CARD: model_card(trained),
-    }
-    for name, text in texts.items():
-        with atomic_write(folder / name) as file:
-            file.write(text)
+    write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
+    write_file(folder / CONFIG, cfg.dump())
+    write_file(folder / CLASSES, json.dumps({"class_names": trained.class_names}, indent=1))
+    write_file(folder / CARD, model_card(trained))
 
 
 def model_card(trained: TrainedNetwork) -> str:

@@ -18,17 +18,13 @@ def hub_folder(address: str) -> Path:
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address.removeprefix(HUB))
     if not match:
-        raise UserError(f"{address}: not a name on the Hugging Face Hub; write {HUB}owner/name")
+        raise UserError(f"{address}: no such folder or file, and no name on the Hub; write {HUB}owner/name")
     try:
         for weights in ("*.safetensors", "*.bin"):
             files = ["*.json", "*.yaml", weights]
-            folder = Path(
-                huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=files)
-            )
-            if any(folder.glob(weights)):
+            folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=files)
+            if any(Path(folder).glob(weights)):
                 break
     except Exception as error:  # of the network, the Hub or the disk, in many classes
-        raise UserError(
-            f"{address}: cannot be had from the Hugging Face Hub ({first_line(error)})"
-        ) from error
-    return folder
+        raise UserError(f"{address}: cannot be had from the Hub ({first_line(error)})") from error
+    return Path(folder)

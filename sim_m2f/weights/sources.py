@@ -12,6 +12,7 @@ DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 IN_FOLDERS = [
     name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 ]
+CHECKPOINTS = (".pth", ".pkl", ".safetensors")
 LAST_CHECKPOINT = "last_checkpoint"
 
 
@@ -33,14 +34,16 @@ def local_weights(address: str | Path) -> Path:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights in a folder of ours, of transformers or of a run.
+    """The weights in a folder of ours, of transformers or of a run: its only checkpoint, or the named one.
 
     Raises:
         UserError: there are none.
     """
+    checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
+    if len(checkpoints) == 1:
+        return checkpoints[0]
     pointer = folder / LAST_CHECKPOINT
-    names = [*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])]
-    for name in names:
+    for name in (*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])):
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")

@@ -28,9 +28,9 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
     unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
     if unfit or surplus:
+        numbers = f"{len(unfit)} do not fit, {len(surplus)} are too many (such as {(unfit or surplus)[0]})"
         raise UserError(
-            f"{TIMM}{name}: weights of another backbone than {backbone.name}: {len(unfit)} do not fit, "
-            f"{len(surplus)} are too many (such as {(unfit or surplus)[0]}); check MODEL.BACKBONE"
+            f"{TIMM}{name}: of another backbone than {backbone.name}: {numbers}; check MODEL.BACKBONE"
         )
     backbone.body.load_state_dict({key: weights[key] for key in own})
     return LoadReport(f"{TIMM}{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
