@@ -71,7 +71,7 @@ class SIMMask2Former(nn.Module):
         super().__init__()
         sim = cfg.MODEL.SIM
         if sim.COPY_PASTE.ENABLED:
-            raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: not under detectron2; set it False")
+            raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: train_net.py only; under detectron2 set it False")
         check_choices(cfg)
         self.cfg = cfg
         self.network = Mask2Former(cfg)
@@ -160,14 +160,13 @@ class SIMTrainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: Detectron2Cfg) -> Any:
-        size = cfg.INPUT.IMAGE_SIZE
-        flip = cfg.INPUT.RANDOM_FLIP
-        flips = {"horizontal": flip == "horizontal", "vertical": flip == "vertical"}
+        size, flip = cfg.INPUT.IMAGE_SIZE, cfg.INPUT.RANDOM_FLIP
         jitter = transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
         crop = transforms.FixedSizeCrop((size, size), pad=False)
+        flips = {"horizontal": flip == "horizontal", "vertical": flip == "vertical"}
         mapper = DatasetMapper(
             is_train=True,
-            augmentations=[*([] if flip == "none" else [transforms.RandomFlip(**flips)]), jitter, crop],
+            augmentations=[*([transforms.RandomFlip(**flips)] if any(flips.values()) else []), jitter, crop],
             image_format=cfg.INPUT.FORMAT,
             use_instance_mask=cfg.MODEL.SIM.SUPERVISION == "mask",
             instance_mask_format="bitmask",
