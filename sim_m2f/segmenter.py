@@ -78,10 +78,9 @@ class Segmenter(nn.Module):
         """The network's outputs for images that are normalised and padded already; see ``Mask2Former``."""
         return self.network(images)
 
+    # A text is one path, not several texts.
     @overload
-    def predict(  # type: ignore[overload-overlap]  # a text is a path, not several
-        self, images: ImageLike, threshold: float = 0.0
-    ) -> Instances: ...
+    def predict(self, images: ImageLike, threshold: float = 0.0) -> Instances: ...  # type: ignore[overload-overlap]
 
     @overload
     def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...

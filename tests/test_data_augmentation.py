@@ -108,7 +108,7 @@ def test_the_lowest_rows_stay_marked(flip):
 
 
 def test_the_scale_is_uniform_and_the_aspect_ratio_kept():
-    jitter = augmentation.LargeScaleJitter(100, 0.1, 2.0)
+    jitter = augmentation.LargeScaleJitter((100, 100), (0.1, 2.0))
     torch.manual_seed(0)
     sizes = [
         jitter(tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))).shape[-2:] for _ in range(600)

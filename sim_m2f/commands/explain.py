@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     if cfg.MODEL.SIM.SUPERVISION != "box":
         raise UserError("MODEL.SIM.SUPERVISION mask: no pseudo masks to explain; take a run from boxes")
     folder = args.folder or Path(cfg.OUTPUT_DIR) / FOLDER
-    path = _checkpoint(cfg)
+    weights = "" if cfg.MODEL.WEIGHTS.startswith(TIMM) else cfg.MODEL.WEIGHTS
+    path = Path(weights) if weights else last_checkpoint(Path(cfg.OUTPUT_DIR))
+    if path is None:
+        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
     state = read_checkpoint(path)
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
@@ -75,15 +78,6 @@ def run(args: argparse.Namespace) -> int:
     write_file(folder / "index.html", render(page))
     print(folder / "index.html")
     return 0
-
-
-def _checkpoint(cfg: CfgNode) -> Path:
-    weights = cfg.MODEL.WEIGHTS
-    if weights and not weights.startswith(TIMM):
-        return Path(weights)
-    if (path := last_checkpoint(Path(cfg.OUTPUT_DIR))) is None:
-        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
-    return path
 
 
 def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:

@@ -58,21 +58,17 @@ def find_source(name: str) -> DatasetSource:
     return DatasetSource(name, folder / "annotations" / f"{annotations}.json", folder / images)
 
 
-def train_sources(cfg: CfgNode) -> list[DatasetSource]:
+def eval_sources(cfg: CfgNode) -> list[DatasetSource]:
+    """What to evaluate on, as ``train_sources`` with TEST for TRAIN."""
+    return train_sources(cfg, "TEST")
+
+
+def train_sources(cfg: CfgNode, split: str = "TRAIN") -> list[DatasetSource]:
     """What to train on: DATASETS.TRAIN_ANNOTATIONS and TRAIN_IMAGES if set, else the names in DATASETS.TRAIN.
 
     Raises:
         UserError: one of the two paths is missing, a name is unknown, or nothing is named.
     """
-    return _sources(cfg, "TRAIN")
-
-
-def eval_sources(cfg: CfgNode) -> list[DatasetSource]:
-    """What to evaluate on, as ``train_sources`` with TEST for TRAIN."""
-    return _sources(cfg, "TEST")
-
-
-def _sources(cfg: CfgNode, split: str) -> list[DatasetSource]:
     annotations, images = cfg.DATASETS[f"{split}_ANNOTATIONS"], cfg.DATASETS[f"{split}_IMAGES"]
     if annotations and images:
         file = Path(annotations).expanduser()

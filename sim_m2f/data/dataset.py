@@ -31,7 +31,7 @@ class TrainDataset(Dataset[Sample]):
         self.images = [(part, image) for part in data for image in part.images if len(image.labels)]
         if not self.images:
             files = ", ".join(str(part.annotations_file) for part in data)
-            raise UserError(f"{files}: no object to train on (but crowds and empty boxes); give another JSON")
+            raise UserError(f"{files}: no object to train on (crowds, empty boxes aside); give another JSON")
         self.cfg, self.pixels, self.augment = cfg, Pixels(cfg), train_augmentation(cfg)
         self.epoch, self.order = -1, np.empty(0, np.int64)
 

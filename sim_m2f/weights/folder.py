@@ -17,8 +17,7 @@ from sim_m2f.files import read_json, write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.checkpoint import load_checkpoint
-from sim_m2f.weights.hub import hub_folder
-from sim_m2f.weights.sources import weights_in
+from sim_m2f.weights.sources import hub_folder, weights_in
 from sim_m2f.weights.transformers import cfg_from_transformers
 
 CONFIG, WEIGHTS, CLASSES, CARD = "config.yaml", "model.safetensors", "classes.json", "README.md"

@@ -1,12 +1,14 @@
 """Addresses of weights: a path, https://, detectron2:// or hf://, each turned into a file on this machine."""
 
+import re
 from pathlib import Path
 
-from sim_m2f.errors import UserError
-from sim_m2f.weights.download import download
-from sim_m2f.weights.hub import HUB, hub_folder
+import huggingface_hub
 
-DETECTRON2 = "detectron2://"
+from sim_m2f.errors import UserError, first_line
+from sim_m2f.weights.download import download
+
+HUB, DETECTRON2 = "hf://", "detectron2://"
 DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 # Names of the weights in a folder, the preferred one first: those of transformers, which are ours too.
 IN_FOLDERS = [
@@ -47,3 +49,23 @@ def weights_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
+
+
+def hub_folder(address: str) -> Path:
+    """The files of ``hf://owner/name`` or ``hf://owner/name@revision``, downloaded by huggingface_hub.
+
+    Raises:
+        UserError: the address is none, or the repository cannot be had.
+    """
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address.removeprefix(HUB))
+    if not match:
+        raise UserError(f"{address}: no such folder or file, and no name on the Hub; write {HUB}owner/name")
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            files = ["*.json", "*.yaml", weights]
+            folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=files)
+            if any(Path(folder).glob(weights)):
+                break
+    except Exception as error:  # of the network, the Hub or the disk, in many classes
+        raise UserError(f"{address}: cannot be had from the Hub ({first_line(error)})") from error
+    return Path(folder)
