@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
             continue
         height, width = detected.masks.shape[1:]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        detections = cast(Detections, vars(detected))
-        annotations += encode(number, (height, width), detections, category_ids)
+        annotations += encode(number, (height, width), cast(Detections, vars(detected)), category_ids)
         _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
     for number, annotation in enumerate(annotations, start=1):
         annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)

@@ -23,8 +23,7 @@ def class_names(cfg: CfgNode) -> list[str]:
         categories = load_json(eval_sources(cfg)[0].annotations)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):
-        is_coco = all(name.startswith("coco_") for name in cfg.DATASETS.TEST)
-        names = coco_names() if is_coco else []
+        names = coco_names() if all(name.startswith("coco_") for name in cfg.DATASETS.TEST) else []
     return names if len(names) == number else [f"class {label}" for label in range(number)]
 
 

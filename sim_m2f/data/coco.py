@@ -144,20 +144,19 @@ class _Reader:
                 self.report(f"{key}[{index}]", f"is {reprlib.repr(item)}, not an object; remove it")
                 continue
             where = f"{kind} id {item['id']}" if type(item.get("id")) is int else f"{key}[{index}]"
-            sound = True
+            before = len(self.problems)
             for name, (expected, check) in checks.items():
                 if name not in item:
                     self.report(where, f"has no {name}; add it")
                 elif not check(item[name]):
                     self.report(where, f"{name} is {reprlib.repr(item[name])}, not {expected}; correct it")
-                else:
-                    continue
-                sound = False
-            if sound and item["id"] in seen:
+            if len(self.problems) > before:
+                continue
+            if item["id"] in seen:
                 self.report(where, "is there more than once; give each its own id")
-            elif sound:
-                seen.add(item["id"])
-                yield item
+                continue
+            seen.add(item["id"])
+            yield item
 
     def report_missing_images(self, images: Iterable[Record]) -> None:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""

@@ -30,12 +30,9 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
 
 
 def _is_polygon(points: Any) -> bool:
-    return (
-        isinstance(points, list)
-        and len(points) >= 6
-        and len(points) % 2 == 0
-        and all(type(value) in (int, float) and abs(value) < 1e9 for value in points)
-    )
+    """Whether these are x and y of at least three corners, no number of them far too large."""
+    are_pairs = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+    return are_pairs and all(type(value) in (int, float) and abs(value) < 1e9 for value in points)
 
 
 def _is_far_out(positions: list[float], extent: int) -> bool:

@@ -30,7 +30,7 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
     if unfit or surplus:
         numbers = f"{len(unfit)} do not fit, {len(surplus)} are too many (such as {(unfit or surplus)[0]})"
         raise UserError(
-            f"{TIMM}{name}: of another backbone than {backbone.name}: {numbers}; check MODEL.BACKBONE"
+            f"{TIMM}{name}: another backbone than {backbone.name}: {numbers}; check MODEL.BACKBONE"
         )
     backbone.body.load_state_dict({key: weights[key] for key in own})
     return LoadReport(f"{TIMM}{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
