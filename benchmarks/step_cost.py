@@ -93,7 +93,11 @@ class TimedTrainer:
         trainer.model.train()
         trainer.criterion.train()
         images = batch["images"].to(trainer.accelerator.device, memory_format=torch.channels_last)
-        images, targets = self._timed("paste", lambda: trainer._pasted(images, batch["targets"]))
+        targets = batch["targets"]
+        if trainer.copy_paste:
+            images, targets = self._timed(
+                "paste", lambda: trainer.copy_paste(images, targets, trainer.iteration)
+            )
         outputs = self._timed("student forward", lambda: trainer.model(images))
         teacher = self._timed("teacher forward", lambda: trainer._teacher_outputs(images))
         leaves: list[tuple[Tensor, Tensor]] = []
@@ -101,7 +105,9 @@ class TimedTrainer:
 
         def supervise() -> Tensor:
             losses, matched = trainer.criterion(detached, targets, images, teacher)
-            trainer._remember(images, matched)
+            trainer.criterion.update(matched)
+            if trainer.copy_paste:
+                trainer.copy_paste.remember(images, matched)
             return sum(losses.values())
 
         losses = self._timed("losses", supervise)

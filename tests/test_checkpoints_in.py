@@ -230,6 +230,15 @@ def test_transformers_weights_as_they_are_in_memory(tmp_path):
     assert torch.equal(network.sem_seg_head.predictor.class_embed.weight, theirs.class_predictor.weight)
 
 
+def test_a_checkpoint_that_contains_itself_ends(tmp_path):
+    _, network = small_network("ResNet-18")
+    content = {}
+    content["model"] = content
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(UserError, match="nothing in common"):
+        load_checkpoint(network, tmp_path / "model.pkl")
+
+
 def test_shards(tmp_path):
     _, source = small_network("ResNet-18", seed=1)
     _, network = small_network("ResNet-18", seed=2)
@@ -300,6 +309,8 @@ def wrong_checkpoint(kind, folder):
         path.write_bytes(pickle.dumps({"model": {"weight": np.zeros(1000)}})[:-500])
     elif kind == "web page":
         path.write_text("<!DOCTYPE html>\n<html><body>Sign in</body></html>")
+    elif kind == "text with a brace":
+        path.write_text("var x = {};")  # the brace is where safetensors has one
     elif kind == "another architecture":
         torch.save(torchvision.models.resnet34().state_dict(), path)
     elif kind == "malicious pickle":
@@ -332,6 +343,7 @@ def wrong_checkpoint(kind, folder):
 WRONG = {
     "truncated": "damaged or cut short",
     "truncated pickle": "damaged or cut short",
+    "text with a brace": "is no file of weights",
     "web page": "is a web page",
     "another architecture": "of another backbone",
     "malicious pickle": "asks to run posix.mkdir",

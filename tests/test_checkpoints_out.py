@@ -6,15 +6,20 @@ from other_networks import CLASSES, assert_same_weights, small_network, stirred
 from PIL import Image
 
 from sim_m2f import cli
-from sim_m2f.commands.export import export
 from sim_m2f.config import get_cfg
 from sim_m2f.errors import UserError
-from sim_m2f.segmenter import Segmenter
+from sim_m2f.modeling import build_model
+from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.weights.checkpoint import load_checkpoint
-from sim_m2f.weights.folder import from_pretrained
+from sim_m2f.weights.export import export
+from sim_m2f.weights.folder import TrainedNetwork
 from sim_m2f.weights.transformers import transformers_config
 
 FILES = {"safetensors": "folder", "transformers": "folder", "detectron2": "model.pth"}
+
+
+def trained(network, cfg) -> TrainedNetwork:
+    return TrainedNetwork(network, cfg, CLASSES, metrics={})
 
 
 @pytest.mark.parametrize("backbone", ["ResNet-50", "ResNet-18", "MSRA", "Swin"])
@@ -22,7 +27,7 @@ FILES = {"safetensors": "folder", "transformers": "folder", "detectron2": "model
 def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
     cfg, network = small_network(backbone, seed=1)
     output = tmp_path / FILES[format_name]
-    export(Segmenter(network, cfg, CLASSES), format_name, output)
+    export(trained(network, cfg), format_name, output)
     other = stirred(cfg, seed=2)
     report = load_checkpoint(other, output, complete=True)
     assert_same_weights(other, network)
@@ -34,7 +39,7 @@ def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
 )
 def test_trained_norms_return_too(tmp_path, norm, format_name):
     cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", norm])
-    export(Segmenter(network, cfg, CLASSES), format_name, tmp_path / "written")
+    export(trained(network, cfg), format_name, tmp_path / "written")
     other = stirred(cfg, seed=2)
     load_checkpoint(other, tmp_path / "written", complete=True)
     assert_same_weights(other, network)
@@ -43,7 +48,7 @@ def test_trained_norms_return_too(tmp_path, norm, format_name):
 def test_the_original_finds_versions_and_buffers(tmp_path):
     """It renames the head's weights unless they are of version 2; FrozenBatchNorm2d is of version 3."""
     cfg, network = small_network("Swin")
-    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    export(trained(network, cfg), "detectron2", tmp_path / "model.pth")
     model = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     assert model._metadata["sem_seg_head"]["version"] == 2
     assert model._metadata["sem_seg_head.predictor"]["version"] == 2
@@ -54,7 +59,7 @@ def test_the_original_finds_versions_and_buffers(tmp_path):
         for second, (v, u) in enumerate(places):
             assert index[first, second] == (y - v + 6) * 13 + (x - u + 6)
     cfg, network = small_network("ResNet-18")
-    export(Segmenter(network, cfg, CLASSES), "detectron2", tmp_path / "model.pth")
+    export(trained(network, cfg), "detectron2", tmp_path / "model.pth")
     model = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     assert model._metadata["backbone.res5.1.conv2.norm"]["version"] == 3
 
@@ -67,7 +72,7 @@ def transformers():
 @pytest.mark.parametrize("backbone", ["ResNet-18", "MSRA", "Swin"])
 def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transformers, backbone):
     cfg, network = small_network(backbone)
-    export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path)
+    export(trained(network, cfg), "transformers", tmp_path)
     theirs, info = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
         tmp_path, output_loading_info=True
     )
@@ -84,15 +89,14 @@ def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transf
 
 def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transformers):
     cfg, network = small_network("ResNet-18")
-    model = Segmenter(network, cfg, CLASSES)
-    export(model, "transformers", tmp_path)
+    export(trained(network, cfg), "transformers", tmp_path)
     image = Image.effect_noise((90, 60), 80).convert("RGB")
 
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor(image, return_tensors="pt")["pixel_values"]
     seen = []
     network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model.predict(image)
+    Segmenter(network, cfg, CLASSES).predict(image)
     assert pixels.shape == seen[0].shape
     assert (pixels - seen[0]).abs().max() < 0.03  # the libraries round resized pixels differently
 
@@ -104,7 +108,7 @@ def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transfor
 
 def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
     cfg, network = small_network("Swin")
-    export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path)
+    export(trained(network, cfg), "transformers", tmp_path)
     model = from_pretrained(tmp_path, device="cpu")
     assert model.class_names == CLASSES
     assert model.cfg.INPUT.MIN_SIZE_TEST == 64
@@ -112,19 +116,17 @@ def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
 
 
 def test_formats_refuse_networks_that_they_do_not_have(tmp_path, small_cfg):
-    from sim_m2f.modeling import build_model
-
-    model = Segmenter(build_model(small_cfg), small_cfg, CLASSES)  # a backbone of timm's
+    timms = trained(build_model(small_cfg), small_cfg)
     for format_name in ("detectron2", "transformers"):
         with pytest.raises(UserError, match="resnet10t") as raised:
-            export(model, format_name, tmp_path / "out")
+            export(timms, format_name, tmp_path / "out")
         assert "\n" not in str(raised.value)
     cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", "GN"])
     with pytest.raises(UserError, match="GN"):
-        export(Segmenter(network, cfg, CLASSES), "transformers", tmp_path / "out")
+        export(trained(network, cfg), "transformers", tmp_path / "out")
     cfg, network = small_network("ResNet-18")
     with pytest.raises(UserError, match="2 class names"):
-        export(Segmenter(network, cfg, CLASSES[:2]), "transformers", tmp_path / "out")
+        export(TrainedNetwork(network, cfg, CLASSES[:2], {}), "transformers", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

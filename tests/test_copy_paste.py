@@ -10,7 +10,8 @@ import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
 
-from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.copy_paste import Jitter, paste
+from sim_m2f.supervision.paste_bank import PasteBank
 from sim_m2f.supervision.targets import flatten_targets
 
 HEIGHT, WIDTH = 32, 64

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 RUN_PLAIN = """
@@ -115,25 +114,3 @@ def test_cuda_kernels_compile_without_spills(tmp_path, architecture):
     )
     assert len(report) == done.stderr.count("Compiling entry function") > 0
     assert set(report) == {("0", "0", "0")}
-
-
-def test_doctor_knows_which_gpus_a_build_serves():
-    from sim_m2f.commands.doctor import runs_on
-
-    built = "7.5 8.0 8.6 9.0+PTX"
-    assert runs_on((8, 0), built)
-    assert runs_on((8, 9), built)
-    assert runs_on((9, 0), built)
-    assert runs_on((12, 0), built)
-    assert not runs_on((7, 0), built)
-    assert not runs_on((12, 0), "8.0 9.0")
-    assert not runs_on((10, 0), "9.0a")
-
-
-def test_doctor_names_the_implementation(capsys):
-    from sim_m2f.cli import main
-
-    assert main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert f"torch {torch.__version__}".partition("+")[0] in printed
-    assert "cpu: " in printed or "plain PyTorch everywhere" in printed

@@ -10,7 +10,8 @@ import yaml
 from sim_m2f.config.node import CfgNode, leaf_keys
 
 
-def _read(name: str) -> dict[str, Any]:
+def read_beside(name: str) -> dict[str, Any]:
+    """The content of a YAML file beside this one."""
     return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
@@ -23,9 +24,9 @@ def _add(node: CfgNode, values: Mapping[str, Any]) -> None:
             node[key] = CfgNode._decode_cfg_value(value)
 
 
-_IGNORED = _read("without_effect.yaml")
+_IGNORED = read_beside("without_effect.yaml")
 _DEFAULTS = CfgNode()
-_add(_DEFAULTS, _read("defaults.yaml"))
+_add(_DEFAULTS, read_beside("defaults.yaml"))
 _add(_DEFAULTS, _IGNORED)
 WITHOUT_EFFECT = tuple(leaf_keys(_IGNORED))
 

@@ -76,7 +76,7 @@ def score(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
         same for "bbox/" (the boxes) and "boxfill/" (each mask replaced by its own filled box), in percent;
         NaN where the truth has no object of that size or class. Only "bbox/" when ``has_masks`` is False.
     """
-    metrics = {}
+    metrics: dict[str, float] = {}
     detections = _detections(truth, results)
     if has_masks(truth):
         metrics |= _average_precision(truth, detections, "segm", "segm")
@@ -152,6 +152,8 @@ def _detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
 
 
 def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) -> dict[str, float]:
+    # faster-coco-eval is faster but not equal: it leaves out the epsilon, and so its precision after a
+    # class's first detection is 2e-16 higher (benchmarks/coco_eval.py).
     evaluation = COCOeval(truth, detections, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()

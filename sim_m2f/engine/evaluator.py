@@ -14,9 +14,11 @@ from pycocotools import mask as mask_utils
 from torch import nn
 from tqdm import tqdm
 
+from sim_m2f.config import CfgNode
+from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import CocoData
 from sim_m2f.data.dataset import EvalDataset
-from sim_m2f.data.loader import Batches
+from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
@@ -26,6 +28,30 @@ from sim_m2f.structures import Detections
 
 RESULTS_FILE = "inference/coco_instances_results.json"
 METRICS_FILE = "inference/metrics.json"
+
+
+def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+    """Score every test set of DATASETS.TEST*; see ``evaluate``.
+
+    The first one's results lie in OUTPUT_DIR, those of others in a folder of their name below it.
+
+    Returns:
+        the metrics; before those of all but the first test set stand its name and "/".
+    """
+    metrics: dict[str, float] = {}
+    sources = eval_sources(cfg)
+    for source in sources:
+        loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
+        below = "" if source is sources[0] else f"{source.name}/"
+        scores = evaluate(
+            model,
+            loader,
+            Path(cfg.OUTPUT_DIR) / below,
+            accelerator=accelerator,
+            top_k=cfg.TEST.DETECTIONS_PER_IMAGE,
+        )
+        metrics |= {f"{below}{name}": value for name, value in scores.items()}
+    return metrics
 
 
 def evaluate(
@@ -96,9 +122,9 @@ def _detect(
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
-            found = postprocess.instances(outputs, batch["image_sizes"], batch["original_sizes"], top_k)
-            images = zip(batch["image_ids"], batch["original_sizes"], found, strict=True)
-            for image_id, size, instances in images:
+            sizes = batch["original_sizes"]
+            detections = postprocess.instances(outputs, batch["image_sizes"], sizes, top_k)
+            for image_id, size, instances in zip(batch["image_ids"], sizes, detections, strict=True):
                 seen.append(image_id)
                 results += encode(image_id, size, instances, category_ids)
     return seen, results

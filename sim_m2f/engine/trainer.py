@@ -9,11 +9,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import eval_sources
-from sim_m2f.data.loader import eval_loader, train_loader
+from sim_m2f.data.loader import train_loader
 from sim_m2f.distributed import gather_on_first_rank, max_over_ranks
 from sim_m2f.engine.accelerator import build_accelerator
-from sim_m2f.engine.evaluator import evaluate
+from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.engine.logging import progress_bar
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
@@ -21,11 +20,9 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion
-from sim_m2f.supervision.copy_paste import Jitter, PasteBank, paste
+from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.matched import Matched, MatchedBoxes
-from sim_m2f.supervision.schedule import resolve_steps
-from sim_m2f.supervision.teacher import Teacher, teacher_terms
+from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -71,10 +68,11 @@ class Trainer:
             load_weights(model, state.get("model", {}), self.checkpoint)
         elif cfg.MODEL.WEIGHTS:
             load_checkpoint(model, cfg.MODEL.WEIGHTS)
-        self.criterion: Criterion = build_criterion(cfg).to(self.accelerator.device)
+        device = self.accelerator.device
+        self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
-        self.teacher = self._build_teacher(model)
-        self.bank = self._build_bank()
+        self.teacher = build_teacher(cfg, model, device)
+        self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
@@ -114,9 +112,13 @@ class Trainer:
         images = batch["images"].to(
             self.accelerator.device, memory_format=torch.channels_last, non_blocking=True
         )
-        images, targets = self._pasted(images, batch["targets"])
+        targets: Sequence[Target] = batch["targets"]
+        if self.copy_paste:
+            images, targets = self.copy_paste(images, targets, self.iteration)
         losses, matched = self.criterion(self.model(images), targets, images, self._teacher_outputs(images))
-        self._remember(images, matched)
+        self.criterion.update(matched)
+        if self.copy_paste:
+            self.copy_paste.remember(images, matched)
         self.accelerator.backward(sum(losses.values()))
         clip = self.cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
@@ -134,21 +136,9 @@ class Trainer:
         return self.iteration == self.cfg.SOLVER.MAX_ITER or (period > 0 and self.iteration % period == 0)
 
     def evaluate(self) -> dict[str, float]:
-        """Score every test set; the names of all but the first one stand before their metrics."""
-        metrics: dict[str, float] = {}
-        sources = eval_sources(self.cfg)
-        ranks = self.accelerator.process_index, self.accelerator.num_processes
-        for source in sources:
-            first = source is sources[0]
-            scores = evaluate(
-                self.teacher.network if self.teacher and self.cfg.TEST.USE_TEACHER else self.model,
-                eval_loader(self.cfg, source, *ranks),
-                self.output_dir if first else self.output_dir / source.name,
-                accelerator=self.accelerator,
-                top_k=self.cfg.TEST.DETECTIONS_PER_IMAGE,
-            )
-            metrics.update({name if first else f"{source.name}/{name}": v for name, v in scores.items()})
-        return metrics
+        """``evaluate_all`` of the network that TEST.USE_TEACHER names."""
+        network = self.teacher.network if self.teacher and self.cfg.TEST.USE_TEACHER else self.model
+        return evaluate_all(self.cfg, network, self.accelerator)
 
     def save(self) -> None:
         """Write a checkpoint of everything that training changes; the run's previous one goes.
@@ -163,38 +153,12 @@ class Trainer:
         replace_checkpoint(path, state, None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint)
         self.checkpoint = path
 
-    def _build_teacher(self, model: torch.nn.Module) -> Teacher | None:
-        keys = self.cfg.MODEL.SIM.TEACHER
-        return Teacher(model, keys.MOMENTUM).to(self.accelerator.device) if keys.ENABLED else None
-
-    def _build_bank(self) -> PasteBank | None:
-        keys = self.cfg.MODEL.SIM.COPY_PASTE
-        if not keys.ENABLED or self.cfg.MODEL.SIM.SUPERVISION != "box":
-            return None
-        return PasteBank(keys.PICTURES, self.accelerator.device, keys.SCORE_POWER)
-
-    def _pasted(self, images: Tensor, targets: list[Target]) -> tuple[Tensor, list[Target]]:
-        """The batch with objects of recent images on it, once copy-paste has started."""
-        keys = self.cfg.MODEL.SIM.COPY_PASTE
-        if self.bank is None or self.iteration < resolve_steps(keys.START, self.cfg.SOLVER.MAX_ITER):
-            return images, targets
-        moved = keys.SHIFT > 0 or keys.SCALE != (1.0, 1.0)
-        jitter = Jitter(keys.SHIFT, keys.SCALE) if moved else None
-        return paste(images, targets, self.bank, keys.PROBABILITY, keys.OBJECTS, jitter)
-
     def _teacher_outputs(self, images: Tensor) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""
         if not self.teacher_terms or self.teacher is None:
             return None
         with self.accelerator.autocast():
             return self.teacher(images)
-
-    def _remember(self, images: Tensor, matched: Matched) -> None:
-        """What later steps need of this one: the step counter, the prototypes, the objects for copy-paste."""
-        self.criterion.update(matched)
-        if self.bank is not None and isinstance(matched, MatchedBoxes) and matched.labels is not None:
-            masks, scores = matched.labels.masks(matched.objects)
-            self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
 
     def _agreed(self, stop: StopSignal) -> int:
         """The signal that any rank has received, 0 for none; ranks ask each other every LOG_PERIOD steps."""
@@ -204,32 +168,34 @@ class Trainer:
             return 0
         return int(max_over_ranks(torch.tensor(stop.received, device=self.accelerator.device)))
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What is saved beside the network, by its name in a checkpoint."""
+        parts = {"criterion": self.criterion, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return (
+            parts
+            | ({"teacher": self.teacher} if self.teacher else {})
+            | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
+        )
+
     def _state(self) -> dict[str, Any]:
-        bank = self.bank.state_dict() if self.bank is not None else None
+        bank = send_to_device(self.copy_paste.bank.state_dict(), "cpu") if self.copy_paste else None
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
-            "criterion": self.criterion.state_dict(),
-            "teacher": self.teacher.state_dict() if self.teacher else {},
+            **{name: part.state_dict() for name, part in self._parts.items()},
             "use_teacher": self.cfg.TEST.USE_TEACHER,
-            "banks": gather_on_first_rank(send_to_device(bank, "cpu")) if bank else [],
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "banks": gather_on_first_rank(bank) if bank else [],
             "iteration": self.iteration,
         }
 
     def _load_state(self, state: dict[str, Any], path: Path) -> None:
         try:
-            self.criterion.load_state_dict(state["criterion"])
-            if self.teacher:
-                self.teacher.load_state_dict(state["teacher"])
-            if self.bank is not None and state["banks"]:  # of a run without copy-paste there are none
-                banks = state["banks"]
-                self.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-            if self.accelerator.scaler and state["scaler"]:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
+            for name, part in self._parts.items():
+                if name != "scaler" or state.get(name):  # a run in another precision has none
+                    part.load_state_dict(state[name])
+            banks = state["banks"]
+            if self.copy_paste and banks:  # of a run without copy-paste there are none
+                self.copy_paste.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
             self.iteration = state["iteration"]
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(

@@ -109,9 +109,9 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
-        width, heads, pre_norm = former.HIDDEN_DIM, former.NHEADS, former.PRE_NORM
-        layers = former.DEC_LAYERS - 1
+        decoder, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
+        width, heads, pre_norm = decoder.HIDDEN_DIM, decoder.NHEADS, decoder.PRE_NORM
+        layers = decoder.DEC_LAYERS - 1
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(width, heads, pre_norm) for _ in range(layers)
         )
@@ -119,13 +119,13 @@ class MaskDecoder(nn.Module):
             CrossAttentionLayer(width, heads, pre_norm) for _ in range(layers)
         )
         self.transformer_ffn_layers = nn.ModuleList(
-            FFNLayer(width, former.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
+            FFNLayer(width, decoder.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
         )
         self.decoder_norm = nn.LayerNorm(width)
-        self.query_feat = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
-        self.query_embed = nn.Embedding(former.NUM_OBJECT_QUERIES, width)
+        self.query_feat = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
+        self.query_embed = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
         self.level_embed = nn.Embedding(self.levels, width)
-        project = width != head.CONVS_DIM or former.ENFORCE_INPUT_PROJ
+        project = width != head.CONVS_DIM or decoder.ENFORCE_INPUT_PROJ
         self.input_proj = nn.ModuleList(
             nn.Conv2d(head.CONVS_DIM, width, 1) if project else nn.Sequential() for _ in range(self.levels)
         )

@@ -115,7 +115,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
         super().__init__()
-        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        head, keys = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
         width = head.CONVS_DIM
         self.encoded_features = list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)[::-1]
         self.fine_feature = head.IN_FEATURES[0]
@@ -133,7 +133,7 @@ class PixelDecoder(nn.Module):
             len(self.encoded_features),
             head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
             head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
-            former.DROPOUT,
+            keys.DROPOUT,
         )
         self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)
         self.layer_1 = ConvNorm(width, width, 3)

@@ -76,3 +76,9 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> Outputs:
         """The network's outputs for (B, 3, H, W) images."""
         return self.network(images)
+
+
+def build_teacher(cfg: CfgNode, student: nn.Module, device: torch.device) -> Teacher | None:
+    """A teacher that starts as the student, if MODEL.SIM.TEACHER.ENABLED."""
+    keys = cfg.MODEL.SIM.TEACHER
+    return Teacher(student, keys.MOMENTUM).to(device) if keys.ENABLED else None

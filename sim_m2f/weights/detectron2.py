@@ -28,18 +28,13 @@ def detectron2_checkpoint(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[s
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONES:
         raise UserError(f"MODEL.BACKBONE.NAME {name}: the original has {' and '.join(BACKBONES)} only")
-    model = OrderedDict(to_names(weights, detectron2_names))
+    model: Any = OrderedDict(to_names(weights, detectron2_names))
     for attention, index in relative_position_indices(weights, cfg).items():
         table = detectron2_names(f"{attention}.relative_position_bias_table")[0]
         model[table.replace("bias_table", "index")] = index
     model["criterion.empty_weight"] = class_weights(cfg)
-    model._metadata = OrderedDict(
-        {"": {"version": 1}, "sem_seg_head": {"version": HEAD_VERSION}}
-        | {"sem_seg_head.predictor": {"version": HEAD_VERSION}}
-        | {norm: {"version": FROZEN_NORM_VERSION} for norm in _norms(model)}
-    )
+    norms = [name.removesuffix(".running_mean") for name in model if name.endswith(".running_mean")]
+    versions = {"": 1, "sem_seg_head": HEAD_VERSION, "sem_seg_head.predictor": HEAD_VERSION}
+    versions |= dict.fromkeys(norms, FROZEN_NORM_VERSION)
+    model._metadata = OrderedDict((name, {"version": number}) for name, number in versions.items())
     return {"model": model, "__author__": "SIM-M2F"}
-
-
-def _norms(model: Mapping[str, Tensor]) -> list[str]:
-    return [name.removesuffix(".running_mean") for name in model if name.endswith(".running_mean")]

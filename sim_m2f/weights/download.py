@@ -1,118 +1,148 @@
-"""Files of the web: downloaded once, resumed where they broke off, checked against their hash."""
+"""Files of weights on the web: downloaded once, resumed where they broke off, checked before they are cached.
+
+By requests, and resumed here: huggingface_hub's http_get appends what any 206 brings; pooch, fsspec and
+torch.hub do not resume; none of them gives up a transfer that only drips.
+"""
 
 import hashlib
 import re
-import urllib.error
-import urllib.request
-from http.client import HTTPException, HTTPResponse
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urlsplit
+from urllib.parse import unquote, urlsplit
 
+import requests
 from filelock import FileLock
 from tqdm import tqdm
+from urllib3.exceptions import HTTPError
 
 from sim_m2f.errors import UserError
 from sim_m2f.files import cache_folder
+from sim_m2f.weights.weight_files import HEAD, weights_problem
 
 BLOCK = 1 << 20
-TIMEOUT = 60.0
+SLOWEST, STALL = 1 << 14, 60.0  # bytes that have to arrive within so many seconds
+DIGITS = "[0-9a-f]{8,64}"
 
 
 def download(address: str) -> Path:
     """The file of an http(s) address in the cache; what an earlier attempt left is gone on with.
 
     The expected SHA-256 stands behind the address, ``https://.../x.pth#sha256=...``, or its beginning in the
-    file's name as torch.hub has it, ``resnet50-19c8e357.pth``.
+    file's name as torch.hub has it, ``resnet50-19c8e357.pth``. Only a whole file that looks like weights and
+    has this hash enters the cache.
 
     Raises:
-        UserError: the address cannot be reached or broke off again, the disk is full, or the hash is another.
+        UserError: the address cannot be reached or broke off, the disk is full, what came is no file of
+            weights or of another hash, or the expected hash is none.
     """
-    path = cache_folder() / "weights" / _cached_name(address)
-    url, fragment = urldefrag(address)
+    url, has_hash, _ = address.partition("#")
+    path = cache_folder() / "weights" / _cached_name(url)
+    expected = _expected_hash(address, path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 part = path.with_name(f"{path.name}.part")
-                _fetch(url, part)
-                _check_hash(address, part, _expected_hash(path.name, fragment))
+                _fetch(url, part, hashed=bool(expected))
+                _check(address, part, expected)
                 part.replace(path)
-            elif fragment:
-                _check_hash(address, path, _expected_hash(path.name, fragment))
-    except (OSError, HTTPException, ValueError) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            elif has_hash:
+                _check(address, path, expected)
+    except (OSError, HTTPError) as error:
+        cause: BaseException | None = error
+        while isinstance(cause, requests.RequestException | HTTPError) and cause.__context__:
+            cause = cause.__context__
+        reason = getattr(cause, "strerror", None) or cause
         raise UserError(f"{address}: not downloaded ({reason}); the same command goes on with it") from error
     return path
 
 
-def _cached_name(address: str) -> Path:
+def _cached_name(url: str) -> Path:
     """Server, path and the beginning of the query's hash; a server may give another file for each query.
 
     Raises:
         UserError: the address is not that of a file.
     """
     try:
-        parts = urlsplit(address)
+        parts = urlsplit(url)
     except ValueError as error:
-        raise UserError(f"{address}: not the address of a file ({error})") from error
+        raise UserError(f"{url}: not the address of a file ({error})") from error
     file = Path(unquote(parts.path).lstrip("/"))
     if ".." in file.parts or not file.name:
-        raise UserError(f"{address}: not the address of a file")
+        raise UserError(f"{url}: not the address of a file")
     query = f"_{hashlib.sha256(parts.query.encode()).hexdigest()[:16]}" if parts.query else ""
     return Path(parts.netloc.replace(":", "_") + query) / file
 
 
-def _expected_hash(name: str, fragment: str) -> str:
-    if fragment.startswith("sha256="):
-        return fragment.removeprefix("sha256=").lower()
-    match = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,64})\.[^.]+$", name)  # a letter, so that it is no date
+def _expected_hash(address: str, name: str) -> str:
+    """The SHA-256, or its beginning, of an address or else of a file's name; empty where neither has one."""
+    _, marked, fragment = address.partition("#")
+    if not marked:
+        match = re.search(rf"-(?=[0-9]*[a-f])({DIGITS})\.[^.]+$", name)  # a letter, so that it is no date
+    elif not (match := re.fullmatch(f"sha256=({DIGITS})", fragment.lower())):
+        raise UserError(f"{address}: '#{fragment}' cannot be checked; write #sha256=DIGITS or nothing")
     return match[1] if match else ""
 
 
-def _check_hash(address: str, path: Path, expected: str) -> None:
-    """Raises UserError, and removes the file, unless its SHA-256 begins with ``expected``."""
+def _check(address: str, path: Path, expected: str) -> None:
+    """Raises UserError, and removes the file, unless it looks like weights and has the expected SHA-256."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
+        problem = weights_problem(file.read(HEAD))
+        file.seek(0)
         while block := file.read(BLOCK):
             digest.update(block)
     if not digest.hexdigest().startswith(expected):
+        problem = f"its SHA-256 begins with {digest.hexdigest()[:16]}, not with {expected[:16]}"
+    if problem:
         path.unlink()
-        raise UserError(
-            f"{address}: its SHA-256 begins with {digest.hexdigest()[:16]}, not with {expected[:16]}; "
-            "the file was removed, try again"
-        )
+        raise UserError(f"{address}: {problem}; it was removed, try again or take another address")
 
 
-def _fetch(url: str, part: Path) -> None:
-    """Download into ``part``, behind what it holds if the server's file is still the same."""
-    version = part.with_name(f"{part.name}.version")
-    request = urllib.request.Request(url, headers={"User-Agent": "sim-m2f"})
-    if part.exists() and version.exists() and (known := version.read_text()):
-        request.add_header("Range", f"bytes={part.stat().st_size}-")
-        request.add_header("If-Range", known)
-    try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: the range is empty, everything is there
-            raise
-        version.unlink()
-        return
-    with response:
-        resumed = response.status == 206
-        if not resumed:
-            version.write_text(response.headers.get("ETag") or response.headers.get("Last-Modified") or "")
-        _copy(response, part, part.stat().st_size if resumed else 0)
-    version.unlink()
+def _fetch(url: str, part: Path, hashed: bool) -> None:
+    """Download into ``part``, behind what it holds where the server still has the same file."""
+    known = part.with_name(f"{part.name}.known")  # length and ETag of the file that the part is of
+    held = part.stat().st_size if part.exists() and known.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={held}-"} if held else {})}
+    with requests.get(url, headers=headers, stream=True, timeout=STALL) as response:
+        has, length = response.headers, response.raw.length_remaining
+        if held and response.status_code in (206, 416):
+            total, _, etag = known.read_text().partition(" ")
+            rest = f"bytes {held}-{int(total) - 1}/{total}", etag, int(total) - held
+            if (has.get("Content-Range"), has.get("ETag"), length) != rest:
+                known.unlink()
+                return _fetch(url, part, hashed)
+        elif response.status_code != 200:
+            raise ConnectionError(f"{response.status_code} {response.reason}")
+        elif length is None and not hashed and has.get("Transfer-Encoding") != "chunked":
+            raise ConnectionError("the server does not say how long it is; add #sha256=DIGITS")
+        else:
+            held = 0
+            known.unlink(missing_ok=True)
+            if length and has.get("ETag", "").startswith('"'):  # another one may stay when the file changes
+                known.write_text(f"{length} {has['ETag']}")
+        whole = None if length is None else held + length
+        bar = tqdm(desc=part.stem, initial=held, total=whole, unit="B", unit_scale=True, disable=None)
+        with part.open("ab" if held else "wb") as file, bar:
+            for block in _blocks(response):
+                file.write(block)
+                bar.update(len(block))
+    known.unlink(missing_ok=True)
 
 
-def _copy(response: HTTPResponse, part: Path, start: int) -> None:
-    length = response.headers.get("Content-Length")
-    total = start + int(length) if length else None
-    title = unquote(urlsplit(response.url).path).rpartition("/")[2]
-    bar = tqdm(desc=title, initial=start, total=total, unit="B", unit_scale=True, disable=None)
-    with part.open("ab" if start else "wb") as file, bar:
-        while block := response.read(BLOCK):
-            file.write(block)
-            bar.update(len(block))
-    if total is not None and part.stat().st_size < total:
-        raise ConnectionError(f"broke off after {part.stat().st_size} of {total} bytes")
+def _blocks(response: requests.Response) -> Iterator[bytes]:
+    """The body as it arrives, whole or not without an error.
+
+    Raises:
+        OSError: it stalls, or arrives more slowly than any line that is of use.
+        HTTPError: it is shorter than was announced.
+    """
+    received, deadline = 0, time.monotonic() + STALL
+    while block := response.raw.read1(BLOCK):
+        yield block
+        received += len(block)
+        if received >= SLOWEST:
+            received, deadline = 0, time.monotonic() + STALL
+        elif time.monotonic() > deadline:
+            raise TimeoutError(f"less than {SLOWEST} bytes came in {STALL:.0f} seconds")

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sim_m2f.errors import UserError
+from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.caffe2 import from_caffe2, is_caffe2
 from sim_m2f.weights.names import (
     BODY,
@@ -106,11 +107,11 @@ def _summary(names: list[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def load_into(network: nn.Module, state: Any, source: str) -> LoadReport:
+def load_into(network: Mask2Former, state: Any, source: str) -> LoadReport:
     """Load what fits of a file's contents, by the names of whoever wrote it.
 
     Args:
-        network: a Mask2Former of ours.
+        network: whose weights are replaced, in place.
         state: the contents of a file of weights.
         source: where they come from, for messages.
 
@@ -141,25 +142,20 @@ def load_into(network: nn.Module, state: Any, source: str) -> LoadReport:
 
 def tensors_in(state: Any) -> dict[str, Tensor]:
     """The weights in a file's contents, under the names that they have there."""
-    while isinstance(state, Mapping) and (key := next((k for k in CONTAINERS if _is_group(state, k)), None)):
-        state = state[key]
-    named = state.items() if isinstance(state, Mapping) else ()
-    arrays = {str(name): value for name, value in named if _is_array(value)}
-    if any(name.startswith(META_ARCHITECTURE) for name in arrays):
-        arrays = {
-            name.removeprefix(META_ARCHITECTURE): value
-            for name, value in arrays.items()
-            if name.startswith(META_ARCHITECTURE)
-        }
+    state = state if isinstance(state, Mapping) else {}
+    for _ in CONTAINERS:  # never deeper, since a file may contain itself
+        state = next((state[key] for key in CONTAINERS if isinstance(state.get(key), Mapping)), state)
+    arrays = {str(name): value for name, value in state.items() if _is_array(value)}
+    inner = {
+        name.removeprefix(META_ARCHITECTURE): value
+        for name, value in arrays.items()
+        if name.startswith(META_ARCHITECTURE)
+    }
     return {
         stored_transformers_name(name.removeprefix("module.")): _as_tensor(value)
-        for name, value in arrays.items()
+        for name, value in (inner or arrays).items()
         if not name.endswith("_momentum")
     }
-
-
-def _is_group(state: Mapping[str, Any], key: str) -> bool:
-    return isinstance(state.get(key), Mapping)
 
 
 def _is_array(value: Any) -> bool:
@@ -183,14 +179,14 @@ def _origin(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[str, Nam
     return max(NAMINGS.items(), key=lambda item: hits(item[1]))
 
 
-def _caffe2_notes(network: nn.Module) -> list[str]:
+def _caffe2_notes(network: Mask2Former) -> list[str]:
+    notes = ["pixels: converted from BGR in 0..255 to the network's RGB"]
     stage = getattr(getattr(network.backbone, "body", None), "layer2", None)
-    if stage is None or tuple(stage[0].conv1.stride) == (2, 2):
-        return ["pixels: converted from BGR in 0..255 to the network's RGB"]
-    return [
-        "pixels: converted from BGR in 0..255 to the network's RGB",
-        "MSRA's ResNets stride in the 1x1 convolutions; for them set MODEL.RESNETS.STRIDE_IN_1X1 True",
-    ]
+    if stage is not None and tuple(stage[0].conv1.stride) != (2, 2):
+        notes.append(
+            "MSRA's ResNets stride in the 1x1 convolutions; for them set MODEL.RESNETS.STRIDE_IN_1X1 True"
+        )
+    return notes
 
 
 def _check(report: LoadReport, own: Mapping[str, Tensor], naming: Naming) -> None:

@@ -141,7 +141,7 @@ def _swin_or_resnet(name: str, swin: Rules, resnet: Rules) -> Rules:
 
 def to_names(weights: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
     """Our weights under the names of another implementation."""
-    renamed = {}
+    renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
         theirs = naming(name)
         parts = weight.chunk(len(theirs)) if len(theirs) > 1 else (weight,)

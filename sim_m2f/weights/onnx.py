@@ -1,6 +1,7 @@
 """The network as an ONNX file for images of any size, its deformable attention written with GridSample."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class GridSampleAttention(MSDeformAttn):
         weights = weights.unflatten(-1, (self.levels, self.points))
         value = self.value_proj(source).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)  # (B, M, D, S)
         maps = value.flatten(0, 1).split([height * width for height, width in shapes], dim=2)
-        total = 0.0
+        total: Any = 0.0
         for level, (height, width) in enumerate(shapes):
             x, y = offsets[..., level, :, :].unbind(-1)
             places = reference[:, :, :, None] + torch.stack([x / width, y / height], dim=-1)
@@ -84,4 +85,4 @@ def onnx_bytes(network: Mask2Former) -> bytes:
             f"backbone {network.backbone.name}: cannot be exported to ONNX ({reason}); "
             "export to safetensors, or take another backbone"
         ) from error
-    return program.model_proto.SerializeToString()
+    return program.model_proto.SerializeToString()  # type: ignore[union-attr]

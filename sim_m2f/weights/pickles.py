@@ -19,7 +19,7 @@ from torch import Tensor, nn
 try:
     from numpy._core import multiarray, numeric
 except ImportError:  # numpy 1
-    from numpy.core import multiarray, numeric
+    from numpy.core import multiarray, numeric  # type: ignore[no-redef]
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # the first object in torch files older than PyTorch 1.6
 NUMBERS = "?" + np.typecodes["AllInteger"] + np.typecodes["AllFloat"]
@@ -57,16 +57,12 @@ class _Array(np.ndarray):
         super().__setstate__((*version_and_shape, _plain(dtype), is_fortran, content))
 
 
-def _array(*_: Any) -> _Array:
-    return _Array()
-
-
-def _scalar(dtype: np.dtype, content: Any) -> np.generic:
+def _scalar(dtype: np.dtype, content: Any) -> Any:
     return multiarray.scalar(_plain(dtype), content)
 
 
 def _frombuffer(content: Any, dtype: np.dtype, *layout: Any) -> _Array:
-    return numeric._frombuffer(content, _plain(dtype), *layout).view(_Array)
+    return numeric._frombuffer(content, _plain(dtype), *layout).view(_Array)  # type: ignore[attr-defined]
 
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
@@ -91,7 +87,7 @@ ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
 }
 for package in ("numpy.core", "numpy._core"):
-    ALLOWED[f"{package}.multiarray", "_reconstruct"] = _array
+    ALLOWED[f"{package}.multiarray", "_reconstruct"] = _Array
     ALLOWED[f"{package}.multiarray", "scalar"] = _scalar
     ALLOWED[f"{package}.numeric", "_frombuffer"] = _frombuffer
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.config import CfgNode, get_cfg, value_of
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.weights.names import to_names, transformers_names
@@ -31,30 +31,27 @@ SAME = {
     "encoder_feedforward_dim": "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD",
     "common_stride": "MODEL.SEM_SEG_HEAD.COMMON_STRIDE",
     "num_attention_heads": "MODEL.MASK_FORMER.NHEADS",
-    "hidden_dim": "MODEL.MASK_FORMER.HIDDEN_DIM",
     "decoder_layers": "MODEL.MASK_FORMER.DEC_LAYERS",
-    "dim_feedforward": "MODEL.MASK_FORMER.DIM_FEEDFORWARD",
-    "pre_norm": "MODEL.MASK_FORMER.PRE_NORM",
     "enforce_input_projection": "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ",
     "num_queries": "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
-    "dropout": "MODEL.MASK_FORMER.DROPOUT",
-    "no_object_weight": "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT",
-    "class_weight": "MODEL.MASK_FORMER.CLASS_WEIGHT",
-    "mask_weight": "MODEL.MASK_FORMER.MASK_WEIGHT",
-    "dice_weight": "MODEL.MASK_FORMER.DICE_WEIGHT",
-    "train_num_points": "MODEL.MASK_FORMER.TRAIN_NUM_POINTS",
-    "oversample_ratio": "MODEL.MASK_FORMER.OVERSAMPLE_RATIO",
-    "importance_sample_ratio": "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO",
+    **{
+        name: f"MODEL.MASK_FORMER.{name.upper()}"
+        for name in (
+            *("hidden_dim", "dim_feedforward", "pre_norm", "dropout"),
+            *("no_object_weight", "class_weight", "mask_weight", "dice_weight"),
+            *("train_num_points", "oversample_ratio", "importance_sample_ratio"),
+        )
+    },
 }
 SWIN_SAME = {
     "image_size": "MODEL.SWIN.PRETRAIN_IMG_SIZE",
-    "patch_size": "MODEL.SWIN.PATCH_SIZE",
-    "embed_dim": "MODEL.SWIN.EMBED_DIM",
-    "depths": "MODEL.SWIN.DEPTHS",
-    "num_heads": "MODEL.SWIN.NUM_HEADS",
-    "window_size": "MODEL.SWIN.WINDOW_SIZE",
-    "mlp_ratio": "MODEL.SWIN.MLP_RATIO",
-    "drop_path_rate": "MODEL.SWIN.DROP_PATH_RATE",
+    **{
+        name: f"MODEL.SWIN.{name.upper()}"
+        for name in (
+            *("patch_size", "embed_dim", "depths", "num_heads"),
+            *("window_size", "mlp_ratio", "drop_path_rate"),
+        )
+    },
 }
 
 
@@ -86,7 +83,7 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
         "model_type": "mask2former",
         "activation_function": "relu",
         "backbone_config": backbone,
-        **{theirs: _value(cfg, ours) for theirs, ours in SAME.items()},
+        **{theirs: value_of(cfg, ours) for theirs, ours in SAME.items()},
         "feature_strides": [4, 8, 16, 32],
         "ignore_value": 255,
         "init_std": 0.02,
@@ -101,7 +98,7 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
 def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
     name, resnet = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
     if name == "D2SwinTransformer":
-        same = {theirs: _value(cfg, ours) for theirs, ours in SWIN_SAME.items()}
+        same = {theirs: value_of(cfg, ours) for theirs, ours in SWIN_SAME.items()}
         return {"model_type": "swin", **same, "hidden_act": "gelu", "qkv_bias": True, "out_features": STAGES}
     if name != "build_resnet_backbone" or resnet.NORM == "GN":
         raise UserError(
@@ -159,16 +156,15 @@ def cfg_from_transformers(
         raise UserError(
             f"a configuration of {config.get('model_type')!r}, not of Mask2Former ('mask2former')"
         )
-    cfg = get_cfg()
-    _merge(cfg, {ours: config[theirs] for theirs, ours in SAME.items() if theirs in config})
-    _merge(cfg, {"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": cfg.MODEL.MASK_FORMER.NHEADS})
-    _merge(cfg, _backbone_keys(_mapping(config, "backbone_config")))
     labels = _labels(_mapping(config, "id2label"))
-    class_names = [labels[index] for index in sorted(labels)]
-    if class_names:
-        _merge(cfg, {"MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(class_names)})
-    _merge(cfg, _pixel_keys(processor or {}))
-    return cfg, class_names
+    keys = {ours: config[theirs] for theirs, ours in SAME.items() if theirs in config}
+    keys |= _backbone_keys(_mapping(config, "backbone_config")) | _pixel_keys(processor or {})
+    if labels:
+        keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
+    cfg = get_cfg()
+    cfg.merge_from_list([item for pair in keys.items() for item in pair])
+    cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = cfg.MODEL.MASK_FORMER.NHEADS
+    return cfg, [labels[index] for index in sorted(labels)]
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -208,7 +204,8 @@ def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pixel_keys(processor: Mapping[str, Any]) -> dict[str, Any]:
-    size = processor.get("size") if isinstance(processor.get("size"), Mapping) else {}
+    size = processor.get("size")
+    size = size if isinstance(size, Mapping) else {}
     keys = {
         "INPUT.MIN_SIZE_TEST": size.get("shortest_edge"),
         "INPUT.MAX_SIZE_TEST": size.get("longest_edge"),
@@ -256,13 +253,3 @@ def write_transformers(
     renamed = {name: weight.contiguous() for name, weight in transformers_weights(weights, cfg).items()}
     with atomic_write(folder / "model.safetensors", "wb") as file:
         file.write(save(renamed, metadata={"format": "pt"}))
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
-def _merge(cfg: CfgNode, values: Mapping[str, Any]) -> None:
-    cfg.merge_from_list([item for pair in values.items() for item in pair])

@@ -14,11 +14,12 @@ from sim_m2f.weights.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPick
 
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
-NUMPY_GLOBALS = [
+NUMPY_GLOBALS: list[Any] = [
     *((target, ".".join(name)) for name, target in ALLOWED.items() if name[0].startswith("numpy")),
     *{type(np.dtype(code)) for code in NUMBERS},
 ]
 SHARDS = ".index.json"
+HEAD = 512  # bytes that tell what a file is
 
 
 def read_weight_file(path: Path) -> Any:
@@ -29,30 +30,24 @@ def read_weight_file(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            head = file.read(512)
+            head = file.read(HEAD)
         if path.name.endswith(SHARDS):
             return _read_shards(path)
-        if not _looks_like_weights(head):
-            raise UserError(f"{path}: {_what_it_is(head)}; download it again or take another file")
+        if problem := weights_problem(head):
+            raise UserError(f"{path}: {problem}; download it again or take another file")
         return _read(path, head)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
     except ForbiddenPickleError as error:
-        raise UserError(
-            f"{path}: not loaded: it asks to run {error}, which no file of weights needs"
-        ) from error
+        raise _forbidden(path, str(error)) from error
     except UserError:
         raise
     except Exception as error:  # damaged files raise errors of every kind
         raise _refusal(path, error) from error
 
 
-def _looks_like_weights(head: bytes) -> bool:
-    return head.startswith((ZIP, PICKLE)) or _is_safetensors(head)
-
-
 def _is_safetensors(head: bytes) -> bool:
-    return head[8:9] == b"{"
+    return head[4:9] == b"\0\0\0\0{"  # the length of the JSON that follows, below 4 GB
 
 
 def _read(path: Path, head: bytes) -> Any:
@@ -75,8 +70,10 @@ def _read_shards(index: Path) -> dict[str, Any]:
     return weights
 
 
-def _what_it_is(head: bytes) -> str:
-    """In words, what a file without weights seems to be."""
+def weights_problem(head: bytes) -> str | None:
+    """What a file that begins with ``head`` seems to be, unless it looks like weights."""
+    if head.startswith((ZIP, PICKLE)) or _is_safetensors(head):
+        return None
     if not head:
         return "is empty"
     text = head.lstrip().lower()

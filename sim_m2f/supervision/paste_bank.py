@@ -1,0 +1,136 @@
+"""The bank of recent training images that copy-paste draws its objects from."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sim_m2f.supervision.targets import STRIDE, Targets
+
+# What a checkpoint calls the attributes of a bank.
+STATE = {
+    "pictures": "images",
+    **{name: name for name in ("masks", "boxes", "labels", "scores", "counts", "entered")},
+}
+
+
+class PasteBank:
+    """The last training images with their objects, first in, first out.
+
+    Pixels are kept as float16: it holds normalised pixels (below 4) to 0.001, a twentieth of one of 255 grey
+    levels. Images of all sizes share one buffer, which grows to the largest; beyond an image all is zero.
+
+    Args:
+        capacity: most images, at least 1.
+        device: where the batches' images are, and the bank.
+        power: objects are drawn in proportion to score^power.
+
+    Attributes:
+        images: (capacity, 3, H, W) float16; the n-th image that ever entered is at n % capacity.
+        masks: (M, h, w) bool, pixels of the objects of all images, the oldest image's first.
+        boxes: (M, 4) float32 xyxy in pixels.
+        labels: (M,) int64.
+        scores: (M,) float32, 0 for an object that cannot be drawn because its mask is empty.
+        counts: objects per image, the oldest image first; at least 1.
+        entered: images that ever entered.
+    """
+
+    def __init__(self, capacity: int, device: torch.device, power: float = 3.0) -> None:
+        self.capacity, self.power = capacity, power
+        self.images = torch.zeros(capacity, 3, 0, 0, dtype=torch.float16, device=device)
+        self.masks = torch.zeros(0, 0, 0, dtype=torch.bool, device=device)
+        self.boxes = torch.zeros(0, 4, device=device)
+        self.labels = torch.zeros(0, dtype=torch.int64, device=device)
+        self.scores = torch.zeros(0, device=device)
+        self.counts: list[int] = []
+        self.entered = 0
+
+    def __len__(self) -> int:
+        """The images in the bank."""
+        return len(self.counts)
+
+    @torch.no_grad()
+    def add(self, images: Tensor, objects: Targets, masks: Tensor, scores: Tensor) -> None:
+        """Enter every image of a batch that has objects, once; the oldest leave.
+
+        Args:
+            images: (B, 3, H, W), as the network got them; H and W are multiples of 4.
+            objects: the T objects of the batch.
+            masks: (T, h, w) pseudo masks at stride 4, bool or probabilities, positive above one half.
+            scores: (T,) from 0 to 1.
+        """
+        self._grow(*images.shape[-2:])
+        height, width = self.images.shape[-2:]
+        masks = fit_to(masks > 0.5, height // STRIDE, width // STRIDE)
+        scores = scores.float() * masks.flatten(1).any(1)
+
+        entering = [i for i, count in enumerate(objects.counts) if count]
+        counts = self.counts + [objects.counts[i] for i in entering]
+        leaving = max(len(counts) - self.capacity, 0)
+        old = sum(counts[:leaving])
+        new = max(old - len(self.scores), 0)  # of this batch itself, when it is larger than the bank
+        self.masks = torch.cat([self.masks[old:], masks[new:]])
+        self.boxes = torch.cat([self.boxes[old:], objects.boxes[new:].float()])
+        self.labels = torch.cat([self.labels[old:], objects.labels[new:]])
+        self.scores = torch.cat([self.scores[old:], scores[new:]])
+        self.counts = counts[leaving:]
+        self.entered += len(entering)
+
+        staying = torch.tensor(entering[-self.capacity :], dtype=torch.int64)
+        slots = torch.arange(self.entered - len(staying), self.entered) % self.capacity
+        pixels = images.index_select(0, staying.to(images.device, non_blocking=True)).half()
+        self.images.index_copy_(0, slots.to(images.device, non_blocking=True), fit_to(pixels, height, width))
+
+    def _grow(self, height: int, width: int) -> None:
+        height, width = max(height, self.images.shape[-2]), max(width, self.images.shape[-1])
+        if self.images.shape[-2:] != (height, width):
+            self.images = fit_to(self.images, height, width)
+            self.masks = fit_to(self.masks, height // STRIDE, width // STRIDE)
+
+    @property
+    def slots(self) -> Tensor:
+        """(M,) int64: where in ``images`` each object's image is."""
+        oldest = self.entered - len(self)
+        image = torch.arange(oldest, self.entered).repeat_interleave(torch.tensor(self.counts))
+        return (image % self.capacity).to(self.labels.device, non_blocking=True)
+
+    def draw(self, times: int, most: int) -> tuple[Tensor, Tensor]:
+        """Draw objects without replacement by score^power, several times independently.
+
+        The objects race: each needs a random time, exponential with rate score^power; the first ones win.
+
+        Args:
+            times: R draws.
+            most: objects a draw, fewer when the bank has not so many.
+
+        Returns:
+            (R, K) int64 objects in the order of the draw, and (R, K) bool, False where none was left to draw.
+        """
+        weights = self.scores**self.power
+        speed = weights / weights.new_empty(times, len(weights)).exponential_()
+        first = speed.topk(min(most, len(weights)), dim=1)
+        return first.indices, first.values > 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All attributes but the settings, without copies."""
+        return {name: getattr(self, attribute) for name, attribute in STATE.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the state of a bank of the same capacity.
+
+        Raises:
+            ValueError: the capacity differs.
+            KeyError: something is missing.
+        """
+        capacity = len(state["pictures"])
+        if capacity != self.capacity:
+            raise ValueError(f"its bank holds {capacity} images, this one {self.capacity}")
+        for name, own in self.state_dict().items():
+            value = state[name]
+            setattr(self, STATE[name], value.to(own.device, copy=True) if isinstance(own, Tensor) else value)
+
+
+def fit_to(maps: Tensor, height: int, width: int) -> Tensor:
+    """Cut or zero-pad the last two dimensions at the bottom and right to (height, width)."""
+    return F.pad(maps, (0, width - maps.shape[-1], 0, height - maps.shape[-2]))
