@@ -41,7 +41,7 @@ TRIES = 40  # placements that are tried before an object is left out
 class Shape:
     """One object; lengths in pixels, arrays (SIZE, SIZE)."""
 
-    label: int
+    name: str  # one of CLASSES
     centre: np.ndarray
     diameter: float
     alpha: np.ndarray  # share of each pixel that it covers, float in 0..1
@@ -50,20 +50,16 @@ class Shape:
     colour: np.ndarray | None = None  # RGB; None: camouflaged
 
     @property
-    def name(self) -> str:
-        return CLASSES[self.label]
-
-    @property
     def mask(self) -> np.ndarray:
         return self.alpha >= 0.5
 
 
-def make_shape(rng: np.random.Generator, label: int, centre: np.ndarray, diameter: float) -> Shape:
+def make_shape(rng: np.random.Generator, name: str, centre: np.ndarray, diameter: float) -> Shape:
     turn = paint.rotation(rng.uniform(0, 2 * math.pi)) * diameter / 2
-    polygons = [polygon @ turn + centre for polygon in paint.LOOKS[CLASSES[label]].outline(rng)]
+    polygons = [polygon @ turn + centre for polygon in paint.LOOKS[name].outline(rng)]
     alpha = paint.coverage(polygons)
     area = paint.polygon_area(polygons[0]) - sum(map(paint.polygon_area, polygons[1:]))
-    return Shape(label, centre, diameter, alpha, alpha >= 0.5, area)
+    return Shape(name, centre, diameter, alpha, alpha >= 0.5, area)
 
 
 class Scene:
@@ -94,15 +90,15 @@ class Scene:
     def anywhere(self) -> Shape:
         diameter = self.rng.uniform(*DIAMETER)
         centre = self.rng.uniform(0.3 * diameter, paint.SIZE - 0.3 * diameter, 2)
-        return make_shape(self.rng, int(self.rng.integers(len(CLASSES))), centre, diameter)
+        return make_shape(self.rng, CLASSES[self.rng.integers(len(CLASSES))], centre, diameter)
 
-    def beside(self, other: Shape, label: int, near: float, far: float) -> Shape:
+    def beside(self, other: Shape, name: str, near: float, far: float) -> Shape:
         """A shape of similar size, its centre ``near`` to ``far`` mean diameters from that of the other."""
         diameter = np.clip(other.diameter * self.rng.uniform(0.75, 1.3), *DIAMETER)
         angle = self.rng.uniform(0, 2 * math.pi)
         distance = self.rng.uniform(near, far) * (diameter + other.diameter) / 2
         centre = other.centre + distance * np.array([math.cos(angle), math.sin(angle)])
-        return make_shape(self.rng, label, centre, diameter)
+        return make_shape(self.rng, name, centre, diameter)
 
     def add_alone(self, may_hide: bool = True) -> None:
         """A shape that stands out from what lies under it, or a camouflaged one that overlaps no other."""
@@ -121,7 +117,7 @@ class Scene:
         """Over the first shape, a second of its class: half the time of a similar colour."""
         first = self.shapes[0]
         for _ in range(TRIES):
-            shape = self.beside(first, first.label, 0.4, 0.85)
+            shape = self.beside(first, first.name, 0.4, 0.85)
             if (shape.mask & first.mask).sum() >= 20 and self.fits(shape):
                 shape.colour = paint.contrasting_colour(self.rng, shape.name, self.canvas[shape.mask])
                 if self.rng.random() < 0.5:
@@ -133,9 +129,9 @@ class Scene:
         """Beside the first shape, one of another class and of the same mean colour, at most 3 pixels away."""
         first = self.shapes[0]
         reach = binary_dilation(first.mask, iterations=3)
-        label = (first.label + int(self.rng.integers(1, len(CLASSES)))) % len(CLASSES)
+        name = CLASSES[(CLASSES.index(first.name) + self.rng.integers(1, len(CLASSES))) % len(CLASSES)]
         for _ in range(TRIES):
-            shape = self.beside(first, label, 0.6, 1.1)
+            shape = self.beside(first, name, 0.6, 1.1)
             overlap = (shape.mask & first.mask).sum()
             if (shape.mask & reach).any() and overlap <= 0.08 * shape.area and self.fits(shape):
                 assert first.colour is not None  # it was placed where nothing may hide
@@ -146,7 +142,7 @@ class Scene:
         pairs = [(a, b) for i, a in enumerate(self.shapes) for b in self.shapes[:i]]
         present = {
             "camouflage": any(shape.colour is None for shape in self.shapes),
-            "same_class_overlap": any(a.label == b.label and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
+            "same_class_overlap": any(a.name == b.name and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
             "same_colour": any(a.colour is not None and a.colour is b.colour for a, b in pairs),
         }
         return [tag for tag, is_there in present.items() if is_there]
@@ -157,7 +153,7 @@ def annotate(shape: Shape, image_id: int) -> dict:
     (segmentation,) = encode_masks(shape.visible[None])
     return {
         "image_id": image_id,
-        "category_id": int(shape.label) + 1,
+        "category_id": CLASSES.index(shape.name) + 1,
         "bbox": coco_mask.toBbox(segmentation).astype(int).tolist(),
         "area": int(coco_mask.area(segmentation)),
         "iscrowd": 0,
@@ -181,13 +177,13 @@ def write_split(folder: Path, split: str) -> None:
     count = SPLITS[split]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         written = pool.map(partial(write_image, folder, split), range(1, count + 1), chunksize=25)
-        results = list(tqdm(written, f"shapes {split}", count, unit="image", disable=None))
-    annotations = chain.from_iterable(annotations for _, annotations in results)
+        shown = tqdm(written, f"shapes {split}", count, unit="image", disable=None)
+        images, annotations = zip(*shown, strict=True)
     data = {
         "info": {"description": f"{VERSION} {split}"},
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
-        "images": [image for image, _ in results],
-        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
+        "images": images,
+        "annotations": [{"id": i, **item} for i, item in enumerate(chain.from_iterable(annotations), 1)],
     }
     write_file(folder / "annotations" / f"{split}.json", json.dumps(data))
 
