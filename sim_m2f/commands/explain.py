@@ -26,7 +26,7 @@ FOLDER = "explain"  # in OUTPUT_DIR, if no other is given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
-    parser.add_argument("--num-images", "--pictures", type=int, default=4, metavar="N", help="how many (4)")
+    parser.add_argument("--num-images", "--pictures", type=int, default=4, metavar="N", help="images (4)")
     parser.add_argument("--folder", type=Path, help=f"where to write (default: OUTPUT_DIR/{FOLDER})")
     overrides = (
         "overrides: MODEL.WEIGHTS is the checkpoint (the last one in OUTPUT_DIR), DATASETS.TRAIN* the data"

@@ -19,15 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    weights = (
-        "MODEL.WEIGHTS, or OUTPUT_DIR's last checkpoint with --resume or where they are no trained network"
-    )
+    weights = "MODEL.WEIGHTS; where empty or timm://, or with --resume, OUTPUT_DIR's last checkpoint"
     parser.add_argument("--eval-only", action="store_true", help=f"evaluate {weights}")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="tcp://127.0.0.1:29500", help="address of machine 0")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the file")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of its keys")
 
 
 def run(arguments: argparse.Namespace) -> int:
