@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -15,15 +16,14 @@ from torchvision import tv_tensors
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation
-from sim_m2f.data.image import to_rgb
+from sim_m2f.data.image import read_image, to_rgb
 from sim_m2f.data.loader import pad_and_cat
 from sim_m2f.data.segmentation import encode_masks
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.pixels import Pixels
-from sim_m2f.weights.folder import TrainedNetwork, read_folder, write_folder
-from sim_m2f.weights.hub import upload_folder
+from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -67,28 +67,20 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Mask2Former,
-        cfg: CfgNode,
-        class_names: list[str],
-        metrics: dict[str, float | None] | None = None,
+        self, network: Mask2Former, cfg: CfgNode, class_names: list[str], metrics: Metrics | None = None
     ) -> None:
         super().__init__()
-        self.network = network.eval()
-        self.cfg = cfg
-        self.class_names = class_names
-        self.metrics = metrics or {}
-        self.resize = eval_augmentation(cfg)
-        self.pixels = Pixels(cfg)
+        self.network, self.cfg = network.eval(), cfg
+        self.class_names, self.metrics = class_names, metrics or {}
+        self.resize, self.pixels = eval_augmentation(cfg), Pixels(cfg)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """The network's outputs for images that are normalised and padded already; see ``Mask2Former``."""
         return self.network(images)
 
+    # A text is one path, not several texts.
     @overload
-    def predict(  # type: ignore[overload-overlap]  # a text is a path, not several
-        self, images: ImageLike, threshold: float = 0.0
-    ) -> Instances: ...
+    def predict(self, images: ImageLike, threshold: float = 0.0) -> Instances: ...  # type: ignore[overload-overlap]
 
     @overload
     def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...
@@ -119,22 +111,16 @@ class Segmenter(nn.Module):
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size = resized.shape[-2], resized.shape[-1]
         divisor = self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-        padded = pad_and_cat(
-            [self.pixels.normalise(resized)], *(-(-side // divisor) * divisor for side in size)
-        )
+        padded_size = (-(-side // divisor) * divisor for side in size)
+        padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)
         training = self.network.training
         outputs = self.network.eval()(padded[None], auxiliary=False)
         self.network.train(training)
-        (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        kept = found["scores"] >= threshold
-        labels = found["labels"][kept]
-        return Instances(
-            labels=labels,
-            scores=found["scores"][kept],
-            boxes=found["boxes"][kept],
-            masks=found["masks"][kept],
-            names=[self.class_names[label] for label in labels.tolist()],
-        )
+        (best,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        kept = best["scores"] >= threshold
+        labels = best["labels"][kept]
+        names = [self.class_names[label] for label in labels.tolist()]
+        return Instances(labels, best["scores"][kept], best["boxes"][kept], best["masks"][kept], names)
 
     @property
     def trained(self) -> TrainedNetwork:
@@ -151,9 +137,12 @@ class Segmenter(nn.Module):
         Returns:
             the address of the repository.
         """
+        hub = huggingface_hub.HfApi()
+        address = hub.create_repo(repository, exist_ok=True, **options)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload_folder(Path(folder), repository, **options)
+            hub.upload_folder(repo_id=address.repo_id, folder_path=folder)
+        return str(address)
 
 
 def from_pretrained(source: str | Path, config: str | Path = "", device: str = "auto") -> Segmenter:
@@ -176,24 +165,17 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
     try:
         return Segmenter(trained.network, trained.cfg, trained.class_names, trained.metrics).to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device}: cannot be used ({reason}); take auto or cpu") from error
+        raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error
 
 
 def _pixels(image: ImageLike) -> Tensor:
     """(3, H, W) uint8 RGB."""
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as stored:
-                return _pixels(stored)
-        except Exception as error:  # Pillow's decoders raise anything on a broken file
-            raise UserError(f"{image}: cannot be decoded ({error}); give the path of an image") from error
+        image = read_image(Path(image))
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
-        raise UserError(
-            "an image is an array (H, W, 3) or a tensor (3, H, W) of RGB values, uint8, 0 to 255; convert it"
-        )
+        raise UserError("an image is an array (H, W, 3) or a tensor (3, H, W) of RGB, uint8; convert it")
     return image

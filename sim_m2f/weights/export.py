@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.weights.folder import TrainedNetwork, write_folder
 from sim_m2f.weights.onnx import onnx_bytes
@@ -24,7 +24,7 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
     Raises:
         UserError: the format does not have such a network, or the path cannot be written.
     """
-    weights = {name: weight.detach().cpu() for name, weight in trained.network.state_dict().items()}
+    weights = {name: weight.cpu() for name, weight in trained.network.state_dict().items()}
     if format_name == "safetensors":
         write_folder(output, trained)
     elif format_name == "transformers":
@@ -34,6 +34,4 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
         with atomic_write(output, "wb") as file:
             torch.save(checkpoint, file)
     else:
-        graph = onnx_bytes(trained.network.eval())
-        with atomic_write(output, "wb") as file:
-            file.write(graph)
+        write_file(output, onnx_bytes(trained.network.eval()))
