@@ -36,6 +36,8 @@ class CfgNode(FvcoreNode):
             raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
+        except TypeError:  # of an empty file
+            loaded = None
         except RecursionError as error:
             circle = " -> ".join(_base_circle(str(cfg_filename)))
             raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error

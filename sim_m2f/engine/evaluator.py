@@ -22,7 +22,7 @@ from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.modeling import postprocess
 from sim_m2f.structures import Detections
 
@@ -92,8 +92,7 @@ def evaluate(
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
         results = _in_order(results, seen, [image.id for image in data.images])
-        with atomic_write(output_dir / RESULTS_FILE) as file:
-            json.dump(results, file)
+        write_file(output_dir / RESULTS_FILE, json.dumps(results))
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
         if truth is None:
             tqdm.write(f"{data.name} has no annotations; its detections are in {output_dir / RESULTS_FILE}")
@@ -192,5 +191,4 @@ def _report(metrics: dict[str, float], data: CocoData, output_dir: Path) -> None
     tables = coco_metrics.format_tables(metrics, data.class_names)
     tqdm.write(f"\n{data.name}, {len(data.images)} images\n{tables}\n")
     known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-    with atomic_write(output_dir / METRICS_FILE) as file:
-        json.dump(known, file, indent=1)
+    write_file(output_dir / METRICS_FILE, json.dumps(known, indent=1))
