@@ -67,11 +67,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
     for step, batch in zip(range(args.steps), train_loader(cfg), strict=False):
         images = batch["images"].to(device)
         found = model(pixel_values=images, output_auxiliary_logits=True)
-        losses = criterion(as_outputs(found), batch["targets"], images)
+        losses, matched = criterion(as_outputs(found), batch["targets"], images)
         total = sum(losses.values())
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
+        criterion.update(matched)
         totals.append(total.item())
         print(f"step {step}: " + ", ".join(f"{name} {loss.item():.3f}" for name, loss in losses.items()))
     return totals

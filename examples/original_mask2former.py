@@ -35,7 +35,9 @@ class BoxCriterion(nn.Module):
         self.images: Tensor | None = None
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return self.criterion(outputs, targets, self.images)
+        losses, matched = self.criterion(outputs, targets, self.images)
+        self.criterion.update(matched)  # the original calls its criterion once a step
+        return losses
 
 
 class BoxMaskFormer(MaskFormer):

@@ -6,3 +6,8 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, for a message of one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
-"""Writing files so that a reader, or a process killed half-way, never sees half of one."""
+"""Reading JSON, and writing files so that a reader, or a process killed half-way, never sees half of one."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: the file cannot be read, is not JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object; take another file")
+    return content
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error.
@@ -27,21 +45,28 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         UserError: the folder cannot be written to, or the disk is full. ``path`` is as it was before.
     """
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another folder"
-        ) from error
-    finally:
-        if temporary is not None:
+        try:
+            with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
             Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        advice = "free space or choose another folder"
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a whole file as ``atomic_write`` does.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with atomic_write(path, "wb" if isinstance(content, bytes) else "w") as file:
+        file.write(content)

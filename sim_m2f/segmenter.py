@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -15,15 +16,15 @@ from torchvision import tv_tensors
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation
-from sim_m2f.data.image import to_rgb
+from sim_m2f.data.image import read_image, to_rgb
 from sim_m2f.data.loader import pad_and_cat
 from sim_m2f.data.segmentation import encode_masks
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
-from sim_m2f.modeling.postprocess import instances
+from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.pixels import Pixels
-from sim_m2f.weights.folder import TrainedNetwork, read_folder, write_folder
-from sim_m2f.weights.hub import upload_folder
+from sim_m2f.structures import Outputs, Prompts
+from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -67,74 +68,103 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self,
-        network: Mask2Former,
-        cfg: CfgNode,
-        class_names: list[str],
-        metrics: dict[str, float | None] | None = None,
+        self, network: Mask2Former, cfg: CfgNode, class_names: list[str], metrics: Metrics | None = None
     ) -> None:
         super().__init__()
-        self.network = network.eval()
-        self.cfg = cfg
-        self.class_names = class_names
-        self.metrics = metrics or {}
-        self.resize = eval_augmentation(cfg)
-        self.pixels = Pixels(cfg)
+        self.network, self.cfg = network.eval(), cfg
+        self.class_names, self.metrics = class_names, metrics or {}
+        self.resize, self.pixels = eval_augmentation(cfg), Pixels(cfg)
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """The network's outputs for images that are normalised and padded already; see ``Mask2Former``."""
         return self.network(images)
 
+    # A text is one path, not several texts.
     @overload
-    def predict(  # type: ignore[overload-overlap]  # a text is a path, not several
-        self, images: ImageLike, threshold: float = 0.0
+    def predict(  # type: ignore[overload-overlap]
+        self, images: ImageLike, threshold: float = 0.0, boxes: Any = None, labels: Any = None
     ) -> Instances: ...
 
     @overload
     def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...
 
+    @torch.no_grad()
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.0
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float = 0.0,
+        boxes: Any = None,
+        labels: Any = None,
     ) -> Instances | list[Instances]:
-        """Find the objects in one image, or in each of several.
+        """Find the objects in one image, or in each of several; or the masks of given boxes in one image.
 
         Args:
             images: a path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; or
                 several of them. An orientation in the EXIF data of a path or a Pillow image is applied.
-            threshold: least score.
+            threshold: least score; of given boxes all are kept.
+            boxes: (N, 4) numbers, xyxy in pixels of the image, whose masks are asked for; for one image only.
+            labels: (N,) their classes, 0 to C-1; all 0 if they are not given.
 
         Returns:
-            ``Instances``, or a list of them, on the device of the network.
+            ``Instances``, or a list of them, on the device of the network. Those of given boxes are in the
+            order of the boxes, with these boxes; the masks lie inside of them.
 
         Raises:
-            UserError: a file cannot be decoded, or an array has another shape or type.
+            UserError: a file cannot be decoded, an array has another shape or type, or boxes are given to a
+                network that did not learn from prompts (MODEL.SIM.PROMPTS.ENABLED).
         """
         if not isinstance(images, ImageLike):
-            return [self._predict(_pixels(image), threshold) for image in images]
-        return self._predict(_pixels(images), threshold)
-
-    @torch.no_grad()
-    def _predict(self, pixels: Tensor, threshold: float) -> Instances:
+            if boxes is not None:
+                raise UserError("boxes belong to one image; call predict once for each image")
+            return [self.predict(image, threshold) for image in images]
+        pixels = _pixels(images)
         original = pixels.shape[-2], pixels.shape[-1]
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size = resized.shape[-2], resized.shape[-1]
         divisor = self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-        padded = pad_and_cat(
-            [self.pixels.normalise(resized)], *(-(-side // divisor) * divisor for side in size)
+        padded_size = (-(-side // divisor) * divisor for side in size)
+        padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
+        if boxes is not None:
+            return self._masks_of(padded, *self._given(boxes, labels), size, original)
+        (best,) = instances(self._outputs(padded), [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        kept = best["scores"] >= threshold
+        return self._named(
+            best["labels"][kept], best["scores"][kept], best["boxes"][kept], best["masks"][kept]
         )
+
+    def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Outputs:
         training = self.network.training
-        outputs = self.network.eval()(padded[None], auxiliary=False)
+        outputs = self.network.eval()(images, auxiliary=False, prompts=prompts)
         self.network.train(training)
-        (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        kept = found["scores"] >= threshold
-        labels = found["labels"][kept]
-        return Instances(
-            labels=labels,
-            scores=found["scores"][kept],
-            boxes=found["boxes"][kept],
-            masks=found["masks"][kept],
-            names=[self.class_names[label] for label in labels.tolist()],
-        )
+        return outputs
+
+    def _named(self, labels: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> Instances:
+        names = [self.class_names[label] for label in labels.tolist()]
+        return Instances(labels, scores, boxes, masks, names)
+
+    def _given(self, boxes: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Boxes (N, 4) and labels (N,) of a call, checked, on the network's device."""
+        if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:
+            raise UserError(
+                "this network knows no boxes; leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
+            )
+        boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
+        classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        if len(labels) != len(boxes) or not ((labels >= 0) & (labels < classes)).all():
+            raise UserError(f"{len(boxes)} boxes need as many labels from 0 to {classes - 1}")
+        return boxes.to(self.pixels.mean.device), labels.to(self.pixels.mean.device)
+
+    def _masks_of(
+        self, images: Tensor, boxes: Tensor, labels: Tensor, size: tuple[int, int], original: tuple[int, int]
+    ) -> Instances:
+        """The masks of boxes (N, 4) in pixels of the original image, from its input (1, 3, H, W)."""
+        scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
+        share = boxes.new_tensor([*scale, *scale]) / boxes.new_tensor([*images.shape[:1:-1]] * 2)
+        prompts = Prompts((boxes * share).clamp(0, 1)[None], labels[None])
+        logits = self._outputs(images, prompts)["prompted"]["pred_masks"][0]
+        masks, scores = masks_in_boxes(logits, boxes, size, original)
+        return self._named(labels, scores, boxes, masks)
 
     @property
     def trained(self) -> TrainedNetwork:
@@ -151,9 +181,12 @@ class Segmenter(nn.Module):
         Returns:
             the address of the repository.
         """
+        hub = huggingface_hub.HfApi()
+        address = hub.create_repo(repository, exist_ok=True, **options)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload_folder(Path(folder), repository, **options)
+            hub.upload_folder(repo_id=address.repo_id, folder_path=folder)
+        return str(address)
 
 
 def from_pretrained(source: str | Path, config: str | Path = "", device: str = "auto") -> Segmenter:
@@ -176,24 +209,17 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
     try:
         return Segmenter(trained.network, trained.cfg, trained.class_names, trained.metrics).to(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device}: cannot be used ({reason}); take auto or cpu") from error
+        raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error
 
 
 def _pixels(image: ImageLike) -> Tensor:
     """(3, H, W) uint8 RGB."""
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as stored:
-                return _pixels(stored)
-        except Exception as error:  # Pillow's decoders raise anything on a broken file
-            raise UserError(f"{image}: cannot be decoded ({error}); give the path of an image") from error
+        image = read_image(Path(image))
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
-        raise UserError(
-            "an image is an array (H, W, 3) or a tensor (3, H, W) of RGB values, uint8, 0 to 255; convert it"
-        )
+        raise UserError("an image is an array (H, W, 3) or a tensor (3, H, W) of RGB, uint8; convert it")
     return image

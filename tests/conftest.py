@@ -5,25 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.config import CfgNode, get_cfg, value_of
+from sim_m2f.config.node import leaf_keys
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = [
-    *("MODEL.BACKBONE.NAME", "resnet10t"),
-    *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
-    *("MODEL.SEM_SEG_HEAD.MASK_DIM", "32"),
-    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
-    *("MODEL.MASK_FORMER.HIDDEN_DIM", "32"),
-    *("MODEL.MASK_FORMER.DEC_LAYERS", "3"),
-    *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "8"),
-    *("MODEL.DEVICE", "cpu"),
-    *("SOLVER.IMS_PER_BATCH", "2"),
-    *("SOLVER.LOG_PERIOD", "1"),
-    *("DATALOADER.NUM_WORKERS", "0"),
-    *("MODEL.SIM.SHOW.PERIOD", "3"),
-    *("MODEL.SIM.SHOW.PICTURES", "1"),
-]
+SMALL_FILE = ROOT / "tests/small.yaml"
+_SMALL = yaml.safe_load(SMALL_FILE.read_text())
+SMALL = [item for key in leaf_keys(_SMALL) for item in (key, str(value_of(_SMALL, key)))]  # for command lines
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +26,8 @@ def small_cfg(tmp_path) -> CfgNode:
     """A network of a few layers on the embedded shapes, writing to a folder of the test's own."""
     cfg = get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
-    cfg.merge_from_list([*SMALL, "OUTPUT_DIR", str(tmp_path / "output")])
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
     return cfg
 
 

@@ -1,22 +1,16 @@
 """Small networks with the structure of the published ones, and what tests of other formats share."""
 
 import torch
+from conftest import SMALL_FILE
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.modeling import build_model
 
-SMALL_HEAD = [
-    *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"),
-    *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
-    *("MODEL.SEM_SEG_HEAD.MASK_DIM", "64"),
-    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
-    *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD", "48"),
-    *("MODEL.MASK_FORMER.HIDDEN_DIM", "32"),
-    *("MODEL.MASK_FORMER.DIM_FEEDFORWARD", "40"),
-    *("MODEL.MASK_FORMER.DEC_LAYERS", "3"),
-    *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "8"),
+OVERRIDES = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"),
+    *("MODEL.SEM_SEG_HEAD.MASK_DIM", "64", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD", "48"),
+    *("MODEL.MASK_FORMER.DIM_FEEDFORWARD", "40", "DATASETS.TEST", "()"),
     *("INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "96"),
-    *("DATASETS.TEST", "()"),
 ]
 BACKBONES = {
     "ResNet-50": ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
@@ -33,7 +27,8 @@ CLASSES = ["cat", "dog", "traffic light"]
 def small_network(backbone: str, seed: int = 1, overrides: list[str] | None = None):
     """(cfg, network) with weights drawn from ``seed``, norms and buffers included."""
     cfg = get_cfg()
-    cfg.merge_from_list([*SMALL_HEAD, *BACKBONES[backbone], *(overrides or [])])
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list([*OVERRIDES, *BACKBONES[backbone], *(overrides or [])])
     return cfg, stirred(cfg, seed)
 
 

@@ -49,10 +49,10 @@ SWITCHES = {  # the one that each row turns on
 
 
 def leaves(tree: dict, prefix: str = "") -> dict:
-    found = {}
+    flat = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def lines(run: Path) -> list[dict]:
@@ -179,8 +179,8 @@ def test_the_tables_say_what_the_runs_logged(done):
         for key, heading in (("segm/AP", "AP"), ("segm/AP50", "AP50"), ("boxfill/AP", "box fill AP")):
             logged = [lines(run)[-1][key] for run in runs]
             assert record[key] == pytest.approx(logged, abs=1e-3)
-            found = [float(table[record["row"]][f"{heading} {kind}"]) for kind in ("mean", "min", "max")]
-            assert found == pytest.approx([fmean(logged), min(logged), max(logged)], abs=1e-3)
+            shown = [float(table[record["row"]][f"{heading} {kind}"]) for kind in ("mean", "min", "max")]
+            assert shown == pytest.approx([fmean(logged), min(logged), max(logged)], abs=1e-3)
         assert all(0 < minutes < 10 for minutes in record["minutes"])
         assert all(f"({run.relative_to(folder)}/index.html)" in markdown for run in runs)
     assert "| slow | a low learning rate | 4 |" in markdown
@@ -280,9 +280,9 @@ def test_scores_on_tagged_images_are_pycocotools_own():
         rle = mask_utils.encode(np.asfortranarray(mask))
         entry = {"image_id": item["image_id"], "category_id": item["category_id"], "score": rng.random()}
         results.append({**entry, "segmentation": rle, "bbox": mask_utils.toBbox(rle).tolist()})
-    found = score_tags(truth, results)
-    assert set(found) == {"camouflage", "same_class_overlap", "same_colour"}
-    for tag, value in found.items():
+    scores = score_tags(truth, results)
+    assert set(scores) == {"camouflage", "same_class_overlap", "same_colour"}
+    for tag, value in scores.items():
         evaluation = COCOeval(truth, truth.loadRes(results), "segm")
         evaluation.params.imgIds = [image["id"] for image in truth.dataset["images"] if tag in image["tags"]]
         evaluation.evaluate()
@@ -339,10 +339,10 @@ def test_mean_and_range_over_the_seeds(tmp_path):
     write_tables(
         tmp_path, "sim-m2f ablate", [Row("row", "", Path())], results[::-1], ["row/seed3 failed: why"]
     )
-    (cells,) = csv.DictReader((tmp_path / "ablation.csv").open())
-    assert cells["seeds"] == "0 1 2"
-    assert [float(cells[f"AP {kind}"]) for kind in ("mean", "min", "max")] == [31.0, 28.0, 34.0]
-    assert [float(cells[f"AP camouflage {kind}"]) for kind in ("mean", "min", "max")] == [15.5, 14.0, 17.0]
+    (row,) = csv.DictReader((tmp_path / "ablation.csv").open())
+    assert row["seeds"] == "0 1 2"
+    assert [float(row[f"AP {kind}"]) for kind in ("mean", "min", "max")] == [31.0, 28.0, 34.0]
+    assert [float(row[f"AP camouflage {kind}"]) for kind in ("mean", "min", "max")] == [15.5, 14.0, 17.0]
     (record,) = json.loads((tmp_path / "ablation.json").read_text())
     assert (record["segm/AP"], record["minutes"]) == ([31.0, 34.0, 28.0], [10.0, 11.0, 12.0])
     markdown = (tmp_path / "ablation.md").read_text()

@@ -245,11 +245,11 @@ def test_output_folder_that_is_a_file(capsys, tmp_path):
     train_fails(capsys, tmp_path, [], str(tmp_path / "out"))
 
 
-def test_full_disk_keeps_the_former_checkpoint(tmp_path):
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint(path, {"weight": torch.zeros(10)})
     before = path.read_bytes()
-    former = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
@@ -257,7 +257,7 @@ def test_full_disk_keeps_the_former_checkpoint(tmp_path):
             save_checkpoint(path, {"weight": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, former)
+        signal.signal(signal.SIGXFSZ, previous)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 

@@ -18,6 +18,7 @@ from sim_m2f.supervision.color_model import (
     color_bins,
     color_labels,
     color_loss,
+    corrected_masks,
     log_ratio,
 )
 from sim_m2f.supervision.criterion import build_criterion
@@ -146,3 +147,14 @@ def test_only_good_labels_are_learned_and_only_after_the_start(scene):
     assert criterion(outputs, targets, normalised)[0]["loss_color_model"] > 0
     criterion.sim.COLOR_MODEL.MIN_IOU = 0.999
     assert criterion(outputs, targets, normalised)[0]["loss_color_model"] == 0
+
+
+def test_given_boxes_are_corrected_at_twice_the_masks_size(scene):
+    image, _, targets = scene
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = (2 * y + 1 - 64) ** 2 + (2 * x + 1 - 64) ** 2 < 30**2
+    keys = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL
+    logits = corrected_masks(8 * targets.box_masks - 4, image[0], targets.boxes, (128, 128), keys)
+    mask = logits[0] > 0
+    assert mask.shape == (64, 64)
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.93

@@ -70,19 +70,19 @@ def test_boxes_are_clipped_to_the_crop_and_thin_ones_dropped_with_label_and_mask
     for seed in range(10):
         torch.manual_seed(seed)
         result = augment(sample(64, 64, boxes))
-        found = result["boxes"]
-        assert len(found) == len(result["labels"]) == len(result["masks"])
-        assert 0 < len(found) < len(boxes)
-        assert (found >= 0).all()
-        assert (found <= SIZE).all()
-        assert ((found[:, 2:] - found[:, :2]) >= 1).all()
+        remaining = result["boxes"]
+        assert len(remaining) == len(result["labels"]) == len(result["masks"])
+        assert 0 < len(remaining) < len(boxes)
+        assert (remaining >= 0).all()
+        assert (remaining <= SIZE).all()
+        assert ((remaining[:, 2:] - remaining[:, :2]) >= 1).all()
         scaled = 2 * torch.tensor(boxes).float()
-        left, top = (scaled[result["labels"]] - found)[:, :2].amax(
+        left, top = (scaled[result["labels"]] - remaining)[:, :2].amax(
             0
         )  # of the crop; less where it clips a box
         expected = (scaled - torch.stack([left, top, left, top])).clamp(0, SIZE)
         large = ((expected[:, 2:] - expected[:, :2]) >= 1).all(1)
-        np.testing.assert_allclose(found.numpy(), expected[large].numpy())
+        np.testing.assert_allclose(remaining.numpy(), expected[large].numpy())
 
 
 def test_no_objects():
@@ -108,7 +108,7 @@ def test_the_lowest_rows_stay_marked(flip):
 
 
 def test_the_scale_is_uniform_and_the_aspect_ratio_kept():
-    jitter = augmentation.LargeScaleJitter(100, 0.1, 2.0)
+    jitter = augmentation.LargeScaleJitter((100, 100), (0.1, 2.0))
     torch.manual_seed(0)
     sizes = [
         jitter(tv_tensors.Image(torch.zeros(3, 40, 80, dtype=torch.uint8))).shape[-2:] for _ in range(600)

@@ -4,36 +4,23 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import SMALL_FILE
 from torch.nn import functional
 
 import sim_m2f
 from benchmarks import equality
 
 TOLERANCE = 1e-4
-HEADS = [
-    *(
-        "MODEL.SEM_SEG_HEAD.CONVS_DIM",
-        64,
-        "MODEL.SEM_SEG_HEAD.MASK_DIM",
-        64,
-        "MODEL.MASK_FORMER.HIDDEN_DIM",
-        64,
-    ),
+HEAD = [
     *("MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 2, "MODEL.MASK_FORMER.DEC_LAYERS", 5),
     *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 20, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7),
 ]
-SMALL = {
-    "ResNet": ["MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32],
+BACKBONES = {
+    "ResNet": ["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.RES2_OUT_CHANNELS", 32],
     "Swin": [
-        *(
-            "MODEL.BACKBONE.NAME",
-            "D2SwinTransformer",
-            "MODEL.SWIN.EMBED_DIM",
-            24,
-            "MODEL.SWIN.WINDOW_SIZE",
-            4,
-        ),
-        *("MODEL.SWIN.DEPTHS", "[2, 2, 2, 2]", "MODEL.SWIN.NUM_HEADS", "[2, 2, 4, 4]"),
+        *("MODEL.BACKBONE.NAME", "D2SwinTransformer", "MODEL.SWIN.EMBED_DIM", 24),
+        *("MODEL.SWIN.WINDOW_SIZE", 4, "MODEL.SWIN.DEPTHS", "[2, 2, 2, 2]"),
+        *("MODEL.SWIN.NUM_HEADS", "[2, 2, 4, 4]"),
     ],
 }
 SIZES = [[(128, 160)], [(96, 64)], [(224, 180), (150, 192)]]
@@ -41,7 +28,8 @@ SIZES = [[(128, 160)], [(96, 64)], [(224, 180), (150, 192)]]
 
 def small_cfg(backbone: str) -> sim_m2f.config.CfgNode:
     cfg = sim_m2f.get_cfg()
-    cfg.merge_from_list([*HEADS, *SMALL[backbone]])
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list([*HEAD, *BACKBONES[backbone]])
     return cfg
 
 
@@ -53,7 +41,7 @@ def pair(backbone: str):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("backbone", SMALL)
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_layer_equals_that_of_transformers(backbone, sizes):
     """In float64, where no rounding moves a pixel across the threshold of the masked attention."""
     _, network, model = pair(backbone)

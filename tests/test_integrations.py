@@ -2,14 +2,17 @@
 
 import importlib
 import importlib.util
+import itertools
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from PIL import Image
 from small_coco import save, small_coco
 
 has_detectron2 = importlib.util.find_spec("detectron2") is not None
@@ -143,6 +146,30 @@ def test_the_backbones_learning_rate_and_the_clipping_are_mask2formers(detectron
 
 
 @needs_detectron2
+@pytest.mark.parametrize("flip", ["horizontal", "vertical", "none"])
+def test_detectron2s_loader_flips_as_asked(detectron2_cfg, flip):
+    from detectron2.data import MetadataCatalog
+
+    from sim_m2f.integrations.detectron2 import SIMTrainer
+
+    cfg = detectron2_cfg  # 80 pixels leave the image of 60 x 80 as it is
+    cfg.merge_from_list(["INPUT.IMAGE_SIZE", 80, "INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0])
+    cfg.merge_from_list(["INPUT.RANDOM_FLIP", flip, "DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 4])
+    path = Path(MetadataCatalog.get("small").image_root) / "11.png"
+    stored = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    expected = {
+        "none": [stored],
+        "horizontal": [stored, stored.flip(2)],
+        "vertical": [stored, stored.flip(1)],
+    }
+    batches = itertools.islice(SIMTrainer.build_train_loader(cfg), 12)
+    images = [item["image"] for batch in batches for item in batch if item["image_id"] == 11]
+    met = [[torch.equal(image, one) for one in expected[flip]] for image in images]
+    assert all(map(any, met))
+    assert all(map(any, zip(*met, strict=True))), "each orientation occurs"
+
+
+@needs_detectron2
 def test_detectron2_gets_the_same_instances(detectron2_cfg):
     from sim_m2f.integrations.detectron2 import SIMTrainer
     from sim_m2f.modeling.postprocess import instances
@@ -150,13 +177,13 @@ def test_detectron2_gets_the_same_instances(detectron2_cfg):
     model = SIMTrainer.build_model(detectron2_cfg).eval()
     image = torch.randint(0, 256, (3, 64, 90), dtype=torch.uint8)
     with torch.no_grad():
-        (found,) = model([{"image": image, "height": 50, "width": 70}])
-        normalised = (image - model.pixel_mean) / model.pixel_std
+        (detected,) = model([{"image": image, "height": 50, "width": 70}])
+        normalised = (image - model.pixels.mean) / model.pixels.std
         outputs = model.network(torch.nn.functional.pad(normalised, (0, 6))[None])
     (expected,) = instances(outputs, [(64, 90)], [(50, 70)], detectron2_cfg.TEST.DETECTIONS_PER_IMAGE)
-    assert torch.equal(found["instances"].scores, expected["scores"])
-    assert torch.equal(found["instances"].pred_classes, expected["labels"])
-    assert torch.equal(found["instances"].pred_masks.bool(), expected["masks"])
+    assert torch.equal(detected["instances"].scores, expected["scores"])
+    assert torch.equal(detected["instances"].pred_classes, expected["labels"])
+    assert torch.equal(detected["instances"].pred_masks.bool(), expected["masks"])
 
 
 @needs_detectron2

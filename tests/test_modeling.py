@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import SMALL_FILE
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 
@@ -13,18 +14,18 @@ from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances
 
-TINY = [
-    *("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
-    *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
-    *("MODEL.SEM_SEG_HEAD.MASK_DIM", "32", "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", "1"),
-    *("MODEL.MASK_FORMER.HIDDEN_DIM", "32", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "12"),
+RESNET = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", "18"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"),
+    *("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "12", "MODEL.MASK_FORMER.DEC_LAYERS", "10"),
 ]
 
 
 @pytest.fixture
 def network():
     cfg = get_cfg()
-    cfg.merge_from_list(TINY)
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list(RESNET)
     return build_model(cfg).eval()
 
 
@@ -131,7 +132,8 @@ def test_linear_layers_of_pixels_are_linear_layers():
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "convnext_atto", "resnet10t"])
 def test_frozen_norms_of_any_backbone_never_change(name):
     cfg = get_cfg()
-    cfg.merge_from_list([*TINY, "MODEL.BACKBONE.NAME", name])
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", name])
     images = torch.randn(2, 3, 64, 64)
     expected = build_model(cfg).eval().backbone(images)
     cfg.merge_from_list(["MODEL.BACKBONE.FREEZE_NORMS", "True"])

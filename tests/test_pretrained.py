@@ -42,7 +42,7 @@ def image() -> np.ndarray:
 
 def test_predictions_are_those_of_the_network_at_the_images_size(model, image):
     """Height 50 is resized to 64, width 70 to 90, padded to 96; normalised by hand here."""
-    found = model.predict(image)
+    detected = model.predict(image)
     resized = torch.nn.functional.interpolate(
         torch.from_numpy(image).permute(2, 0, 1)[None].float(),
         size=(64, 90),
@@ -55,16 +55,16 @@ def test_predictions_are_those_of_the_network_at_the_images_size(model, image):
     with torch.no_grad():
         outputs = model.network(torch.nn.functional.pad(normalised, (0, 6)))
     (expected,) = instances(outputs, [(64, 90)], [(50, 70)], model.cfg.TEST.DETECTIONS_PER_IMAGE)
-    assert len(found) == min(8 * 3, model.cfg.TEST.DETECTIONS_PER_IMAGE)
-    torch.testing.assert_close(found.scores, expected["scores"], atol=1e-2, rtol=0)
-    assert found.masks.shape == (len(found), 50, 70)
-    assert (found.masks == expected["masks"]).float().mean() > 0.98
-    assert found.names == [NAMES[label] for label in found.labels.tolist()]
+    assert len(detected) == min(8 * 3, model.cfg.TEST.DETECTIONS_PER_IMAGE)
+    torch.testing.assert_close(detected.scores, expected["scores"], atol=1e-2, rtol=0)
+    assert detected.masks.shape == (len(detected), 50, 70)
+    assert (detected.masks == expected["masks"]).float().mean() > 0.98
+    assert detected.names == [NAMES[label] for label in detected.labels.tolist()]
 
 
 def test_rles_decode_to_the_masks(model, image):
-    found = model.predict(image)
-    for rle, mask in zip(json.loads(json.dumps(found.rles)), found.masks.numpy(), strict=True):
+    detected = model.predict(image)
+    for rle, mask in zip(json.loads(json.dumps(detected.rles)), detected.masks.numpy(), strict=True):
         assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
 
 
@@ -73,9 +73,9 @@ def test_all_kinds_of_images_are_the_same_image(model, image, tmp_path):
     tensor = torch.from_numpy(image).permute(2, 0, 1)
     kinds = [tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(image), tensor]
     expected = model.predict(image)
-    for found in model.predict(kinds):
-        assert torch.equal(found.masks, expected.masks)
-        assert torch.equal(found.scores, expected.scores)
+    for detected in model.predict(kinds):
+        assert torch.equal(detected.masks, expected.masks)
+        assert torch.equal(detected.scores, expected.scores)
 
 
 def test_a_threshold_leaves_out_what_is_below(model, image):
@@ -171,11 +171,14 @@ def test_names_of_classes(model, tmp_path):
         ({"config.yaml": "SEED: 1", "a.pth": "", "b.pth": ""}, "without model.safetensors"),
         ({"config.json": '{"model_type": "bert"}', "model.safetensors": ""}, "not of Mask2Former"),
         ({"config.json": "{", "model.safetensors": ""}, "not JSON"),
-        ({"config.json": "[]", "model.safetensors": ""}, "holds a list"),
+        ({"config.json": "[]", "model.safetensors": ""}, "holds a JSON list"),
         ({"config.json": '{"model_type": "mask2former", "id2label": ["a"]}'}, "id2label is an object"),
         ({"config.json": '{"model_type": "mask2former", "id2label": {"a": "b"}}'}, "id2label has a number"),
         ({"config.json": '{"model_type": "mask2former", "backbone_config": "swin"}'}, "backbone_config is"),
-        ({"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"}, "class_names"),
+        (
+            {"config.yaml": "SEED: 1", "model.safetensors": "", "classes.json": "[]"},
+            "classes.json: holds a JSON list",
+        ),
     ],
 )
 def test_a_folder_of_something_else_is_named(tmp_path, files, message):
@@ -238,9 +241,9 @@ def test_the_command_writes_a_coco_json_and_overlays(model, image, tmp_path, cap
     assert [image["file_name"] for image in content["images"]] == ["a.jpg", "b.png"]
     assert [category["name"] for category in content["categories"]] == NAMES
     second = [item for item in content["annotations"] if item["image_id"] == content["images"][1]["id"]]
-    found = model.predict(image, 0.01)
-    assert [item["score"] for item in second] == pytest.approx(found.scores.tolist())
-    for item, mask in zip(second, found.masks.numpy(), strict=True):
+    detected = model.predict(image, 0.01)
+    assert [item["score"] for item in second] == pytest.approx(detected.scores.tolist())
+    for item, mask in zip(second, detected.masks.numpy(), strict=True):
         assert np.array_equal(coco_mask.decode(item["segmentation"]).astype(bool), mask)
         assert item["area"] == mask.sum()
     assert Image.open(tmp_path / "out/overlays/a.jpg.png").size[0] >= 70
@@ -259,8 +262,8 @@ def test_images_of_the_same_name_stay_apart(model, image, tmp_path):
     names = ["a/1.jpg", "1.png", "b/1.jpg", "2.jpg"]
     assert [image["file_name"] for image in content["images"]] == names
     overlays = tmp_path / "out/overlays"
-    found = {file.relative_to(overlays).as_posix() for file in overlays.rglob("*.png")}
-    assert found == {f"{name}.png" for name in names}
+    written = {file.relative_to(overlays).as_posix() for file in overlays.rglob("*.png")}
+    assert written == {f"{name}.png" for name in names}
 
 
 def test_the_command_without_images_says_so(model, tmp_path, capsys):

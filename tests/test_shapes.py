@@ -170,7 +170,7 @@ def test_the_cache_serves_the_catalog(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 2, "val": 2})
     data = read_coco(find_source("shapes_val"), read_masks=True)
     assert data.annotations_file == tmp_path / "shapes-v1/annotations/val.json"
-    assert data.class_names == list(shapes_paint.OUTLINES)
+    assert data.class_names == list(shapes_paint.LOOKS)
     assert len(data.images) == 2
 
 
@@ -185,12 +185,12 @@ def test_a_kill_leaves_no_half_made_set(tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("name", shapes_paint.OUTLINES)
+@pytest.mark.parametrize("name", shapes_paint.LOOKS)
 def test_coverage_and_area_agree_with_scikit_image(name):
     rng = np.random.default_rng(0)
     for _ in range(3):
         centre = rng.uniform(50, 78, 2)
-        polygons = [polygon * 40 + centre for polygon in shapes_paint.OUTLINES[name](rng)]
+        polygons = [polygon * 40 + centre for polygon in shapes_paint.LOOKS[name].outline(rng)]
         # scikit-image has (row, column) of pixel centres at whole numbers
         masks = [polygon2mask((128, 128), polygon[:, ::-1] - 0.5) for polygon in polygons]
         expected = masks[0] & ~masks[-1] if len(masks) > 1 else masks[0]

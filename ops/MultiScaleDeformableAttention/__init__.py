@@ -76,7 +76,7 @@ def ms_deform_attn(
     Raises:
         RuntimeError: an argument of the wrong shape, type or device, by its name.
 
-    Example:
+    Examples:
         >>> value = torch.randn(1, 6 * 8 + 3 * 4, 2, 16)
         >>> locations, weights = torch.rand(1, 5, 2, 2, 4, 2), torch.rand(1, 5, 2, 2, 4)
         >>> ms_deform_attn(value, [(6, 8), (3, 4)], None, locations, weights).shape

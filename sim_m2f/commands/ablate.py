@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sim_m2f.commands.train import configuration
 from sim_m2f.config import CfgNode
+from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.engine import coco_metrics
@@ -23,27 +24,18 @@ from sim_m2f.engine.ablation_runs import Run, train_all
 from sim_m2f.errors import UserError
 from sim_m2f.report.ablation import Result, Row, read_result, write_tables
 
-ROWS = Path(__file__).resolve().parents[2] / "configs/ablation"
+ROWS = shipped_configs() / "ablation"
 KEY = re.compile(r"[A-Z][A-Z0-9_.]*")  # a key of the configuration; no row and no seed looks like one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="what all rows start from")
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=[],
-        metavar="ROW",
-        help="rows of configs/ablation by name, or YAML files of overrides (all of configs/ablation)",
-    )
+    rows = "rows of configs/ablation by name, or YAML files of overrides (all of configs/ablation)"
+    parser.add_argument("--variants", nargs="+", default=[], metavar="ROW", help=rows)
     parser.add_argument("--seeds", nargs="+", default=["0", "1"], metavar="N", help="seeds of each row (0 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (OUTPUT_DIR/ablation)")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides of the base; a row's own keys come after them",
-    )
+    overrides = "overrides of the base; a row's own keys come after them"
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=overrides)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     base = configuration(args.config_file, overrides)
     folder = args.output or Path(base.OUTPUT_DIR) / "ablation"
     rows = find_rows(names)
-    runs = plan(base, rows, _numbers(seeds), folder)
+    if not all(seed.isascii() and seed.isdigit() for seed in seeds):
+        raise UserError(f"--seeds: {' '.join(seeds)}; give whole numbers from 0 on")
+    runs = plan(base, rows, sorted(set(map(int, seeds))), folder)
     _check_test_set(base)
     command = ["sim-m2f", "ablate", "--config-file", args.config_file]
     command += ["--variants", *names] if names else []
@@ -74,13 +68,13 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     Raises:
         UserError: a row is unknown, a file is missing, or two rows have one name.
     """
-    known = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
-    short = {re.sub(r"^\d+_", "", name): file for name, file in known.items()}
+    own = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
+    known = own | {re.sub(r"^\d+_", "", name): file for name, file in own.items()}
     rows: dict[str, Row] = {}
-    for name in names or known:
-        file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name) or short.get(name)
+    for name in names or own:
+        file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
         if file is None:
-            nearest = difflib.get_close_matches(name, [*known, *short], n=1, cutoff=0.0)
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
             advice = f"did you mean {nearest[0]}?" if nearest else "give the path of a YAML file"
             raise UserError(f"--variants: no row {name!r} in {ROWS}; {advice}")
         if file.stem in rows:
@@ -105,7 +99,7 @@ def plan(base: CfgNode, rows: Sequence[Row], seeds: Sequence[int], folder: Path)
             cfg.merge_from_file(row.file)
             cfg.SEED, cfg.OUTPUT_DIR = seed, str(folder / row.name / f"seed{seed}")
             cfg.freeze()
-            runs.append(Run(f"{row.name}/seed{seed}", row.name, seed, cfg))
+            runs.append(Run(row.name, seed, cfg))
     return runs
 
 
@@ -129,9 +123,8 @@ class Ablation:
     def run(self, devices: Sequence[str | None]) -> int:
         """Train what is not finished; returns the exit status as ``run`` does."""
         waiting = [run for run in self.runs if not run.is_finished()]
-        for run in self.runs:
-            if run not in waiting:
-                self._add_result(run)
+        for run in [run for run in self.runs if run not in waiting]:
+            self._add_result(run)
         self._write()
         with tqdm(total=len(self.runs), initial=len(self.results), desc="ablation", unit="run") as bar:
             stopped_by = train_all(waiting, devices, self._done, bar)
@@ -159,22 +152,14 @@ class Ablation:
 def _check_test_set(base: CfgNode) -> None:
     data = read_coco(eval_sources(base)[0], read_masks=False)
     if not data.has_annotations or not coco_metrics.has_masks(coco_metrics.load_truth(data.annotations_file)):
-        raise UserError(
-            f"{data.annotations_file}: annotations without segmentation, so masks cannot be compared; "
-            "evaluate on a data set with masks (DATASETS.TEST)"
-        )
+        fault = f"{data.annotations_file}: annotations without segmentation, so masks cannot be compared"
+        raise UserError(f"{fault}; evaluate on a data set with masks (DATASETS.TEST)")
 
 
 def _until_key(values: Sequence[str]) -> tuple[list[str], list[str]]:
     """The values of a flag, and the pairs KEY VALUE that came after them and that argparse took as well."""
     end = next((index for index, value in enumerate(values) if KEY.fullmatch(value)), len(values))
     return list(values[:end]), list(values[end:])
-
-
-def _numbers(seeds: Sequence[str]) -> list[int]:
-    if not all(seed.isascii() and seed.isdigit() for seed in seeds):
-        raise UserError(f"--seeds: {' '.join(seeds)}; give whole numbers from 0 on")
-    return sorted({int(seed) for seed in seeds})
 
 
 def _title(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -18,13 +17,9 @@ from sim_m2f.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="a data set's name, such as coco_2017_train or shapes_val")
-    parser.add_argument(
-        "--annotations", type=Path, metavar="JSON", help="or: the COCO JSON of a data set ..."
-    )
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="or: COCO JSON of a data set ...")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
-    parser.add_argument(
-        "--masks", action="store_true", help="check the segmentations too, each box must have one"
-    )
+    parser.add_argument("--masks", action="store_true", help="check segmentations too; each box needs one")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,13 +28,18 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments do not name a data set, or its JSON is not one.
     """
-    source = requested_source(args)
+    if args.name and not args.annotations and not args.images:
+        source = find_source(args.name)
+    elif args.annotations and args.images and not args.name:
+        source = DatasetSource(args.annotations.stem, args.annotations, args.images)
+    else:
+        raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
     data, problems = inspect_coco(source, args.masks)
     for line in problems:
         print(line)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(partial(image_problems, data), data.images)
-        for lines in tqdm(found, "check", len(data.images), unit="image", disable=None, leave=False):
+        by_image = pool.map(partial(image_problems, data), data.images)
+        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
             for line in lines:
                 tqdm.write(line)
             problems += lines
@@ -49,28 +49,14 @@ def run(args: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
-def requested_source(args: argparse.Namespace) -> DatasetSource:
-    if args.name and not args.annotations and not args.images:
-        return find_source(args.name)
-    if not args.name and args.annotations and args.images:
-        return DatasetSource(args.annotations.stem, args.annotations, args.images)
-    raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
-
-
 def image_problems(data: CocoData, image: ImageRecord) -> list[str]:
     """What is wrong with one image's file, unless it is missing, and with the masks that were read."""
-    return [str(error) for error in _image_errors(data, image)]
-
-
-def _image_errors(data: CocoData, image: ImageRecord) -> Iterator[UserError]:
-    path = data.image_root / image.file_name
-    if path.is_file():
+    path, problems = data.image_root / image.file_name, []
+    checks = [partial(read_image, path, image.height, image.width)] if path.is_file() else []
+    checks += [partial(read_mask, data, image, index) for index in range(len(image.segmentations or []))]
+    for check in checks:
         try:
-            read_image(path, image.height, image.width)
+            check()
         except UserError as error:
-            yield error
-    for index in range(len(image.segmentations or [])):
-        try:
-            read_mask(data, image, index)
-        except UserError as error:
-            yield error
+            problems.append(str(error))
+    return problems

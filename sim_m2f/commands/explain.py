@@ -12,7 +12,7 @@ from sim_m2f.data.loader import train_loader
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.report.method_figures import read_method, write_method
 from sim_m2f.report.page import Page, render
@@ -25,56 +25,35 @@ FOLDER = "explain"  # in OUTPUT_DIR, if no other is given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config-file", required=True, metavar="FILE", help="configuration of the run, its config.yaml"
-    )
-    parser.add_argument(
-        "--num-images",
-        "--pictures",
-        type=int,
-        default=4,
-        metavar="N",
-        help="the first N images with an object (4)",
-    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
+    parser.add_argument("--num-images", "--pictures", type=int, default=4, metavar="N", help="images (4)")
     parser.add_argument("--folder", type=Path, help=f"where to write (default: OUTPUT_DIR/{FOLDER})")
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides: MODEL.WEIGHTS is the checkpoint (default: the last one in OUTPUT_DIR), "
-        "DATASETS.TRAIN_ANNOTATIONS and DATASETS.TRAIN_IMAGES (or DATASETS.TRAIN) the boxes and images",
+    overrides = (
+        "overrides: MODEL.WEIGHTS is the checkpoint (the last one in OUTPUT_DIR), DATASETS.TRAIN* the data"
     )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=overrides)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the figures and a page with all of them; prints the path of the page."""
+    """Draw what a checkpoint's networks and prototypes make of the first images with objects.
+
+    The checkpoint is MODEL.WEIGHTS, or the last one in OUTPUT_DIR; the data are those of DATASETS.TRAIN*. A
+    checkpoint without a teacher is its own teacher. Writes the figures and index.html, a page with all of
+    them, whose path is printed.
+
+    Raises:
+        UserError: the data or the checkpoint have a fault, or its prototypes have never learned.
+    """
     if args.num_images < 1:
         raise UserError(f"--num-images {args.num_images}: give a number of at least 1")
     cfg = configuration(args.config_file, args.opts)
     if cfg.MODEL.SIM.SUPERVISION != "box":
         raise UserError("MODEL.SIM.SUPERVISION mask: no pseudo masks to explain; take a run from boxes")
-    print(explain(cfg, args.num_images, args.folder or Path(cfg.OUTPUT_DIR) / FOLDER))
-    return 0
-
-
-def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
-    """Draw what a checkpoint's networks and prototypes make of the first ``images`` images with objects.
-
-    The checkpoint is MODEL.WEIGHTS, or the last one in OUTPUT_DIR; the data are those of DATASETS.TRAIN*. A
-    checkpoint without a teacher is its own teacher.
-
-    Args:
-        cfg: the configuration of the run, MODEL.SIM.SUPERVISION "box".
-        images: how many.
-        folder: where to write the figures, and index.html with all of them.
-
-    Returns:
-        the path of index.html.
-
-    Raises:
-        UserError: the data or the checkpoint have a fault, or its prototypes have never learned.
-    """
-    path = _checkpoint(cfg)
+    folder = args.folder or Path(cfg.OUTPUT_DIR) / FOLDER
+    weights = "" if cfg.MODEL.WEIGHTS.startswith(TIMM) else cfg.MODEL.WEIGHTS
+    path = Path(weights) if weights else last_checkpoint(Path(cfg.OUTPUT_DIR))
+    if path is None:
+        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
     state = read_checkpoint(path)
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
@@ -85,9 +64,8 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
     load_weights(student, state["model"], path)
     load_weights(teacher, teacher_weights(state) or state["model"], path)
     step = state.get("iteration", 0)
-    view = MethodView(cfg, dataset, images, accelerator)
-    for _ in write_method(folder, step, view.maps(student, teacher, criterion)):
-        pass
+    view = MethodView(cfg, dataset, args.num_images, accelerator)
+    list(write_method(folder, step, view.maps(student, teacher, criterion)))
     page = Page(
         title="How the method sees its boxes",
         subtitle=f"{path}, after {step:,} steps.",
@@ -97,19 +75,9 @@ def explain(cfg: CfgNode, images: int, folder: Path) -> Path:
         evolutions=read_method(folder),
         config=cfg.dump(),
     )
-    with atomic_write(folder / "index.html") as file:
-        file.write(render(page))
-    return folder / "index.html"
-
-
-def _checkpoint(cfg: CfgNode) -> Path:
-    weights = cfg.MODEL.WEIGHTS
-    path = (
-        Path(weights) if weights and not weights.startswith(TIMM) else last_checkpoint(Path(cfg.OUTPUT_DIR))
-    )
-    if path is None:
-        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
-    return path
+    write_file(folder / "index.html", render(page))
+    print(folder / "index.html")
+    return 0
 
 
 def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:
@@ -119,18 +87,12 @@ def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:
     untrained = criterion.pseudo_masks.prototypes.vectors
     prototypes = state.get("criterion", {}).get(PROTOTYPES)
     if prototypes is None or "model" not in state:
-        raise UserError(
-            f"{path}: holds no prototypes; take a checkpoint that train_net.py wrote, of a run from boxes"
-        )
+        raise UserError(f"{path}: holds no prototypes; take a checkpoint that train_net.py made from boxes")
     if prototypes.shape != untrained.shape:
-        raise UserError(
-            f"{path}: prototypes of shape {tuple(prototypes.shape)}, the configuration asks for "
-            f"{tuple(untrained.shape)}; give the run's own config.yaml"
-        )
+        shapes = f"{tuple(prototypes.shape)}, the configuration asks for {tuple(untrained.shape)}"
+        raise UserError(f"{path}: prototypes of shape {shapes}; give the run's own config.yaml")
     if torch.equal(prototypes, untrained):
-        raise UserError(
-            f"{path}: its prototypes never learned, for no loss of the run used the teacher; train with "
-            "MODEL.SIM.PSEUDO_SEMANTIC.ENABLED True"
-        )
+        advice = "train with MODEL.SIM.PSEUDO_SEMANTIC.ENABLED True"
+        raise UserError(f"{path}: its prototypes never learned, for no loss used the teacher; {advice}")
     untrained.copy_(prototypes)
     return criterion.eval()

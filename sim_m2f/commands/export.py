@@ -9,19 +9,11 @@ from sim_m2f.weights.folder import read_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="NAME", help="folder of a trained network, its name on the Hub, or a checkpoint"
-    )
+    parser.add_argument("model", metavar="NAME", help="folder, name on the Hub, or checkpoint of a network")
     parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=FORMATS,
-        help="; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items()),
-    )
-    parser.add_argument(
-        "--output", required=True, type=Path, metavar="PATH", help="the folder or file to write"
-    )
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in FORMATS.items())
+    parser.add_argument("--format", required=True, choices=FORMATS, help=meanings)
+    parser.add_argument("--output", required=True, type=Path, metavar="PATH", help="folder or file to write")
 
 
 def run(args: argparse.Namespace) -> int:

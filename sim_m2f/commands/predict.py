@@ -4,27 +4,27 @@ import argparse
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.report.drawing import PALETTE, Shape, draw
-from sim_m2f.segmenter import Instances, Segmenter, from_pretrained
+from sim_m2f.segmenter import Instances, from_pretrained
+from sim_m2f.structures import Detections
 
 PREDICTIONS, OVERLAYS = "predictions.json", "overlays"
 SIDE = 1024  # longer side of an overlay in pixels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, metavar="PICTURE", help="files, or folders of them")
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="folder of a trained network, or its name on the Hub"
-    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, or folders of them")
+    parser.add_argument("--model", required=True, metavar="NAME", help="a network: folder or name on the Hub")
     parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
@@ -41,23 +41,28 @@ def run(args: argparse.Namespace) -> int:
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
-    content, problems = _described(model, files), []
+    categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
+    category_ids = list(range(1, len(categories) + 1))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    problems = []
     named = zip(tqdm(files, "predict", unit="image"), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
         try:
-            found = model.predict(file, args.threshold)
+            detected = model.predict(file, args.threshold)
         except UserError as error:
             problems.append(str(error))
             continue
-        height, width = found.masks.shape[1:]
-        content["images"].append({"id": number, "file_name": name, "height": height, "width": width})
-        first = len(content["annotations"]) + 1
-        content["annotations"] += _annotations(found, number, first)
-        _draw(file, found, args.output / OVERLAYS / f"{name}.png")
-    with atomic_write(args.output / PREDICTIONS) as file:
-        json.dump(content, file)
-    done = len(content["images"])
-    print(f"{len(content['annotations'])} objects in {done} images: {args.output / PREDICTIONS}")
+        height, width = detected.masks.shape[1:]
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        annotations += encode(number, cast(Detections, vars(detected)), category_ids)
+        _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
+    for number, annotation in enumerate(annotations, start=1):
+        annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
+    info = {"description": f"{len(files)} images by SIM-M2F"}
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    write_file(args.output / PREDICTIONS, json.dumps(content))
+    print(f"{len(annotations)} objects in {len(images)} images: {args.output / PREDICTIONS}")
     if problems:
         raise UserError("\n".join(problems))
     return 0
@@ -87,37 +92,11 @@ def _names(files: list[Path], given: list[Path]) -> list[str]:
     return names
 
 
-def _described(model: Segmenter, files: list[Path]) -> dict[str, Any]:
-    categories = [{"id": label, "name": name} for label, name in enumerate(model.class_names, start=1)]
-    description = f"{len(files)} images by SIM-M2F"
-    return {"info": {"description": description}, "images": [], "annotations": [], "categories": categories}
-
-
-def _annotations(found: Instances, image_id: int, first: int) -> Iterator[dict[str, Any]]:
-    """COCO's annotations with RLE masks, numbered from ``first``, and the score of each."""
-    areas = found.masks.flatten(1).sum(1).tolist()
-    rows = zip(
-        found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), areas, found.rles, strict=True
-    )
-    for number, (label, score, (x0, y0, x1, y1), area, rle) in enumerate(rows, start=first):
-        yield {
-            "id": number,
-            "image_id": image_id,
-            "category_id": label + 1,
-            "segmentation": rle,
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "area": area,
-            "iscrowd": 0,
-            "score": score,
-        }
-
-
-def _draw(file: Path, found: Instances, path: Path) -> None:
+def _draw(file: Path, detected: Instances, path: Path) -> None:
+    masks = detected.masks.cpu().numpy()
     shapes = [
-        Shape(colour=PALETTE[label % len(PALETTE)], text=f"{name} {score:.2f}", mask=mask)
-        for label, name, score, mask in zip(
-            found.labels.tolist(), found.names, found.scores.tolist(), found.masks.cpu().numpy(), strict=True
-        )
+        Shape(PALETTE[label % len(PALETTE)], f"{detected.names[i]} {detected.scores[i]:.2f}", mask=masks[i])
+        for i, label in enumerate(detected.labels.tolist())
     ]
     with Image.open(file) as stored:
         image = draw(ImageOps.exif_transpose(stored), shapes, SIDE)

@@ -12,19 +12,11 @@ from sim_m2f.report.run_report import write_report
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", type=Path, metavar="OUTPUT_DIR", help="folder of the run")
-    parser.add_argument(
-        "--config-file", type=Path, help="its configuration (default: OUTPUT_DIR/config.yaml)"
-    )
-    parser.add_argument(
-        "--annotations", type=Path, help="COCO JSON of the test set, instead of a configuration's"
-    )
+    parser.add_argument("--config-file", type=Path, help="its configuration (OUTPUT_DIR/config.yaml)")
+    parser.add_argument("--annotations", type=Path, help="another COCO JSON than the configuration's")
     parser.add_argument("--images", type=Path, help="folder of its images")
-    parser.add_argument(
-        "--min-score", type=float, default=0.5, help="draw predictions from this score on (0.5)"
-    )
-    parser.add_argument(
-        "--num-images", "--num-pictures", type=int, default=16, help="images on the contact sheet (16)"
-    )
+    parser.add_argument("--min-score", type=float, default=0.5, help="least score that is drawn (0.5)")
+    parser.add_argument("--num-images", "--num-pictures", type=int, default=16, help="images drawn (16)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,9 +29,7 @@ def _source(args: argparse.Namespace) -> DatasetSource:
     if args.annotations and args.images:
         return DatasetSource(args.annotations.stem, args.annotations, args.images)
     if args.annotations or args.images:
-        raise UserError(
-            "--annotations and --images belong together; give both, or neither and a configuration"
-        )
+        raise UserError("--annotations and --images belong together; give both, or neither and --config-file")
     config_file = args.config_file or args.output_dir / "config.yaml"
     if not config_file.exists():
         raise UserError(f"{config_file}: no such file; give --config-file, or --annotations and --images")

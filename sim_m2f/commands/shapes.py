@@ -7,9 +7,7 @@ from sim_m2f.data.shapes import cached_shapes, write_shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", nargs="?", type=Path, help="where to write it (default: the cache, $SIM_M2F_CACHE)"
-    )
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write it (the cache, $SIM_M2F_CACHE)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, get_cfg, validate, without_effect
+from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
 from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.errors import UserError
@@ -19,19 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate MODEL.WEIGHTS; the last checkpoint in OUTPUT_DIR with --resume, or where "
-        "MODEL.WEIGHTS is empty or a backbone's (timm://)",
-    )
+    weights = "MODEL.WEIGHTS; where empty or timm://, or with --resume, OUTPUT_DIR's last checkpoint"
+    parser.add_argument("--eval-only", action="store_true", help=f"evaluate {weights}")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
     parser.add_argument("--num-machines", type=int, default=1, help="machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="tcp://127.0.0.1:29500", help="address of machine 0")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration"
-    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of its keys")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,12 +62,12 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
-    unheeded = without_effect(cfg)
+    unheeded, warning = without_effect(cfg), extent_warning(cfg)
     if unheeded and os.environ.get("RANK", "0") == "0":
-        print(
-            f"note: without effect here: {', '.join(unheeded)}; see sim_m2f/config/without_effect.yaml",
-            file=sys.stderr,
-        )
+        where = "see sim_m2f/config/without_effect.yaml"
+        print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr)
     cfg.freeze()
     return cfg
 
@@ -92,11 +86,8 @@ def _launch(arguments: argparse.Namespace) -> None:
     """Replace this process by torchrun with one process per GPU and the same command line."""
     address = urlsplit(arguments.dist_url)
     launcher = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        f"--nproc-per-node={arguments.num_gpus}",
-        f"--nnodes={arguments.num_machines}",
-        f"--node-rank={arguments.machine_rank}",
-        f"--master-addr={address.hostname}",
-        f"--master-port={address.port}",
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.num_gpus}"),
+        *(f"--nnodes={arguments.num_machines}", f"--node-rank={arguments.machine_rank}"),
+        *(f"--master-addr={address.hostname}", f"--master-port={address.port}"),
     ]
     os.execv(sys.executable, [*launcher, *sys.argv])

@@ -15,6 +15,7 @@ import yaml
 from fvcore.common.config import BASE_KEY
 from fvcore.common.config import CfgNode as FvcoreNode
 
+from sim_m2f.config.shipped import find_config
 from sim_m2f.errors import UserError
 
 
@@ -22,18 +23,21 @@ class CfgNode(FvcoreNode):
     """A configuration that names the nearest known key when one is unknown."""
 
     def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
-        """Merge a YAML file (and the files that its ``_BASE_`` names).
+        """Merge a YAML file (and the files that its ``_BASE_`` names); see ``find_config``.
 
         Raises:
             UserError: the file is missing or not YAML, its ``_BASE_`` leads back to itself, a key is unknown,
                 or a value has the wrong type.
         """
+        cfg_filename = find_config(cfg_filename)
         try:
             loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
+        except TypeError:  # of an empty file
+            loaded = None
         except RecursionError as error:
             circle = " -> ".join(_base_circle(str(cfg_filename)))
             raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error

@@ -1,7 +1,7 @@
 """Mask2Former's large-scale jitter for training, detectron2's resizing for tests, on tv_tensors.
 
-A sample is ``structures.Annotated``. Of torchvision's own
-transforms, ScaleJitter and Resize round down (narrow images to nothing) and RandomCrop pads on all sides.
+A sample is ``structures.Annotated``. torchvision's own ScaleJitter and RandomShortestSize round down (narrow
+images to nothing) and its RandomCrop pads on all sides.
 """
 
 from typing import Any
@@ -17,21 +17,15 @@ FLIPS = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFli
 MIN_BOX = 1.0  # a box thinner than this many pixels after the crop is dropped
 
 
-class LargeScaleJitter(v2.Transform):
-    """Resize to fit a square of side u * size, u uniform in [min_scale, max_scale]; keep the aspect ratio."""
-
-    def __init__(self, size: int, min_scale: float, max_scale: float) -> None:
-        super().__init__()
-        self.size, self.min_scale, self.max_scale = size, min_scale, max_scale
+class LargeScaleJitter(v2.ScaleJitter):
+    """Resize to fit ``target_size`` times u, u uniform in ``scale_range``; keep the aspect ratio."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        scale = self.min_scale + (self.max_scale - self.min_scale) * torch.rand(()).item()
-        factor = scale * self.size / max(height, width)
+        least, most = self.scale_range
+        scale = least + (most - least) * torch.rand(()).item()
+        factor = scale * min(self.target_size) / max(height, width)
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], antialias=True)
 
 
 class CropToFit(v2.Transform):
@@ -43,31 +37,21 @@ class CropToFit(v2.Transform):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        return {
-            "top": int(torch.randint(max(height - self.size, 0) + 1, ())),
-            "left": int(torch.randint(max(width - self.size, 0) + 1, ())),
-            "height": min(height, self.size),
-            "width": min(width, self.size),
-        }
+        top = int(torch.randint(max(height - self.size, 0) + 1, ()))
+        left = int(torch.randint(max(width - self.size, 0) + 1, ()))
+        return {"top": top, "left": left, "height": min(height, self.size), "width": min(width, self.size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.crop(inpt, **params)
 
 
-class ResizeShortestEdge(v2.Transform):
+class ResizeShortestEdge(v2.RandomShortestSize):
     """Resize the shorter side to ``min_size`` pixels, or less where the longer would pass ``max_size``."""
-
-    def __init__(self, min_size: int, max_size: int) -> None:
-        super().__init__()
-        self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
-        factor = min(self.min_size / min(height, width), self.max_size / max(height, width))
+        factor = min(self.min_size[0] / min(height, width), self.max_size / max(height, width))
         return {"size": [max(1, int(side * factor + 0.5)) for side in (height, width)]}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.resize(inpt, params["size"], antialias=True)
 
 
 def drop_thin_boxes(sample: Annotated) -> Annotated:
@@ -83,7 +67,7 @@ def drop_thin_boxes(sample: Annotated) -> Annotated:
 def train_augmentation(cfg: CfgNode) -> v2.Transform:
     """Flip, jitter and crop as INPUT.* says; draws from torch's global random state."""
     size = cfg.INPUT.IMAGE_SIZE
-    jitter = LargeScaleJitter(size, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE)
+    jitter = LargeScaleJitter((size, size), (cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE))
     return v2.Compose([FLIPS[cfg.INPUT.RANDOM_FLIP](), jitter, CropToFit(size), drop_thin_boxes])
 
 

@@ -1,14 +1,14 @@
 """The names of the classes that a configuration's data set has."""
 
-import json
 from pathlib import Path
 
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import COCO, eval_sources
+from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import load_json
 from sim_m2f.errors import UserError
+from sim_m2f.files import read_json
 
 NO_CLASS = ("__background__", "N/A")  # entries of torchvision's list that are no class of COCO
 
@@ -23,7 +23,7 @@ def class_names(cfg: CfgNode) -> list[str]:
         categories = load_json(eval_sources(cfg)[0].annotations)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):
-        names = coco_names() if set(cfg.DATASETS.TEST) <= set(COCO) else []
+        names = coco_names() if all(name.startswith("coco_") for name in cfg.DATASETS.TEST) else []
     return names if len(names) == number else [f"class {label}" for label in range(number)]
 
 
@@ -38,10 +38,7 @@ def read_class_names(path: Path) -> list[str]:
     Raises:
         UserError: it is not such a file.
     """
-    try:
-        names = json.loads(path.read_text("utf-8"))["class_names"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not {{"class_names": [...]}} in JSON; write it anew') from error
+    names = read_json(path).get("class_names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: class_names is not a list of texts; correct it")
     return names

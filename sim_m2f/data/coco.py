@@ -4,19 +4,20 @@ The format is that of cocodataset.org/#format-data. Boxes are needed; ``segmenta
 for mask supervision only.
 """
 
-import json
+import contextlib
 import os
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError
+from sim_m2f.files import read_json
 
 MAX_LINES = 20  # problems that one error tells one by one
 TOLERANCE = 1.0  # a box may reach this many pixels beyond its image; it is clipped
@@ -73,20 +74,19 @@ def inspect_coco(source: DatasetSource, read_masks: bool) -> tuple[CocoData, lis
     Raises:
         UserError: the file is not a COCO JSON at all.
     """
-    content = load_json(source.annotations)
     reader = _Reader(source, read_masks)
-    categories = {item["id"]: item["name"] for item in reader.records(content, "categories")}
-    images = {item["id"]: item for item in reader.records(content, "images")}
-    reader.report_missing_images(images)
-    objects = reader.objects(content, images, sorted(categories))
+    names = {item["id"]: item["name"] for item in reader.records("categories")}
+    images = {item["id"]: item for item in reader.records("images")}
+    reader.report_missing_images(images.values())
+    category_ids = sorted(names)
     data = CocoData(
         name=source.name,
         annotations_file=source.annotations,
         image_root=source.image_root,
-        images=[_record(item, objects[item["id"]], read_masks) for item in images.values()],
-        category_ids=sorted(categories),
-        class_names=[categories[category] for category in sorted(categories)],
-        has_annotations="annotations" in content,
+        images=reader.image_records(images, category_ids),
+        category_ids=category_ids,
+        class_names=[names[category] for category in category_ids],
+        has_annotations="annotations" in reader.content,
         zero_area=reader.zero_area,
     )
     return data, reader.problems
@@ -98,108 +98,59 @@ def load_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is not JSON, or is not such an object.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check DATASETS.* and $DETECTRON2_DATASETS") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a COCO JSON") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: a {type(content).__name__}, not a COCO data set (an object); give the path of one"
-        )
+    if not path.exists():
+        raise UserError(f"{path}: no such file; check DATASETS.* and $DETECTRON2_DATASETS")
+    content = read_json(path)
     for key in ("images", "categories", *(["annotations"] if "annotations" in content else [])):
         if not isinstance(content.get(key), list):
             raise UserError(f"{path}: has no list {key!r}; give the path of a COCO JSON")
-    for key in ("images", "categories"):
-        if not content[key]:
+        if not content[key] and key != "annotations":
             raise UserError(f"{path}: the list {key!r} is empty; a data set needs at least one of them")
     return content
 
 
-class _Object(NamedTuple):
-    annotation_id: int
-    box: list[float]
-    label: int
-    segmentation: Any
-
-
-def _record(image: dict[str, Any], objects: list[_Object], read_masks: bool) -> ImageRecord:
-    return ImageRecord(
-        id=image["id"],
-        file_name=image["file_name"],
-        height=image["height"],
-        width=image["width"],
-        boxes=np.array([item.box for item in objects], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([item.label for item in objects], dtype=np.int64),
-        annotation_ids=[item.annotation_id for item in objects],
-        segmentations=[item.segmentation for item in objects] if read_masks else None,
-    )
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _is_present(value: Any) -> bool:
-    return True
-
-
+Record = dict[str, Any]  # an object in one of the lists of the JSON
+Check = tuple[str, Callable[[Any], bool]]  # what a value has to be, in words, and whether it is
+WHOLE: Check = ("a whole number", lambda value: type(value) is int)
+SIZE: Check = ("a positive whole number", lambda value: type(value) is int and value > 0)
+TEXT: Check = ("a text", lambda value: isinstance(value, str) and value != "")
+PRESENT: Check = ("", lambda value: True)
 # For each list of the JSON: what one record is called and what its keys must hold.
-RECORDS: dict[str, tuple[str, dict[str, Callable[[Any], bool]]]] = {
-    "categories": ("category", {"id": _is_id, "name": _is_text}),
-    "images": ("image", {"id": _is_id, "file_name": _is_text, "height": _is_size, "width": _is_size}),
-    "annotations": (
-        "annotation",
-        {"id": _is_id, "image_id": _is_id, "category_id": _is_id, "bbox": _is_present},
-    ),
-}
-EXPECTED: dict[Callable[[Any], bool], str] = {
-    _is_id: "a whole number",
-    _is_size: "a positive whole number",
-    _is_text: "a text",
+RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
+    "categories": ("category", {"id": WHOLE, "name": TEXT}),
+    "images": ("image", {"id": WHOLE, "file_name": TEXT, "height": SIZE, "width": SIZE}),
+    "annotations": ("annotation", {"id": WHOLE, "image_id": WHOLE, "category_id": WHOLE, "bbox": PRESENT}),
 }
 
 
 class _Reader:
-    """Goes through the lists of one JSON, yields what is right and collects what is wrong."""
+    """Goes through the lists of one JSON, gives what is right and collects what is wrong."""
 
     def __init__(self, source: DatasetSource, read_masks: bool) -> None:
-        self.source = source
-        self.read_masks = read_masks
+        self.source, self.read_masks = source, read_masks
+        self.content = load_json(source.annotations)
         self.problems: list[str] = []
         self.zero_area = 0
 
     def report(self, where: str, what: str) -> None:
         self.problems.append(f"{self.source.annotations}: {where}: {what}")
 
-    def records(self, content: dict[str, Any], key: str) -> Iterator[dict[str, Any]]:
+    def records(self, key: str) -> Iterator[Record]:
         """The well-formed records of a list, each id once."""
         kind, checks = RECORDS[key]
         seen: set[int] = set()
-        for index, item in enumerate(content.get(key, [])):
+        for index, item in enumerate(self.content.get(key, [])):
             if not isinstance(item, dict):
                 self.report(f"{key}[{index}]", f"is {reprlib.repr(item)}, not an object; remove it")
                 continue
-            where = f"{kind} id {item['id']}" if _is_id(item.get("id")) else f"{key}[{index}]"
-            faults = [name for name, check in checks.items() if name not in item or not check(item[name])]
-            for name in faults:
+            where = f"{kind} id {item['id']}" if type(item.get("id")) is int else f"{key}[{index}]"
+            before = len(self.problems)
+            for name, (expected, check) in checks.items():
                 if name not in item:
                     self.report(where, f"has no {name}; add it")
-                else:
-                    expected = EXPECTED[checks[name]]
+                elif not check(item[name]):
                     self.report(where, f"{name} is {reprlib.repr(item[name])}, not {expected}; correct it")
-            if faults:
+            if len(self.problems) > before:
                 continue
             if item["id"] in seen:
                 self.report(where, "is there more than once; give each its own id")
@@ -207,67 +158,70 @@ class _Reader:
             seen.add(item["id"])
             yield item
 
-    def report_missing_images(self, images: dict[int, dict[str, Any]]) -> None:
+    def report_missing_images(self, images: Iterable[Record]) -> None:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
         root = self.source.image_root
         if not root.is_dir():
-            where = "check DATASETS.* and $DETECTRON2_DATASETS"
-            self.problems.append(f"{root}: no such folder of images; {where}")
+            self.problems.append(
+                f"{root}: no such folder of images; check DATASETS.* and $DETECTRON2_DATASETS"
+            )
             return
         listed: dict[Path, dict[str, bool]] = {}
-        for image in images.values():
+        for image in images:
             path = root / image["file_name"]
             if path.parent not in listed:
-                listed[path.parent] = _list_folder(path.parent)
+                listed[path.parent] = {}  # name of each entry -> whether it is a folder
+                with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+                    listed[path.parent] = {entry.name: entry.is_dir() for entry in entries}
             is_folder = listed[path.parent].get(path.name)
             if is_folder is None:
                 self.report(f"image id {image['id']}", f"{path} is missing; add it or remove the record")
             elif is_folder:
                 self.report(f"image id {image['id']}", f"{path} is a folder, not an image; replace it")
 
-    def objects(
-        self, content: dict[str, Any], images: dict[int, dict[str, Any]], category_ids: list[int]
-    ) -> dict[int, list[_Object]]:
-        """The targets of each image, by image id."""
+    def image_records(self, images: dict[int, Record], category_ids: list[int]) -> list[ImageRecord]:
+        """The images with their targets, in the order of the JSON."""
         labels = {category: label for label, category in enumerate(category_ids)}
-        objects: dict[int, list[_Object]] = {image: [] for image in images}
-        for item in self.records(content, "annotations"):
-            where = f"annotation id {item['id']}"
-            image = images.get(item["image_id"])
-            if item["category_id"] not in labels:
-                self.report(where, f"category_id {item['category_id']} is not in categories; correct it")
-            if item.get("iscrowd", 0) not in (0, 1):
-                self.report(where, f"iscrowd is {reprlib.repr(item['iscrowd'])}, not 0 or 1; correct it")
-            if image is None:
-                self.report(where, f"image_id {item['image_id']} is not in images; correct it")
-                continue
-            what = box_problem(item["bbox"], image["height"], image["width"])
-            if what:
-                self.report(where, f"bbox {reprlib.repr(item['bbox'])} {what}")
-                continue
-            if item.get("iscrowd", 0) or item["category_id"] not in labels:
-                continue
+        targets: dict[int, list[tuple[Record, list[float]]]] = {number: [] for number in images}
+        for item in self.records("annotations"):
+            box = self.target_box(item, images.get(item["image_id"]), labels)
+            if box is not None:
+                targets[item["image_id"]].append((item, box))
+        return [
+            ImageRecord(
+                **{key: image[key] for key in RECORDS["images"][1]},
+                boxes=np.array([box for _, box in targets[number]], np.float64).reshape(-1, 4),
+                labels=np.array([labels[item["category_id"]] for item, _ in targets[number]], np.int64),
+                annotation_ids=[item["id"] for item, _ in targets[number]],
+                segmentations=[item["segmentation"] for item, _ in targets[number]]
+                if self.read_masks
+                else None,
+            )
+            for number, image in images.items()
+        ]
+
+    def target_box(self, item: Record, image: Record | None, labels: dict[int, int]) -> list[float] | None:
+        """The box xyxy of an annotation, in its image; None where it is no target. Faults are reported."""
+        crowd, faults, box = item.get("iscrowd", 0), [], None
+        if item["category_id"] not in labels:
+            faults.append(f"category_id {item['category_id']} is not in categories; correct it")
+        if crowd not in (0, 1):
+            faults.append(f"iscrowd is {reprlib.repr(crowd)}, not 0 or 1; correct it")
+        if image is None:
+            faults.append(f"image_id {item['image_id']} is not in images; correct it")
+        elif fault := box_problem(item["bbox"], image["height"], image["width"]):
+            faults.append(f"bbox {reprlib.repr(item['bbox'])} {fault}")
+        elif not faults and not crowd:
             box = clipped_xyxy(item["bbox"], image["height"], image["width"])
             if box[0] == box[2] or box[1] == box[3]:
                 self.zero_area += 1
-                continue
-            segmentation = item.get("segmentation") if self.read_masks else None
-            if self.read_masks:
-                what = segmentation_problem(segmentation, image["height"], image["width"])
-                if what:
-                    self.report(where, f"segmentation {what}")
-                    continue
-            objects[image["id"]].append(_Object(item["id"], box, labels[item["category_id"]], segmentation))
-        return objects
-
-
-def _list_folder(folder: Path) -> dict[str, bool]:
-    """Name of each entry -> whether it is a folder; empty when there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry.is_dir() for entry in entries}
-    except OSError:
-        return {}
+                return None
+            shape = item.get("segmentation")
+            if self.read_masks and (fault := segmentation_problem(shape, image["height"], image["width"])):
+                faults.append(f"segmentation {fault}")
+        for fault in faults:
+            self.report(f"annotation id {item['id']}", fault)
+        return None if faults else box
 
 
 def box_problem(bbox: Any, height: int, width: int) -> str | None:
@@ -287,9 +241,5 @@ def box_problem(bbox: Any, height: int, width: int) -> str | None:
 def clipped_xyxy(bbox: list[float], height: int, width: int) -> list[float]:
     """A COCO box as [x1, y1, x2, y2], clipped to its image."""
     x, y, w, h = bbox
-    return [
-        min(max(x, 0.0), width),
-        min(max(y, 0.0), height),
-        min(max(x + w, 0.0), width),
-        min(max(y + h, 0.0), height),
-    ]
+    corners = zip((x, y, x + w, y + h), (width, height) * 2, strict=True)
+    return [min(max(position, 0.0), length) for position, length in corners]

@@ -31,12 +31,8 @@ class TrainDataset(Dataset[Sample]):
         self.images = [(part, image) for part in data for image in part.images if len(image.labels)]
         if not self.images:
             files = ", ".join(str(part.annotations_file) for part in data)
-            raise UserError(
-                f"{files}: no object to train on (crowds and empty boxes do not count); give another JSON"
-            )
-        self.cfg = cfg
-        self.pixels = Pixels(cfg)
-        self.augment = train_augmentation(cfg)
+            raise UserError(f"{files}: no object to train on (crowds, empty boxes aside); give another JSON")
+        self.cfg, self.pixels, self.augment = cfg, Pixels(cfg), train_augmentation(cfg)
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def __getitem__(self, number: int) -> Sample:
@@ -57,10 +53,8 @@ class EvalDataset(Dataset[Sample]):
     """The images of one data set in the order of its JSON, resized for testing. Masks are never read."""
 
     def __init__(self, cfg: CfgNode, data: CocoData) -> None:
-        self.cfg = cfg
-        self.data = data
-        self.pixels = Pixels(cfg)
-        self.augment = eval_augmentation(cfg)
+        self.cfg, self.data = cfg, data
+        self.pixels, self.augment = Pixels(cfg), eval_augmentation(cfg)
 
     def __len__(self) -> int:
         return len(self.data.images)
@@ -89,10 +83,8 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
         "valid": tv_tensors.Mask(valid),
     }
     if record.segmentations is not None:
-        masks = np.empty((len(record.labels), *size), np.uint8)
-        for index in range(len(masks)):
-            masks[index] = read_mask(data, record, index)
-        sample["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
+        masks = [read_mask(data, record, index) for index in range(len(record.labels))]
+        sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
     return sample
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 
-def read_image(path: Path, height: int, width: int) -> np.ndarray:
+def read_image(path: Path, height: int | None = None, width: int | None = None) -> np.ndarray:
     """Decode an image.
 
     The orientation in the EXIF data is applied when the image then has the size of its record (as in
@@ -16,7 +16,7 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
 
     Args:
         path: the file.
-        height, width: its size in the JSON, pixels.
+        height, width: its size in the JSON, pixels; None for an image without a record.
 
     Returns:
         (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits.
@@ -27,26 +27,16 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     try:
         with Image.open(path) as stored:
             stored.load()
-            image = _oriented(stored, (width, height))
+            upright = ImageOps.exif_transpose(stored)
+            image = stored if upright.size != (width, height) == stored.size else upright
             size, pixels = image.size, to_rgb(image)
     except Exception as error:  # Pillow's decoders raise anything on a broken file
-        reason = (
-            "not an image"
-            if isinstance(error, UnidentifiedImageError)
-            else str(error) or type(error).__name__
-        )
-        raise UserError(
-            f"{path}: cannot be decoded ({reason}); replace the file or remove its record"
-        ) from error
-    if size != (width, height):
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
+    if height and size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
         raise UserError(f"{path}: {sizes}; correct the record or the file")
     return pixels
-
-
-def _oriented(stored: Image.Image, size: tuple[int, int]) -> Image.Image:
-    upright = ImageOps.exif_transpose(stored)
-    return stored if upright.size != size and stored.size == size else upright
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:

@@ -4,7 +4,7 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -33,19 +33,32 @@ class GlobalBatches(Sampler[list[int]]):
             yield list(range(first, first + self.share))
 
 
-class Batches(Generic[Data]):
-    """A data set and its batches; a worker's UserError comes with its own message, free of its traceback."""
+class Batches(DataLoader[Sample], Generic[Data]):
+    """A data set as batches (see ``collate``); a worker's UserError comes without its traceback.
 
-    def __init__(self, dataset: Data, **options: Any) -> None:
-        self.dataset: Data = dataset
-        self._loader: DataLoader[Sample] = DataLoader(dataset, **options)
+    Args:
+        cfg: the configuration.
+        dataset: what gives the samples.
+        least_size: least height and width of a batch, pixels.
+        options: those of ``DataLoader`` that choose the samples.
+    """
 
-    def __len__(self) -> int:
-        return len(self._loader)
+    dataset: Data
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __init__(self, cfg: CfgNode, dataset: Data, least_size: int, **options: Any) -> None:
+        divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        super().__init__(
+            dataset,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            collate_fn=partial(collate, least_size=least_size, divisor=divisor),
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else making an iterator draws from the global random state
+            **options,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            yield from self._loader
+            yield from super().__iter__()
         except UserError as error:
             raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
 
@@ -72,18 +85,12 @@ def train_loader(
     check_classes(cfg, data)
     if rank == 0:
         print_notes(data)
-    return Batches(
-        TrainDataset(cfg, data),
-        batch_sampler=GlobalBatches(batch_size, start_iteration, rank, world_size),
-        **_loader_options(cfg, least_size=cfg.INPUT.IMAGE_SIZE),
-    )
+    batches = GlobalBatches(batch_size, start_iteration, rank, world_size)
+    return Batches(cfg, TrainDataset(cfg, data), cfg.INPUT.IMAGE_SIZE, batch_sampler=batches)
 
 
 def eval_loader(
-    cfg: CfgNode,
-    source: DatasetSource,
-    rank: int = 0,
-    world_size: int = 1,
+    cfg: CfgNode, source: DatasetSource, rank: int = 0, world_size: int = 1
 ) -> Batches[EvalDataset]:
     """One image a batch (see ``collate``): images rank, rank + world_size, ... of a data set, each once.
 
@@ -94,19 +101,8 @@ def eval_loader(
     """
     data = read_coco(source, read_masks=False)
     check_classes(cfg, [data])
-    dataset = EvalDataset(cfg, data)
-    own = range(rank, len(dataset), world_size)
-    return Batches(dataset, sampler=own, **_loader_options(cfg, least_size=1))
-
-
-def _loader_options(cfg: CfgNode, least_size: int) -> dict[str, Any]:
-    divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-    return {
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
-        "collate_fn": partial(collate, least_size=least_size, divisor=divisor),
-        "pin_memory": torch.cuda.is_available(),
-        "generator": torch.Generator(),  # else making an iterator draws from the global random state
-    }
+    own = range(rank, len(data.images), world_size)
+    return Batches(cfg, EvalDataset(cfg, data), least_size=1, sampler=own)
 
 
 def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -> Batch:
@@ -121,21 +117,18 @@ def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -
     height, width = (-(-max(least_size, *side) // divisor) * divisor for side in zip(*sizes, strict=True))
     counts = [len(sample["labels"]) for sample in samples]
     # One tensor each, given out as views: every tensor that leaves a worker costs a file descriptor.
-    labels = torch.cat([sample["labels"] for sample in samples]).split(counts)
-    boxes = torch.cat([sample["boxes"] for sample in samples]).split(counts)
-    valid = pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind()
-    targets: list[Target] = [
-        {"labels": of_labels, "boxes": of_boxes, "valid": of_valid}
-        for of_labels, of_boxes, of_valid in zip(labels, boxes, valid, strict=True)
-    ]
+    parts = {
+        "labels": torch.cat([sample["labels"] for sample in samples]).split(counts),
+        "boxes": torch.cat([sample["boxes"] for sample in samples]).split(counts),
+        "valid": pad_and_cat([sample["valid"][None] for sample in samples], height, width).unbind(),
+    }
     if "masks" in samples[0]:
-        masks = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
-        for target, of_masks in zip(targets, masks, strict=True):
-            target["masks"] = of_masks
+        parts["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+    targets = [dict(zip(parts, of_image, strict=True)) for of_image in zip(*parts.values(), strict=True)]
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {
         "images": images.view(len(samples), -1, height, width),
-        "targets": targets,
+        "targets": cast(list[Target], targets),
         "image_ids": [sample["image_id"] for sample in samples],
         "image_sizes": sizes,
         "original_sizes": [sample["original_size"] for sample in samples],
@@ -146,8 +139,8 @@ def pad_and_cat(tensors: list[Tensor], height: int, width: int) -> Tensor:
     """Tensors (n, h, w) of several sizes as one of (sum of n, height, width), zero beyond each one's own."""
     counts = [len(tensor) for tensor in tensors]
     padded = tensors[0].new_zeros((sum(counts), height, width))
-    for target, tensor in zip(padded.split(counts), tensors, strict=True):
-        target[:, : tensor.shape[1], : tensor.shape[2]] = tensor
+    for part, tensor in zip(padded.split(counts), tensors, strict=True):
+        part[:, : tensor.shape[1], : tensor.shape[2]] = tensor
     return padded
 
 
@@ -156,15 +149,12 @@ def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
     first = data[0]
     for other in data[1:]:
         if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
-            raise UserError(
-                f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
-            )
-    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if len(first.category_ids) != classes:
-        raise UserError(
-            f"{first.annotations_file}: has {len(first.category_ids)} categories, but the network {classes}; "
-            f"set MODEL.SEM_SEG_HEAD.NUM_CLASSES {len(first.category_ids)}"
-        )
+            files = f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
+            raise UserError(f"{files}; train on one of them")
+    classes, categories = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, len(first.category_ids)
+    if categories != classes:
+        fault = f"{first.annotations_file}: has {categories} categories, but the network {classes}"
+        raise UserError(f"{fault}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES {categories}")
 
 
 def print_notes(data: list[CocoData]) -> None:

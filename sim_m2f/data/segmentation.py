@@ -13,9 +13,7 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
     if isinstance(segmentation, list):
         if not segmentation or not all(_is_polygon(polygon) for polygon in segmentation):
             return "is not a list of polygons [x1, y1, x2, y2, x3, y3, ...]; correct it"
-        if any(
-            _is_far_out(points[0::2], width) or _is_far_out(points[1::2], height) for points in segmentation
-        ):
+        if any(_is_far_out(xy[0::2], width) or _is_far_out(xy[1::2], height) for xy in segmentation):
             return f"has points far outside of its image, {width} x {height}; correct it"
         return None
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
@@ -32,12 +30,9 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> str | No
 
 
 def _is_polygon(points: Any) -> bool:
-    return (
-        isinstance(points, list)
-        and len(points) >= 6
-        and len(points) % 2 == 0
-        and all(type(value) in (int, float) and abs(value) < 1e9 for value in points)
-    )
+    """Whether these are x and y of at least three corners, no number of them far too large."""
+    are_pairs = isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
+    return are_pairs and all(type(value) in (int, float) and abs(value) < 1e9 for value in points)
 
 
 def _is_far_out(positions: list[float], extent: int) -> bool:

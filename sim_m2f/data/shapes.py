@@ -12,21 +12,23 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
 from tqdm import tqdm
 
 from sim_m2f.data import shapes_paint as paint
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write, cache_folder
+from sim_m2f.files import cache_folder, write_file
 
 VERSION = "shapes-v1"
 SPLITS = {"train": 2000, "val": 200}
-CLASSES = tuple(paint.OUTLINES)
+CLASSES = tuple(paint.LOOKS)
 
 DIAMETER = (36, 84)  # of the circle around an object, pixels
 CAMOUFLAGED = 0.08  # share of the objects that are placed freely
@@ -36,10 +38,10 @@ TRIES = 40  # placements that are tried before an object is left out
 
 
 @dataclass
-class Thing:
+class Shape:
     """One object; lengths in pixels, arrays (SIZE, SIZE)."""
 
-    label: int
+    name: str  # one of CLASSES
     centre: np.ndarray
     diameter: float
     alpha: np.ndarray  # share of each pixel that it covers, float in 0..1
@@ -48,161 +50,142 @@ class Thing:
     colour: np.ndarray | None = None  # RGB; None: camouflaged
 
     @property
-    def name(self) -> str:
-        return CLASSES[self.label]
-
-    @property
     def mask(self) -> np.ndarray:
         return self.alpha >= 0.5
 
 
-def make_thing(rng: np.random.Generator, label: int, centre: np.ndarray, diameter: float) -> Thing:
+def make_shape(rng: np.random.Generator, name: str, centre: np.ndarray, diameter: float) -> Shape:
     turn = paint.rotation(rng.uniform(0, 2 * math.pi)) * diameter / 2
-    polygons = [polygon @ turn + centre for polygon in paint.OUTLINES[CLASSES[label]](rng)]
+    polygons = [polygon @ turn + centre for polygon in paint.LOOKS[name].outline(rng)]
     alpha = paint.coverage(polygons)
     area = paint.polygon_area(polygons[0]) - sum(map(paint.polygon_area, polygons[1:]))
-    return Thing(label, centre, diameter, alpha, alpha >= 0.5, area)
+    return Shape(name, centre, diameter, alpha, alpha >= 0.5, area)
 
 
 class Scene:
-    """An image while it is painted: each object over the earlier ones, none of which may vanish under it."""
+    """A painted image: each object over the earlier ones, none of which may vanish under it."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         self.canvas = paint.background(rng)
-        self.things: list[Thing] = []
+        self.shapes: list[Shape] = []
+        draw = rng.random()
+        if draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
+            self.add_alone(may_hide=False)
+            self.add_same_class_overlap() if draw < SAME_CLASS_OVERLAP else self.add_same_colour()
+        for _ in range(rng.integers(1, 4) - len(self.shapes)):
+            self.add_alone()
 
-    def fits(self, new: Thing) -> bool:
-        pairs = [(thing.visible & ~new.mask, thing.area) for thing in self.things]
+    def fits(self, new: Shape) -> bool:
+        pairs = [(shape.visible & ~new.mask, shape.area) for shape in self.shapes]
         pairs.append((new.visible, new.area))
         return all(mask.sum() >= max(MIN_VISIBLE_PIXELS, MIN_VISIBLE_SHARE * area) for mask, area in pairs)
 
-    def add(self, thing: Thing, fill: np.ndarray) -> None:
-        self.canvas = self.canvas + thing.alpha[..., None] * (fill - self.canvas)
-        for earlier in self.things:
-            earlier.visible &= ~thing.mask
-        self.things.append(thing)
+    def add(self, shape: Shape, fill: np.ndarray) -> None:
+        self.canvas = self.canvas + shape.alpha[..., None] * (fill - self.canvas)
+        for earlier in self.shapes:
+            earlier.visible &= ~shape.mask
+        self.shapes.append(shape)
 
-    def anywhere(self) -> Thing:
+    def anywhere(self) -> Shape:
         diameter = self.rng.uniform(*DIAMETER)
         centre = self.rng.uniform(0.3 * diameter, paint.SIZE - 0.3 * diameter, 2)
-        return make_thing(self.rng, int(self.rng.integers(len(CLASSES))), centre, diameter)
+        return make_shape(self.rng, CLASSES[self.rng.integers(len(CLASSES))], centre, diameter)
 
-    def beside(self, other: Thing, label: int, near: float, far: float) -> Thing:
-        """A thing of similar size, its centre ``near`` to ``far`` mean diameters from that of the other."""
+    def beside(self, other: Shape, name: str, near: float, far: float) -> Shape:
+        """A shape of similar size, its centre ``near`` to ``far`` mean diameters from that of the other."""
         diameter = np.clip(other.diameter * self.rng.uniform(0.75, 1.3), *DIAMETER)
         angle = self.rng.uniform(0, 2 * math.pi)
         distance = self.rng.uniform(near, far) * (diameter + other.diameter) / 2
         centre = other.centre + distance * np.array([math.cos(angle), math.sin(angle)])
-        return make_thing(self.rng, label, centre, diameter)
+        return make_shape(self.rng, name, centre, diameter)
 
     def add_alone(self, may_hide: bool = True) -> None:
-        """A thing that stands out from what lies under it, or a camouflaged one that overlaps no other."""
+        """A shape that stands out from what lies under it, or a camouflaged one that overlaps no other."""
         hide = may_hide and self.rng.random() < CAMOUFLAGED
         for _ in range(TRIES):
-            thing = self.anywhere()
-            overlaps = any((thing.mask & other.mask).any() for other in self.things)
-            if (hide and overlaps) or not self.fits(thing):
+            shape = self.anywhere()
+            overlaps = any((shape.mask & other.mask).any() for other in self.shapes)
+            if (hide and overlaps) or not self.fits(shape):
                 continue
             if hide:
-                return self.add(thing, paint.camouflage(self.rng, thing.name, self.canvas, thing.mask))
-            thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
-            kind = paint.class_fill(self.rng, thing.name)
-            return self.add(thing, paint.fill(self.rng, kind, thing.colour))
+                return self.add(shape, paint.camouflage(self.rng, shape.name, self.canvas, shape.mask))
+            shape.colour = paint.contrasting_colour(self.rng, shape.name, self.canvas[shape.mask])
+            return self.add(shape, paint.class_fill(self.rng, shape.name, shape.colour))
 
     def add_same_class_overlap(self) -> None:
-        """Over the first thing, a second of its class: half the time of a similar colour."""
-        first = self.things[0]
+        """Over the first shape, a second of its class: half the time of a similar colour."""
+        first = self.shapes[0]
         for _ in range(TRIES):
-            thing = self.beside(first, first.label, 0.4, 0.85)
-            if (thing.mask & first.mask).sum() >= 20 and self.fits(thing):
-                thing.colour = paint.contrasting_colour(self.rng, thing.name, self.canvas[thing.mask])
+            shape = self.beside(first, first.name, 0.4, 0.85)
+            if (shape.mask & first.mask).sum() >= 20 and self.fits(shape):
+                shape.colour = paint.contrasting_colour(self.rng, shape.name, self.canvas[shape.mask])
                 if self.rng.random() < 0.5:
                     shift = self.rng.choice([-1, 1]) * self.rng.uniform(25, 45)
-                    thing.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
-                return self.add(
-                    thing, paint.fill(self.rng, paint.class_fill(self.rng, thing.name), thing.colour)
-                )
+                    shape.colour = np.clip(first.colour + shift, 5, 250).astype(np.float32)
+                return self.add(shape, paint.class_fill(self.rng, shape.name, shape.colour))
 
     def add_same_colour(self) -> None:
-        """Beside the first thing, one of another class and of the same mean colour, at most 3 pixels away."""
-        first = self.things[0]
+        """Beside the first shape, one of another class and of the same mean colour, at most 3 pixels away."""
+        first = self.shapes[0]
         reach = binary_dilation(first.mask, iterations=3)
-        label = (first.label + int(self.rng.integers(1, len(CLASSES)))) % len(CLASSES)
+        name = CLASSES[(CLASSES.index(first.name) + self.rng.integers(1, len(CLASSES))) % len(CLASSES)]
         for _ in range(TRIES):
-            thing = self.beside(first, label, 0.6, 1.1)
-            overlap = (thing.mask & first.mask).sum()
-            if (thing.mask & reach).any() and overlap <= 0.08 * thing.area and self.fits(thing):
+            shape = self.beside(first, name, 0.6, 1.1)
+            overlap = (shape.mask & first.mask).sum()
+            if (shape.mask & reach).any() and overlap <= 0.08 * shape.area and self.fits(shape):
                 assert first.colour is not None  # it was placed where nothing may hide
-                thing.colour = first.colour
-                return self.add(thing, paint.fill(self.rng, paint.LOOKS[thing.name][1], thing.colour))
+                shape.colour = first.colour
+                return self.add(shape, paint.fill(self.rng, paint.LOOKS[shape.name].texture, shape.colour))
 
     def tags(self) -> list[str]:
-        pairs = [(a, b) for i, a in enumerate(self.things) for b in self.things[:i]]
-        found = {
-            "camouflage": any(thing.colour is None for thing in self.things),
-            "same_class_overlap": any(a.label == b.label and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
+        pairs = [(a, b) for i, a in enumerate(self.shapes) for b in self.shapes[:i]]
+        present = {
+            "camouflage": any(shape.colour is None for shape in self.shapes),
+            "same_class_overlap": any(a.name == b.name and (a.mask & b.mask).sum() >= 20 for a, b in pairs),
             "same_colour": any(a.colour is not None and a.colour is b.colour for a, b in pairs),
         }
-        return [tag for tag, is_there in found.items() if is_there]
+        return [tag for tag, is_there in present.items() if is_there]
 
 
-def make_scene(rng: np.random.Generator) -> Scene:
-    scene = Scene(rng)
-    draw = rng.random()
-    if draw < SAME_CLASS_OVERLAP:
-        scene.add_alone(may_hide=False)
-        scene.add_same_class_overlap()
-    elif draw < SAME_CLASS_OVERLAP + SAME_COLOUR:
-        scene.add_alone(may_hide=False)
-        scene.add_same_colour()
-    for _ in range(rng.integers(1, 4) - len(scene.things)):
-        scene.add_alone()
-    return scene
-
-
-def annotate(thing: Thing, image_id: int) -> dict:
-    """The thing as a COCO annotation, without its id."""
-    rows, columns = np.flatnonzero(thing.visible.any(axis=1)), np.flatnonzero(thing.visible.any(axis=0))
-    left, top = int(columns[0]), int(rows[0])
-    (segmentation,) = encode_masks(thing.visible[None])
+def annotate(shape: Shape, image_id: int) -> dict:
+    """The shape as a COCO annotation, without its id."""
+    (segmentation,) = encode_masks(shape.visible[None])
     return {
         "image_id": image_id,
-        "category_id": int(thing.label) + 1,
-        "bbox": [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1],
-        "area": int(thing.visible.sum()),
+        "category_id": CLASSES.index(shape.name) + 1,
+        "bbox": coco_mask.toBbox(segmentation).astype(int).tolist(),
+        "area": int(coco_mask.area(segmentation)),
         "iscrowd": 0,
         "segmentation": segmentation,
-        "camouflage": thing.colour is None,
+        "camouflage": shape.colour is None,
     }
 
 
 def write_image(folder: Path, split: str, number: int) -> tuple[dict, list[dict]]:
     """Paint image ``number`` (from 1) of a split; returns its COCO record and annotations."""
-    scene = make_scene(np.random.default_rng([list(SPLITS).index(split), number]))
+    scene = Scene(np.random.default_rng([list(SPLITS).index(split), number]))
     name = f"{number:06d}.png"
     pixels = np.clip(np.rint(scene.canvas), 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(folder / split / name, compress_level=1)
-    size = {"width": paint.SIZE, "height": paint.SIZE}
-    image = {"id": number, "file_name": name, **size, "tags": scene.tags()}
-    return image, [annotate(thing, number) for thing in scene.things]
+    image = {"id": number, "file_name": name, "width": paint.SIZE, "height": paint.SIZE, "tags": scene.tags()}
+    return image, [annotate(shape, number) for shape in scene.shapes]
 
 
 def write_split(folder: Path, split: str) -> None:
     (folder / split).mkdir(parents=True)
-    numbers = range(1, SPLITS[split] + 1)
+    count = SPLITS[split]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        written = pool.map(partial(write_image, folder, split), numbers, chunksize=25)
-        results = list(tqdm(written, f"shapes {split}", len(numbers), unit="image", disable=None))
-    annotations = [annotation for _, found in results for annotation in found]
+        written = pool.map(partial(write_image, folder, split), range(1, count + 1), chunksize=25)
+        shown = tqdm(written, f"shapes {split}", count, unit="image", disable=None)
+        images, annotations = zip(*shown, strict=True)
     data = {
         "info": {"description": f"{VERSION} {split}"},
         "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
-        "images": [image for image, _ in results],
-        "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
+        "images": images,
+        "annotations": [{"id": i, **item} for i, item in enumerate(chain.from_iterable(annotations), 1)],
     }
-    with atomic_write(folder / "annotations" / f"{split}.json") as file:
-        json.dump(data, file)
+    write_file(folder / "annotations" / f"{split}.json", json.dumps(data))
 
 
 def write_shapes(folder: str | Path) -> Path:

@@ -6,6 +6,7 @@ canvases (SIZE, SIZE, 3) float32, positions in pixels (x to the right, y down).
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.colors import hsv_to_rgb
@@ -46,11 +47,8 @@ def crescent(rng: np.random.Generator) -> list[np.ndarray]:
     hollow = rng.uniform(0.2, 0.45)  # the inner arc meets the axis at (-hollow, 0)
     centre = (1 - hollow**2) / (2 * (math.cos(tip) + hollow))
     inner = math.atan2(math.sin(tip), math.cos(tip) - centre)
-    return [
-        np.concatenate(
-            [arc(1, tip, 2 * math.pi - tip), arc(centre + hollow, 2 * math.pi - inner, inner, centre)]
-        )
-    ]
+    back, front = arc(1, tip, 2 * math.pi - tip), arc(centre + hollow, 2 * math.pi - inner, inner, centre)
+    return [np.concatenate([back, front])]
 
 
 def letter_l(rng: np.random.Generator) -> list[np.ndarray]:
@@ -72,31 +70,32 @@ def heart(rng: np.random.Generator) -> list[np.ndarray]:
     return [np.stack([16 * np.sin(t) ** 3, y + 2.5], axis=1) / 17]
 
 
-# Polygons (K, 2) of one object around the origin, radius about 1: its outline and, for a ring, the hole.
-OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
-    "disc": disc,
-    "triangle": triangle,
-    "star": star,
-    "ring": ring,
-    "crescent": crescent,
-    "L": letter_l,
-    "cross": cross,
-    "heart": heart,
-}
-
 TEXTURES = ("stripes", "checks", "noise", "dots")
 FILLS = ("flat", "gradient", *TEXTURES)
 
-# What a class looks like, as zebras have stripes: its hue in degrees and its usual texture.
+
+class Look(NamedTuple):
+    """What the objects of a class look like, as zebras have stripes.
+
+    outline: draws polygons (K, 2) around the origin, radius about 1: the outline and, for a ring, the hole.
+    hue: in degrees.
+    texture: the usual one.
+    """
+
+    outline: Callable[[np.random.Generator], list[np.ndarray]]
+    hue: int
+    texture: str
+
+
 LOOKS = {
-    "disc": (0, "dots"),
-    "triangle": (45, "stripes"),
-    "star": (90, "checks"),
-    "ring": (135, "noise"),
-    "crescent": (180, "stripes"),
-    "L": (225, "dots"),
-    "cross": (270, "noise"),
-    "heart": (315, "checks"),
+    "disc": Look(disc, 0, "dots"),
+    "triangle": Look(triangle, 45, "stripes"),
+    "star": Look(star, 90, "checks"),
+    "ring": Look(ring, 135, "noise"),
+    "crescent": Look(crescent, 180, "stripes"),
+    "L": Look(letter_l, 225, "dots"),
+    "cross": Look(cross, 270, "noise"),
+    "heart": Look(heart, 315, "checks"),
 }
 USUAL_TEXTURE = 0.75  # share of the objects that show their class's texture
 
@@ -151,14 +150,9 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 
 def class_colours(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
     """Colours (count, 3) of a class, around its hue."""
-    hues = (LOOKS[name][0] + rng.normal(0, 12, count)) % 360 / 360
+    hues = (LOOKS[name].hue + rng.normal(0, 12, count)) % 360 / 360
     hsv = np.stack([hues, rng.uniform(0.45, 0.95, count), rng.uniform(0.45, 0.92, count)], axis=1)
     return (255 * hsv_to_rgb(hsv)).astype(np.float32)
-
-
-def class_fill(rng: np.random.Generator, name: str) -> str:
-    """A kind of fill for a class: its usual texture, or, now and then, any."""
-    return LOOKS[name][1] if rng.random() < USUAL_TEXTURE else str(rng.choice(FILLS))
 
 
 def contrasting_colour(rng: np.random.Generator, name: str, under: np.ndarray) -> np.ndarray:
@@ -184,11 +178,16 @@ def fill(rng: np.random.Generator, kind: str, colour: np.ndarray) -> np.ndarray:
     return colour + pattern[..., None] * (contrast * direction) + grain(rng, rng.uniform(1, 5))
 
 
+def class_fill(rng: np.random.Generator, name: str, colour: np.ndarray) -> np.ndarray:
+    """A canvas filled around ``colour``: with the usual texture of a class, or, now and then, with any."""
+    return fill(rng, LOOKS[name].texture if rng.random() < USUAL_TEXTURE else rng.choice(FILLS), colour)
+
+
 def camouflage(rng: np.random.Generator, name: str, canvas: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """A fill with the local mean of ``canvas``: its class's texture and slight shading give it away."""
     small = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).reduce(16)
     surroundings = np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32)
-    pattern = texture(rng, LOOKS[name][1], rng.uniform(3.5, 6))
+    pattern = texture(rng, LOOKS[name].texture, rng.uniform(3.5, 6))
     shade = rng.uniform(16, 26) * (pattern - pattern[mask].mean()) + 4 * smooth_noise(rng, 3)
     return surroundings + shade[..., None] + grain(rng, 2)
 

@@ -4,7 +4,6 @@ Each run is a process of ``sim-m2f train --resume`` in a folder of its own, so t
 """
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO
 
@@ -22,35 +21,22 @@ from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.engine.logging import read_series
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 
 POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True, eq=False)
 class Run:
     """One row with one seed; its folder is the configuration's OUTPUT_DIR."""
 
-    name: str
-    row: str
-    seed: int
-    cfg: CfgNode
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.cfg.OUTPUT_DIR)
-
-    @property
-    def log_file(self) -> Path:
-        return self.folder / "log.txt"
-
-    @property
-    def minutes_file(self) -> Path:
-        return self.folder / "minutes.json"
+    def __init__(self, row: str, seed: int, cfg: CfgNode) -> None:
+        self.row, self.seed, self.cfg = row, seed, cfg
+        self.name, self.folder = f"{row}/seed{seed}", Path(cfg.OUTPUT_DIR)
+        self.log_file, self.minutes_file = self.folder / "log.txt", self.folder / "minutes.json"
 
     def minutes(self) -> float:
         """How long training and evaluation have taken so far, over all attempts."""
-        return json.loads(self.minutes_file.read_text()) if self.minutes_file.exists() else 0.0
+        return float(self.minutes_file.read_text()) if self.minutes_file.exists() else 0.0
 
     def is_finished(self) -> bool:
         """Whether the folder holds the last evaluation and the page, of the same configuration."""
@@ -61,13 +47,63 @@ class Run:
 
     def has_configuration(self) -> bool:
         """Whether the folder's config.yaml says the same; a key that it lacks has its default there."""
-        former = get_cfg()
+        previous = get_cfg()
         try:
-            former.merge_from_file(self.folder / "config.yaml")
+            previous.merge_from_file(self.folder / "config.yaml")
         except UserError:
             return False
-        former.OUTPUT_DIR = self.cfg.OUTPUT_DIR  # the folder may have been moved
-        return former == self.cfg
+        previous.OUTPUT_DIR = self.cfg.OUTPUT_DIR  # the folder may have been moved
+        return previous == self.cfg
+
+    def start(self, device: str | None) -> None:
+        """Train in a process of its own.
+
+        Raises:
+            UserError: another process trains in the folder, or it cannot be written to.
+        """
+        self.started, config_file = time.monotonic(), self.folder / "config.yaml"
+        with self._log() as log:
+            write_file(config_file, self.cfg.dump())
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sim_m2f.cli", "train", "--resume", "--config-file", str(config_file)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
+                start_new_session=True,  # else a Ctrl-C would reach it twice, and the second one kills it
+            )
+
+    def end(self) -> str:
+        """Wait for the process; returns why the run failed, "" if it did not."""
+        status = self.process.wait()
+        write_file(self.minutes_file, str(self.minutes() + (time.monotonic() - self.started) / 60))
+        if status == 0:
+            return ""
+        log = self.log_file.read_text(encoding="utf-8", errors="replace").rstrip()
+        return f"{log.splitlines()[-1] if log else 'nothing in its log'} (exit status {status})"
+
+    def _log(self) -> IO[bytes]:
+        """The log, open for more and locked until the last process that holds it open has ended.
+
+        A run that another configuration left in the folder is set aside first.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            log = self.log_file.open("ab")
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            log.close()
+            raise UserError(f"{self.folder}: another process trains here; wait for it, or end it") from error
+        except OSError as error:
+            where = f"{self.log_file}: cannot be written ({error.strerror})"
+            raise UserError(f"{where}; choose another --output") from error
+        if self.has_configuration() or not (self.folder / "config.yaml").exists():
+            return log
+        log.close()
+        aside = (self.folder.with_name(f"{self.folder.name}.old{number}") for number in count(1))
+        kept = self.folder.rename(next(path for path in aside if not path.exists()))
+        tqdm.write(f"{self.folder}: made with another configuration; kept as {kept}")
+        return self._log()
 
 
 def train_all(
@@ -88,98 +124,30 @@ def train_all(
         the number of the signal received, 0 for none.
     """
     waiting = deque(runs)
-    training: dict[str | None, _Training] = {}
+    training: dict[str | None, Run] = {}  # by device
     with _StopSignal() as stop:
         try:
             while (waiting or training) and not stop.received:
-                for device in devices:
-                    if waiting and device not in training:
+                for device in [device for device in devices if device not in training]:
+                    if waiting:
                         run = waiting.popleft()
                         try:
-                            training[device] = _Training(run, device)
+                            run.start(device)
+                            training[device] = run
                         except UserError as error:
                             done(run, str(error), bar)
-                bar.set_postfix_str(", ".join(item.run.name for item in training.values()))
+                bar.set_postfix_str(", ".join(run.name for run in training.values()))
                 time.sleep(POLL_SECONDS)
-                for device, item in list(training.items()):
-                    if item.process.poll() is not None:
+                for device, run in list(training.items()):
+                    if run.process.poll() is not None:
                         del training[device]
-                        done(item.run, item.end(), bar)
+                        done(run, run.end(), bar)
         finally:
-            for item in training.values():
-                item.process.terminate()
-            for item in training.values():
-                item.end()
+            for run in training.values():
+                run.process.terminate()
+            for run in training.values():
+                run.end()
     return stop.received
-
-
-class _Training:
-    """The process that trains a run.
-
-    Raises:
-        UserError: another process trains in the run's folder, or the folder cannot be written to.
-    """
-
-    def __init__(self, run: Run, device: str | None) -> None:
-        self.run, self.start = run, time.monotonic()
-        config_file = run.folder / "config.yaml"
-        with _log_of(run) as log:
-            with atomic_write(config_file) as file:
-                file.write(run.cfg.dump())
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "sim_m2f.cli", "train", "--resume", "--config-file", str(config_file)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {}),
-                start_new_session=True,  # else a Ctrl-C would reach it twice, and the second one kills it
-            )
-
-    def end(self) -> str:
-        """Wait for the end; returns why the run failed, "" if it did not."""
-        status = self.process.wait()
-        minutes = self.run.minutes() + (time.monotonic() - self.start) / 60
-        with atomic_write(self.run.minutes_file) as file:
-            json.dump(minutes, file)
-        if status == 0:
-            return ""
-        log = self.run.log_file.read_text(encoding="utf-8", errors="replace").rstrip()
-        return f"{log.splitlines()[-1] if log else 'nothing in its log'} (exit status {status})"
-
-
-def _log_of(run: Run) -> IO[bytes]:
-    """The run's log, open for more and locked until the last process that holds it open has ended.
-
-    A run that another configuration left in the folder is set aside first.
-    """
-    log = _locked(run.log_file)
-    if not run.has_configuration() and (run.folder / "config.yaml").exists():
-        log.close()
-        _set_aside(run.folder)
-        log = _locked(run.log_file)
-    return log
-
-
-def _locked(path: Path) -> IO[bytes]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        log = path.open("ab")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        log.close()
-        raise UserError(f"{path.parent}: another process trains here; wait for it, or end it") from error
-    return log
-
-
-def _set_aside(folder: Path) -> None:
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    tqdm.write(f"{folder}: made with another configuration; kept as {aside}")
 
 
 class _StopSignal(StopSignal):

@@ -22,7 +22,7 @@ from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.modeling import postprocess
 from sim_m2f.structures import Detections
 
@@ -92,8 +92,7 @@ def evaluate(
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
         results = _in_order(results, seen, [image.id for image in data.images])
-        with atomic_write(output_dir / RESULTS_FILE) as file:
-            json.dump(results, file)
+        write_file(output_dir / RESULTS_FILE, json.dumps(results))
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
         if truth is None:
             tqdm.write(f"{data.name} has no annotations; its detections are in {output_dir / RESULTS_FILE}")
@@ -122,22 +121,19 @@ def _detect(
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
                 outputs = network(images, auxiliary=False)
-            sizes = batch["original_sizes"]
-            detections = postprocess.instances(outputs, batch["image_sizes"], sizes, top_k)
-            for image_id, size, instances in zip(batch["image_ids"], sizes, detections, strict=True):
+            sizes = batch["image_sizes"], batch["original_sizes"]
+            detections = postprocess.instances(outputs, *sizes, top_k)
+            for image_id, instances in zip(batch["image_ids"], detections, strict=True):
                 seen.append(image_id)
-                results += encode(image_id, size, instances, category_ids)
+                results += encode(image_id, instances, category_ids)
     return seen, results
 
 
-def encode(
-    image_id: int, size: tuple[int, int], instances: Detections, category_ids: list[int]
-) -> list[dict[str, Any]]:
+def encode(image_id: int, instances: Detections, category_ids: list[int]) -> list[dict[str, Any]]:
     """The instances of one image as entries of COCO's results format.
 
     Args:
         image_id: id of the image.
-        size: height and width of the image.
         instances: "scores" (K,), "labels" (K,) from 0 on, "masks" (K, H, W) bool at the image's size.
         category_ids: COCO's category id of each label.
 
@@ -147,7 +143,6 @@ def encode(
 
     Raises:
         UserError: a score is not a finite number.
-        ValueError: masks, scores and labels do not belong to one image of this size and to these classes.
     """
     masks, scores, labels = instances["masks"], instances["scores"].tolist(), instances["labels"].tolist()
     if not all(math.isfinite(score) for score in scores):
@@ -155,13 +150,6 @@ def encode(
             f"image {image_id}: a score is not a finite number: broken weights, or training has diverged; "
             "start from an earlier checkpoint or lower SOLVER.BASE_LR"
         )
-    if masks.dtype != torch.bool or tuple(masks.shape) != (len(scores), *size) or len(labels) != len(scores):
-        raise ValueError(
-            f"image {image_id}: {masks.dtype} masks of shape {tuple(masks.shape)}, {len(labels)} labels; "
-            f"expected bool masks of shape {(len(scores), *size)} and as many labels"
-        )
-    if any(not 0 <= label < len(category_ids) for label in labels):
-        raise ValueError(f"image {image_id}: a label is outside 0..{len(category_ids) - 1}")
     encoded = encode_masks(masks.cpu().numpy())
     return [
         {
@@ -202,7 +190,5 @@ def _report(metrics: dict[str, float], data: CocoData, output_dir: Path) -> None
         tqdm.write(f"{data.annotations_file}: annotations without segmentation, so only boxes are scored")
     tables = coco_metrics.format_tables(metrics, data.class_names)
     tqdm.write(f"\n{data.name}, {len(data.images)} images\n{tables}\n")
-    with atomic_write(output_dir / METRICS_FILE) as file:
-        json.dump(
-            {name: None if math.isnan(value) else value for name, value in metrics.items()}, file, indent=1
-        )
+    known = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    write_file(output_dir / METRICS_FILE, json.dumps(known, indent=1))

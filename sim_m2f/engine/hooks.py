@@ -5,7 +5,7 @@ from tqdm import tqdm
 
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
 from sim_m2f.engine.trainer import Hook, Trainer
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 
 # Masks of real objects fill half of their boxes and nine tenths of their own extent.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
@@ -19,8 +19,7 @@ class Metrics(Hook):
         self.average, self.warned = LossAverage(), False
         self.logger: MetricsLogger | None = None
         if trainer.accelerator.is_main_process:
-            with atomic_write(trainer.output_dir / "config.yaml") as file:
-                file.write(trainer.cfg.dump())
+            write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
             self.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 
 Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
 
@@ -35,8 +35,7 @@ class MetricsLogger:
         if start and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _iteration(line) < start]
-        with atomic_write(self.path) as file:
-            file.writelines(f"{line}\n" for line in kept)
+        write_file(self.path, "".join(f"{line}\n" for line in kept))
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:

@@ -110,7 +110,8 @@ class Trainer:
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank."""
-        torch.manual_seed(_step_seed(self.cfg.SEED, self.iteration, self.accelerator.process_index))
+        run = (self.cfg.SEED % 2**16) * 2**32 + self.iteration
+        torch.manual_seed(run * 2**12 + self.accelerator.process_index)
         self.model.train()
         self.criterion.train()
         images = batch["images"].to(
@@ -208,7 +209,3 @@ class Trainer:
             raise UserError(
                 f"{path}: belongs to another run ({error}); leave --resume away or change OUTPUT_DIR"
             ) from error
-
-
-def _step_seed(seed: int, iteration: int, rank: int) -> int:
-    return ((seed % 2**16) * 2**32 + iteration) * 2**12 + rank

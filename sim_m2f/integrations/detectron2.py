@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 try:
     from detectron2.config import CfgNode as Detectron2Cfg
@@ -18,10 +21,8 @@ try:
     from detectron2.structures import Boxes, ImageList
     from detectron2.structures import Instances as Detectron2Instances
 except ImportError as error:
-    raise ImportError(
-        "sim_m2f.integrations.detectron2 needs detectron2; install it from "
-        "https://github.com/facebookresearch/detectron2"
-    ) from error
+    source = "https://github.com/facebookresearch/detectron2"
+    raise ImportError(f"{__name__} needs detectron2; install it from {source}") from error
 
 from sim_m2f.config import CfgNode, check_choices, get_cfg
 from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
@@ -34,26 +35,22 @@ from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.teacher import Teacher, teacher_terms
 from sim_m2f.weights.checkpoint import load_checkpoint
 
-KEPT = ("MODEL.DEVICE",)  # keys whose default stays detectron2's
-
 
 def add_sim_config(cfg: Detectron2Cfg) -> None:
     """Add every key of this project to a configuration of detectron2.
 
     Keys that both have get this project's default, as in Mask2Former's own files; MODEL.DEVICE stays.
     """
-    _add(cfg, get_cfg(), "")
-    cfg.MODEL.META_ARCHITECTURE = "SIMMask2Former"
+    device = cfg.MODEL.DEVICE
+    _add(cfg, get_cfg())
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = device, "SIMMask2Former"
 
 
-def _add(cfg: Detectron2Cfg, defaults: CfgNode, prefix: str) -> None:
+def _add(cfg: Detectron2Cfg, defaults: CfgNode) -> None:
     for key, value in defaults.items():
-        path = f"{prefix}{key}"
         if isinstance(value, CfgNode):
-            if key not in cfg:
-                cfg[key] = Detectron2Cfg()
-            _add(cfg[key], value, f"{path}.")
-        elif path not in KEPT:
+            _add(cfg.setdefault(key, Detectron2Cfg()), value)
+        else:
             cfg[key] = value
 
 
@@ -74,46 +71,36 @@ class SIMMask2Former(nn.Module):
         super().__init__()
         sim = cfg.MODEL.SIM
         if sim.COPY_PASTE.ENABLED:
-            raise UserError(
-                "MODEL.SIM.COPY_PASTE works with train_net.py only; under detectron2 set "
-                "MODEL.SIM.COPY_PASTE.ENABLED False"
-            )
+            raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: train_net.py only; under detectron2 set it False")
         check_choices(cfg)
+        self.cfg = cfg
         self.network = Mask2Former(cfg)
         self.criterion = build_criterion(cfg)
         self.teacher = Teacher(self.network, sim.TEACHER.MOMENTUM) if sim.TEACHER.ENABLED else None
         self.needs_teacher = bool(teacher_terms(cfg))
-        self.with_masks = sim.SUPERVISION == "mask"
-        self.divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-        self.top_k = cfg.TEST.DETECTIONS_PER_IMAGE
         self.pixels = Pixels(cfg)
         self.register_state_dict_post_hook(_numbers_as_tensors)
         self.register_load_state_dict_pre_hook(_tensors_as_numbers)
         self.to(cfg.MODEL.DEVICE)
 
-    @property
-    def device(self) -> torch.device:
-        return self.pixels.mean.device
-
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
-        normalised = [self.pixels.normalise(item["image"].to(self.device)) for item in batch]
-        images = ImageList.from_tensors(normalised, self.divisor)
+        normalised = [self.pixels.normalise(item["image"].to(self.pixels.mean.device)) for item in batch]
+        images = ImageList.from_tensors(normalised, self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY)
         if self.training:
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
             teacher_outputs = self._teacher_outputs(images.tensor)
-            losses, matched = self.criterion(
-                self.network(images.tensor), targets, images.tensor, teacher_outputs
-            )
+            outputs = self.network(images.tensor)
+            losses, matched = self.criterion(outputs, targets, images.tensor, teacher_outputs)
             self.criterion.update(matched)
             return losses
-        sizes = [tuple(size) for size in images.image_sizes]
-        wanted = [
-            (item.get("height", size[0]), item.get("width", size[1]))
-            for item, size in zip(batch, sizes, strict=True)
+        sizes = [(height, width) for height, width in images.image_sizes]
+        originals = [
+            (item.get("height", height), item.get("width", width))
+            for item, (height, width) in zip(batch, sizes, strict=True)
         ]
         outputs = self.network(images.tensor, auxiliary=False)
-        found = instances(outputs, sizes, wanted, self.top_k)
-        return [{"instances": _as_instances(one, size)} for one, size in zip(found, wanted, strict=True)]
+        detections = instances(outputs, sizes, originals, self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        return [{"instances": _as_instances(*each)} for each in zip(detections, originals, strict=True)]
 
     def _teacher_outputs(self, images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""
@@ -124,24 +111,18 @@ class SIMMask2Former(nn.Module):
 
     def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> Target:
         height, width = annotated.image_size
-        valid = torch.zeros(size, dtype=torch.bool)
-        valid[:height, :width] = True
+        padding = (0, size[1] - width, 0, size[0] - height)
+        valid = F.pad(torch.ones(height, width, dtype=torch.bool), padding)
         target: Target = {"labels": annotated.gt_classes, "boxes": annotated.gt_boxes.tensor, "valid": valid}
-        if self.with_masks:
-            masks = torch.zeros(len(annotated), *size, dtype=torch.bool)
-            masks[:, :height, :width] = annotated.gt_masks.tensor
-            target["masks"] = masks
+        if self.cfg.MODEL.SIM.SUPERVISION == "mask":
+            target["masks"] = F.pad(annotated.gt_masks.tensor, padding)
         return target
 
 
-def _as_instances(found: Detections, size: tuple[int, int]) -> Detectron2Instances:
-    return Detectron2Instances(
-        size,
-        pred_masks=found["masks"].float(),
-        pred_boxes=Boxes(found["boxes"]),
-        scores=found["scores"],
-        pred_classes=found["labels"],
-    )
+def _as_instances(detections: Detections, size: tuple[int, int]) -> Detectron2Instances:
+    masks, boxes = detections["masks"].float(), Boxes(detections["boxes"])
+    scored = {"scores": detections["scores"], "pred_classes": detections["labels"]}
+    return Detectron2Instances(size, pred_masks=masks, pred_boxes=boxes, **scored)
 
 
 def _numbers_as_tensors(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
@@ -161,7 +142,7 @@ class SIMTrainer(DefaultTrainer):
     """detectron2's trainer with Mask2Former's recipe: AdamW, full-model clipping, large-scale jitter."""
 
     @classmethod
-    def build_optimizer(cls, cfg: Detectron2Cfg, model: SIMMask2Former) -> torch.optim.Optimizer:
+    def build_optimizer(cls, cfg: Detectron2Cfg, model: SIMMask2Former) -> Optimizer:
         """Not fused: the clipping must see gradients that mixed precision no longer scales."""
         optimizer = torch.optim.AdamW(parameter_groups(model.network, cfg), lr=cfg.SOLVER.BASE_LR)
         clip = cfg.SOLVER.CLIP_GRADIENTS
@@ -174,22 +155,18 @@ class SIMTrainer(DefaultTrainer):
         return optimizer
 
     @classmethod
-    def build_lr_scheduler(
-        cls, cfg: Detectron2Cfg, optimizer: torch.optim.Optimizer
-    ) -> torch.optim.lr_scheduler.LRScheduler:
+    def build_lr_scheduler(cls, cfg: Detectron2Cfg, optimizer: Optimizer) -> LRScheduler:
         return build_scheduler(optimizer, cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: Detectron2Cfg) -> Any:
-        size = cfg.INPUT.IMAGE_SIZE
-        augmentations = [
-            *([transforms.RandomFlip(horizontal=True)] if cfg.INPUT.RANDOM_FLIP == "horizontal" else []),
-            transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size),
-            transforms.FixedSizeCrop((size, size), pad=False),
-        ]
+        size, flip = cfg.INPUT.IMAGE_SIZE, cfg.INPUT.RANDOM_FLIP
+        jitter = transforms.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, size, size)
+        crop = transforms.FixedSizeCrop((size, size), pad=False)
+        flips = {"horizontal": flip == "horizontal", "vertical": flip == "vertical"}
         mapper = DatasetMapper(
             is_train=True,
-            augmentations=augmentations,
+            augmentations=[*([transforms.RandomFlip(**flips)] if any(flips.values()) else []), jitter, crop],
             image_format=cfg.INPUT.FORMAT,
             use_instance_mask=cfg.MODEL.SIM.SUPERVISION == "mask",
             instance_mask_format="bitmask",

@@ -30,14 +30,19 @@ class ConvNorm(nn.Conv2d):
 class EncoderLayer(nn.Module):
     """Deformable self-attention and MLP, each with a residual and a layer norm after it."""
 
-    def __init__(self, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
+        head = cfg.MODEL.SEM_SEG_HEAD
+        width, hidden = head.CONVS_DIM, head.TRANSFORMER_ENC_DIM_FEEDFORWARD
+        levels = len(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)
+        heads = head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
+        points = head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS
         self.self_attn = MSDeformAttn(width, levels, heads, points)
         self.norm1 = nn.LayerNorm(width)
         self.linear1 = PixelLinear(width, hidden)
         self.linear2 = PixelLinear(hidden, width)
         self.norm2 = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(cfg.MODEL.MASK_FORMER.DROPOUT)
         for parameter in (self.linear1.weight, self.linear2.weight):
             nn.init.xavier_uniform_(parameter)
 
@@ -56,13 +61,10 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of encoder layers over all levels at once."""
 
-    def __init__(
-        self, layers: int, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float
-    ) -> None:
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(width, hidden, levels, heads, points, dropout) for _ in range(layers)
-        )
+        layers = cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
+        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(layers))
 
     def forward(self, source: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
         reference = _pixel_centres(shapes, source.device)
@@ -74,25 +76,20 @@ class Encoder(nn.Module):
 class Transformer(nn.Module):
     """The encoder and an embedding per level."""
 
-    def __init__(
-        self, layers: int, width: int, hidden: int, levels: int, heads: int, points: int, dropout: float
-    ):
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.level_embed = nn.Parameter(torch.randn(levels, width))
-        self.encoder = Encoder(layers, width, hidden, levels, heads, points, dropout)
+        head = cfg.MODEL.SEM_SEG_HEAD
+        levels = len(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)
+        self.level_embed = nn.Parameter(torch.randn(levels, head.CONVS_DIM))
+        self.encoder = Encoder(cfg)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """(B, width, h, w) per level in, the same out."""
         shapes = [(feature.shape[2], feature.shape[3]) for feature in features]
         width = features[0].shape[1]
         source = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
-        positions = torch.cat(
-            [
-                sine_positions(h, w, width, source.device) + self.level_embed[i]
-                for i, (h, w) in enumerate(shapes)
-            ],
-            dim=1,
-        )
+        places = [sine_positions(*shape, width, source.device) for shape in shapes]
+        positions = torch.cat([place + self.level_embed[i] for i, place in enumerate(places)], dim=1)
         encoded = self.encoder(source, positions, shapes).split([h * w for h, w in shapes], dim=1)
         return [
             level.unflatten(1, shape).permute(0, 3, 1, 2)
@@ -115,7 +112,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
         super().__init__()
-        head, keys = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        head = cfg.MODEL.SEM_SEG_HEAD
         width = head.CONVS_DIM
         self.encoded_features = list(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)[::-1]
         self.fine_feature = head.IN_FEATURES[0]
@@ -126,15 +123,7 @@ class PixelDecoder(nn.Module):
         self.input_proj = nn.ModuleList(
             nn.Sequential(projection, nn.GroupNorm(32, width)) for projection in projections
         )
-        self.transformer = Transformer(
-            head.TRANSFORMER_ENC_LAYERS,
-            width,
-            head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
-            len(self.encoded_features),
-            head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS,
-            head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
-            keys.DROPOUT,
-        )
+        self.transformer = Transformer(cfg)
         self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)
         self.layer_1 = ConvNorm(width, width, 3)
         self.mask_features = nn.Conv2d(width, head.MASK_DIM, 1)

@@ -18,7 +18,7 @@ from pycocotools.coco import COCO
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import RESULTS_FILE
 from sim_m2f.engine.logging import read_series
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.report.drawing import rendered, write_png
 
 SCORES = {"segm/AP": "AP", "segm/AP50": "AP50", "segm/AP75": "AP75", "boxfill/AP": "box fill AP"}
@@ -116,14 +116,13 @@ def write_tables(
     by_seed = sorted(results, key=lambda result: result.seed)
     groups = [(row, [result for result in by_seed if result.row == row.name]) for row in rows]
     groups = [(row, group) for row, group in groups if group]
-    with atomic_write(folder / "ablation.json") as file:
-        json.dump([_record(row, group) for row, group in groups], file, indent=2)
+    records = [_record(row, group) for row, group in groups]
+    write_file(folder / "ablation.json", json.dumps(records, indent=2))
     with atomic_write(folder / "ablation.csv") as file:
         _write_csv(file, groups)
     if groups:
         write_png(folder / PLOT_FILE, rendered(draw_plot(groups)))
-    with atomic_write(folder / "ablation.md") as file:
-        file.write(_markdown(folder, command, groups, failures))
+    write_file(folder / "ablation.md", _markdown(folder, command, groups, failures))
 
 
 def draw_plot(groups: Groups) -> Figure:

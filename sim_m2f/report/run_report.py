@@ -18,7 +18,7 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw, write_png
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
@@ -78,8 +78,7 @@ def write_report(
         evolutions=read_method(output_dir / METHOD_FOLDER),
         config=config,
     )
-    with atomic_write(output_dir / "index.html") as file:
-        file.write(render(page))
+    write_file(output_dir / "index.html", render(page))
     return output_dir / "index.html"
 
 

@@ -27,12 +27,6 @@ class Criterion(nn.Module):
 
     Where the network was given the objects as prompts, the prompted queries learn by the same losses without
     matching, named "loss_prompt_*".
-
-    Args of the call:
-        outputs: of the network.
-        targets: one per image.
-        images: (B, 3, H, W), as the network got them.
-        teacher_outputs: the teacher's outputs for the same images.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -51,7 +45,14 @@ class Criterion(nn.Module):
         images: Tensor,
         teacher_outputs: Outputs | None = None,
     ) -> tuple[dict[str, Tensor], Matched]:
-        """See the class."""
+        """See the class.
+
+        Args:
+            outputs: of the network.
+            targets: one per image.
+            images: (B, 3, H, W), as the network got them.
+            teacher_outputs: the teacher's outputs for the same images.
+        """
 
     def update(self, matched: Matched) -> None:
         """A training step more."""

@@ -17,7 +17,7 @@ from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.supervision.affinity import rgb_to_lab
 from sim_m2f.supervision.losses import dice_loss
 from sim_m2f.supervision.matcher import mask_projections
-from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels
+from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, flatten_targets
 
 BINS = (24, 16, 16)  # of L, a and b, over SPAN standard deviations of the object's pixels around their mean
 SPAN = 4.0
@@ -25,6 +25,7 @@ LEAST_DEVIATION = 3.0  # in units of CIELAB, so that noise is not told apart
 LEAST = 1e-4  # probability of a colour that a region does not have
 MOST = 3.0  # largest logarithm of the ratio of two probabilities
 LEAST_MARGIN = 2  # pixels
+FINER = 2  # so much finer are colours and masks where no loss has to compare them with the network's
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,33 @@ def color_labels(
     projections = mask_projections([masks[None].clamp(1e-6, 1 - 1e-6).logit()])
     quality = iou(projection_boxes(*projections)[0, 0], targets.relative_boxes)
     return ColorLabels(masks, quality)
+
+
+@torch.no_grad()
+def corrected_masks(
+    logits: Tensor, image: Tensor, boxes: Tensor, size: tuple[int, int], keys: CfgNode
+) -> Tensor:
+    """Mask logits of given boxes in one image, corrected by colours that are twice as fine as the masks.
+
+    Args:
+        logits: (N, h, w), stride 4.
+        image: (3, H, W) RGB of 0..255, the network's input.
+        boxes: (N, 4) xyxy in pixels of the input.
+        size: height and width of the image in the input, without padding.
+        keys: MODEL.SIM.COLOR_MODEL.
+
+    Returns:
+        (N, 2 h, 2 w), stride 2.
+    """
+    image, logits = (
+        F.interpolate(maps[None].float(), scale_factor=FINER, mode="bilinear")[0] for maps in (image, logits)
+    )
+    target = {"boxes": FINER * boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+    targets = flatten_targets([target], logits.shape[-2:], logits.device)
+    valid = torch.zeros(1, *logits.shape[-2:], dtype=torch.bool, device=logits.device)
+    height, width = (FINER * side // STRIDE for side in size)
+    valid[:, :height, :width] = True
+    return color_labels(logits, image[None], valid, targets, keys).masks.clamp(1e-6, 1 - 1e-6).logit()
 
 
 def color_loss(logits: Tensor, labels: ColorLabels, targets: Targets) -> Tensor:

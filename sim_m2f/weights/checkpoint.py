@@ -8,7 +8,7 @@ from torch import nn
 
 from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.load import LoadReport, load_into
 from sim_m2f.weights.sources import LAST_CHECKPOINT, local_weights
@@ -26,9 +26,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: cannot be written ({error}); free space or choose another OUTPUT_DIR"
-            ) from error
+            advice = "free space or choose another OUTPUT_DIR"
+            raise UserError(f"{path}: cannot be written ({error}); {advice}") from error
 
 
 def replace_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
@@ -38,8 +37,7 @@ def replace_checkpoint(path: Path, state: dict[str, Any], previous: Path | None)
         UserError: a file cannot be written; the previous checkpoint is still the newest.
     """
     save_checkpoint(path, state)
-    with atomic_write(path.parent / LAST_CHECKPOINT) as file:
-        file.write(path.name)
+    write_file(path.parent / LAST_CHECKPOINT, path.name)
     if previous not in (None, path):
         previous.unlink(missing_ok=True)
 
@@ -82,10 +80,10 @@ def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = F
         report = load_into(network, state, str(source))
     if complete and not report.complete:
         unfilled = [*report.reshaped, *report.missing]
-        raise UserError(
-            f"{source}: {len(unfilled)} weights of the network are missing or of another shape, such as "
-            f"{unfilled[0]}; check MODEL.* and NUM_CLASSES"
+        fault = (
+            f"{len(unfilled)} weights of the network are missing or of another shape, such as {unfilled[0]}"
         )
+        raise UserError(f"{source}: {fault}; check MODEL.* and NUM_CLASSES")
     if is_first_rank():
         print(report)
     return report
@@ -104,15 +102,11 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
         UserError: a weight is missing, unknown or of another shape.
     """
     own = model.state_dict()
-    missing, unknown = own.keys() - weights.keys(), weights.keys() - own.keys()
-    common = own.keys() & weights.keys()
-    reshaped = [name for name in common if own[name].shape != getattr(weights[name], "shape", None)]
-    if missing or unknown or reshaped:
-        example = sorted(reshaped or missing or unknown)[0]
-        raise UserError(
-            f"{path}: belongs to another network: {len(missing)} weights missing, {len(unknown)} unknown, "
-            f"{len(reshaped)} of another shape (for instance {example}); check MODEL.* and NUM_CLASSES"
-        )
+    shapes = {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    unfit = sorted({*own, *shapes} - {name for name in own if own[name].shape == shapes.get(name)})
+    if unfit:
+        fault = f"{len(unfit)} weights are missing, unknown or of another shape, such as {unfit[0]}"
+        raise UserError(f"{path}: belongs to another network: {fault}; check MODEL.* and NUM_CLASSES")
     model.load_state_dict(weights)
 
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import torch
 
-from sim_m2f.files import atomic_write
+from sim_m2f.files import atomic_write, write_file
 from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.weights.folder import TrainedNetwork, write_folder
 from sim_m2f.weights.onnx import onnx_bytes
 from sim_m2f.weights.transformers import write_transformers
 
+PROMPTS = "sem_seg_head.predictor.prompts."
 FORMATS = {
     "safetensors": "a folder of ours: weights, configuration, class names and model card",
     "detectron2": "a .pth file that the original Mask2Former loads",
@@ -24,7 +25,11 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
     Raises:
         UserError: the format does not have such a network, or the path cannot be written.
     """
-    weights = {name: weight.detach().cpu() for name, weight in trained.network.state_dict().items()}
+    weights = {  # no other format than ours has a place for prompts
+        name: weight.cpu()
+        for name, weight in trained.network.state_dict().items()
+        if not name.startswith(PROMPTS)
+    }
     if format_name == "safetensors":
         write_folder(output, trained)
     elif format_name == "transformers":
@@ -34,6 +39,4 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
         with atomic_write(output, "wb") as file:
             torch.save(checkpoint, file)
     else:
-        graph = onnx_bytes(trained.network.eval())
-        with atomic_write(output, "wb") as file:
-            file.write(graph)
+        write_file(output, onnx_bytes(trained.network.eval()))

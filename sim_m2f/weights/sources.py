@@ -1,18 +1,20 @@
 """Addresses of weights: a path, https://, detectron2:// or hf://, each turned into a file on this machine."""
 
+import re
 from pathlib import Path
 
-from sim_m2f.errors import UserError
-from sim_m2f.weights.download import download
-from sim_m2f.weights.hub import HUB, hub_folder
+import huggingface_hub
 
-DETECTRON2 = "detectron2://"
+from sim_m2f.errors import UserError, first_line
+from sim_m2f.weights.download import download
+
+HUB, DETECTRON2 = "hf://", "detectron2://"
 DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 # Names of the weights in a folder, the preferred one first: those of transformers, which are ours too.
-IN_FOLDERS = (
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
+IN_FOLDERS = [
+    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+]
+CHECKPOINTS = (".pth", ".pkl", ".safetensors")
 LAST_CHECKPOINT = "last_checkpoint"
 
 
@@ -34,14 +36,36 @@ def local_weights(address: str | Path) -> Path:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights in a folder of ours, of transformers or of a run.
+    """The weights in a folder of ours, of transformers or of a run: its only checkpoint, or the named one.
 
     Raises:
         UserError: there are none.
     """
+    checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
+    if len(checkpoints) == 1:
+        return checkpoints[0]
     pointer = folder / LAST_CHECKPOINT
-    names = [*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])]
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
-    return found[0]
+    for name in (*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])):
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
+
+
+def hub_folder(address: str) -> Path:
+    """The files of ``hf://owner/name`` or ``hf://owner/name@revision``, downloaded by huggingface_hub.
+
+    Raises:
+        UserError: the address is none, or the repository cannot be had.
+    """
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", address.removeprefix(HUB))
+    if not match:
+        raise UserError(f"{address}: no such folder or file, and no name on the Hub; write {HUB}owner/name")
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            files = ["*.json", "*.yaml", weights]
+            folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=files)
+            if any(Path(folder).glob(weights)):
+                break
+    except Exception as error:  # of the network, the Hub or the disk, in many classes
+        raise UserError(f"{address}: cannot be had from the Hub ({first_line(error)})") from error
+    return Path(folder)

@@ -2,7 +2,7 @@
 
 import timm
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.backbone import TimmBackbone, feature_info
 from sim_m2f.weights.load import COMPUTED, LoadReport
 from sim_m2f.weights.names import BODY
@@ -22,17 +22,15 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
         indices = tuple(feature_info(backbone.body).out_indices)
         pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     except Exception as error:  # timm's ways of downloading raise errors of many libraries
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{TIMM}{name}: cannot be loaded ({reason}); set MODEL.WEIGHTS to a file or to ''"
-        ) from error
+        advice = "set MODEL.WEIGHTS to a file or to ''"
+        raise UserError(f"{TIMM}{name}: cannot be loaded ({first_line(error)}); {advice}") from error
     weights, own = pretrained.state_dict(), backbone.body.state_dict()
     unfit = [key for key in own if key not in weights or weights[key].shape != own[key].shape]
     surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
     if unfit or surplus:
+        numbers = f"{len(unfit)} do not fit, {len(surplus)} are too many (such as {(unfit or surplus)[0]})"
         raise UserError(
-            f"{TIMM}{name}: weights of another backbone than {backbone.name}: {len(unfit)} do not fit, "
-            f"{len(surplus)} are too many (such as {(unfit or surplus)[0]}); check MODEL.BACKBONE"
+            f"{TIMM}{name}: another backbone than {backbone.name}: {numbers}; check MODEL.BACKBONE"
         )
     backbone.body.load_state_dict({key: weights[key] for key in own})
     return LoadReport(f"{TIMM}{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
