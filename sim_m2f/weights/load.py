@@ -15,10 +15,12 @@ from sim_m2f.weights.caffe2 import from_caffe2, is_caffe2
 from sim_m2f.weights.names import (
     BODY,
     Naming,
+    backbone_names,
     detectron2_names,
     from_names,
     own_names,
     stored_transformers_name,
+    timm_names,
     transformers_names,
 )
 
@@ -33,21 +35,11 @@ COMPUTED = re.compile(
 )
 
 
-def backbone_names(naming: Naming) -> Naming:
-    """Names in a file of the backbone alone: those of ``naming`` without "backbone."."""
-    return lambda name: tuple(theirs.removeprefix("backbone.") for theirs in naming(name))
-
-
-def timm_names(name: str) -> tuple[str, ...]:
-    """Names of a whole timm model, and of torchvision's ResNets."""
-    return (re.sub(r"^layers_(\d+)\.", r"layers.\1.", name.removeprefix(BODY)),)
-
-
 NAMINGS: dict[str, Naming] = {
     "SIM-M2F": own_names,
     "Mask2Former (detectron2)": detectron2_names,
     "Mask2Former (transformers)": transformers_names,
-    "backbone (detectron2, Swin)": backbone_names(detectron2_names),
+    "backbone (detectron2, Swin)": backbone_names,
     "backbone (torchvision, timm)": timm_names,
 }
 
