@@ -1,8 +1,8 @@
 """Parameter names of other implementations. Each naming maps one of our names to theirs, one to one.
 
-The rules are in ``names.yaml`` beside this file. Where another implementation keeps queries, keys and values apart,
-one of our names has three of theirs, whose tensors follow each other along the first dimension in ours. The way
-back needs the names of our network only.
+The rules are in ``names.yaml`` beside this file. Where another implementation keeps queries, keys and values
+apart, one of our names has three of theirs, whose tensors follow each other along the first dimension in
+ours. The way back needs the names of our network only.
 """
 
 import re
@@ -38,7 +38,6 @@ def _names(naming: str, name: str) -> tuple[str, ...]:
 
 detectron2_names: Naming = partial(_names, "detectron2")
 transformers_names: Naming = partial(_names, "transformers")
-timm_names: Naming = partial(_names, "timm")
 caffe2_to_detectron2: Naming = partial(_names, "caffe2_to_detectron2")
 
 
@@ -49,6 +48,16 @@ def own_names(name: str) -> tuple[str, ...]:
 def backbone_names(name: str) -> tuple[str, ...]:
     """Names in detectron2's files of the backbone alone, which are those of Swin's authors too."""
     return (detectron2_names(name)[0].removeprefix("backbone."),)
+
+
+# Whose names a file of weights may have.
+NAMINGS: dict[str, Naming] = {
+    "SIM-M2F": own_names,
+    "Mask2Former (detectron2)": detectron2_names,
+    "Mask2Former (transformers)": transformers_names,
+    "backbone (detectron2, Swin)": backbone_names,
+    "backbone (torchvision, timm)": partial(_names, "timm"),
+}
 
 
 def stored_transformers_name(name: str) -> str:

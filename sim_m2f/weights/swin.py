@@ -22,7 +22,7 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def relative_position_indices(names: Iterable[str], cfg: CfgNode) -> dict[str, Tensor]:
-    """The index of every attention with a bias table among the ``names``, by what it would be called beside it."""
+    """The index for every bias table among ``names``, under the name that it has beside the table."""
     tables = [name for name in names if name.endswith(TABLE)]
     return {
         table.replace(TABLE, INDEX): relative_position_index(cfg.MODEL.SWIN.WINDOW_SIZE) for table in tables

@@ -1,7 +1,7 @@
 """Hugging Face's Mask2FormerForUniversalSegmentation: its configuration and its folder, both ways.
 
-Nothing here needs the package `transformers`; a folder written here loads in its versions 4 and 5. The keys that
-need no computing are in ``transformers.yaml`` beside this file.
+Nothing here needs the package `transformers`; a folder written here loads in its versions 4 and 5. What is
+the same in every network, or in both configurations, is in ``transformers.yaml`` beside this file.
 """
 
 import json
@@ -40,20 +40,12 @@ def transformers_config(cfg: CfgNode, class_names: Sequence[str]) -> dict[str, A
     Raises:
         UserError: transformers has no such network, or the names are not NUM_CLASSES many.
     """
-    backbone, head = _backbone_config(cfg), cfg.MODEL.SEM_SEG_HEAD
-    if cfg.MODEL.MASK_FORMER.NHEADS != head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS:
-        raise UserError(
-            "transformers has one number of heads; MODEL.MASK_FORMER.NHEADS and the encoder's differ"
-        )
+    backbone, classes = _backbone_config(cfg), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for key, only in _KEYS["ONLY"].items():
-        if value_of(cfg, key) != only:
-            raise UserError(
-                f"{key} {value_of(cfg, key)}: transformers has {only} only; export to safetensors"
-            )
-    if len(class_names) != head.NUM_CLASSES:
-        raise UserError(
-            f"{len(class_names)} class names for MODEL.SEM_SEG_HEAD.NUM_CLASSES {head.NUM_CLASSES}"
-        )
+        if value_of(cfg, key) != (value_of(cfg, only) if isinstance(only, str) else only):
+            raise UserError(f"{key}: in transformers it is {only}; export to safetensors or onnx")
+    if len(class_names) != classes:
+        raise UserError(f"{len(class_names)} class names for MODEL.SEM_SEG_HEAD.NUM_CLASSES {classes}")
     return {
         **_theirs(cfg),
         "backbone_config": backbone,
@@ -67,16 +59,12 @@ def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
     name, resnet = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RESNETS
     if name == "D2SwinTransformer":
         return _theirs(cfg, "SWIN_")
-    if name != "build_resnet_backbone" or resnet.NORM == "GN":
-        raise UserError(
-            f"transformers' Mask2Former has ResNet with batch norm and Swin, not {name} with {resnet.NORM}; "
-            "export to safetensors or onnx"
-        )
     blocks = _KEYS["RESNET_BLOCKS"]
-    if resnet.DEPTH not in blocks:
+    if name != "build_resnet_backbone" or resnet.NORM == "GN" or resnet.DEPTH not in blocks:
         raise UserError(
-            f"MODEL.RESNETS.DEPTH {resnet.DEPTH}: exported to transformers are the depths "
-            f"{', '.join(map(str, blocks))}; export to safetensors or onnx"
+            f"MODEL.BACKBONE.NAME {name} (MODEL.RESNETS.DEPTH {resnet.DEPTH}, NORM {resnet.NORM}): "
+            f"transformers has Swin, and ResNets of {', '.join(map(str, blocks))} layers with batch norm; "
+            "export to safetensors or onnx"
         )
     return {
         **_theirs(cfg, "RESNET_"),
