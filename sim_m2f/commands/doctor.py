@@ -20,9 +20,9 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 class Package(NamedTuple):
-    """A declared dependency: "timm>=1.0.20", "timm", "1.0.20", "" or "sim-m2f[onnx]", "onnx", "1.17", "onnx"."""
+    """A declared dependency, such as "timm>=1.0.20", "timm", "1.0.20" and the extra that it belongs to, or ""."""
 
-    requirement: str  # what pip installs to have it
+    requirement: str  # what pip has to install; for an extra's package "sim-m2f[EXTRA]"
     name: str
     least: str
     extra: str
@@ -84,45 +84,42 @@ def runs_on(capability: tuple[int, int], built: str) -> bool:
     """Whether code for the capabilities ``built``, such as "8.0 9.0+PTX", runs on a GPU of ``capability``."""
     for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", built):
         code = int(major), int(minor)
-        same_family = code[0] == capability[0] and not suffix
-        if code == capability or (code < capability and (same_family or ptx)):
+        upwards = ptx or (code[0] == capability[0] and not suffix)
+        if code == capability or (upwards and code < capability):
             return True
     return False
 
 
 def operator_lines() -> Iterator[str]:
-    """What was compiled, the GPUs and whether it serves them, and what runs on which device and type."""
+    """What was compiled, which GPUs it serves, and what runs on which device and type."""
     import torch
     from MultiScaleDeformableAttention import LOAD_ERROR, has_kernel
 
-    built = "" if LOAD_ERROR else torch.ops.msda.build_info()
-    if built:
-        yield f"operator: compiled, {built}"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    build = "" if LOAD_ERROR else torch.ops.msda.build_info()
+    if build:
+        yield f"operator: compiled, {build}"
     else:
         yield f"operator: plain PyTorch everywhere, because {LOAD_ERROR}"
         yield f"  to compile it: install a C++ compiler (and the CUDA toolkit for GPUs), then {REBUILD}"
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not gpus:
         yield "GPU: none that PyTorch can use"
-    for index in range(gpus):
-        major, minor = torch.cuda.get_device_capability(index)
-        line = f"GPU {index}: {torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
-        compiled = built.partition("CUDA ")[2]
-        if compiled and not runs_on((major, minor), compiled):
-            line += f"; the operator was not compiled for it: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
-        yield line
-    for device in ("cpu", "cuda", "mps") if built else ():
+    for gpu in gpus:
+        major, minor = torch.cuda.get_device_capability(gpu)
+        yield f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
+        if "CUDA" in build and not runs_on((major, minor), build.partition("CUDA ")[2]):
+            yield f"  to compile the operator for it: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+    for device in ("cpu", "cuda", "mps") if build else ():
         kind = "compiled" if has_kernel(torch.device(device)) else "plain PyTorch"
         yield f"  {device}: {kind} for float32, float16, bfloat16, float64"
-    if built and gpus and not has_kernel(torch.device("cuda")):
+    if build and gpus and not has_kernel(torch.device("cuda")):
         yield f"  for the GPU kernels: install the CUDA toolkit (nvcc), then {REBUILD}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where a required package is missing, too old or broken."""
-    print(
-        f"Python {platform.python_version()} on {platform.system()} {platform.machine()} ({sys.executable})"
-    )
+    machine = f"{platform.system()} {platform.machine()}"
+    print(f"Python {platform.python_version()} on {machine} ({sys.executable})")
     try:
         unusable = print_packages(declared_packages())
     except PackageNotFoundError:

@@ -138,14 +138,10 @@ def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pixel_keys(processor: Mapping[str, Any]) -> dict[str, Any]:
     size = processor.get("size")
-    edges = size if isinstance(size, Mapping) else {}
-    keys = {
-        "INPUT.MIN_SIZE_TEST": edges.get("shortest_edge"),
-        "INPUT.MAX_SIZE_TEST": edges.get("longest_edge"),
-        "MODEL.PIXEL_MEAN": [round(value * 255, 6) for value in processor.get("image_mean") or []] or None,
-        "MODEL.PIXEL_STD": [round(value * 255, 6) for value in processor.get("image_std") or []] or None,
-    }
-    return {key: value for key, value in keys.items() if value is not None}
+    theirs = dict(size) if isinstance(size, Mapping) else {}  # older ones have a number
+    for name in ("image_mean", "image_std"):
+        theirs[name] = [round(value * 255, 6) for value in processor.get(name) or []] or None
+    return _ours({name: value for name, value in theirs.items() if value is not None}, "PROCESSOR_")
 
 
 def transformers_weights(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
