@@ -20,7 +20,7 @@ REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 class Package(NamedTuple):
-    """A declared dependency, such as "timm>=1.0.20", "timm", "1.0.20" and the extra that it belongs to, or ""."""
+    """A declared dependency: "timm>=1.0.20", "timm", "1.0.20" and the extra that it belongs to, or ""."""
 
     requirement: str  # what pip has to install; for an extra's package "sim-m2f[EXTRA]"
     name: str
@@ -106,9 +106,10 @@ def operator_lines() -> Iterator[str]:
         yield "GPU: none that PyTorch can use"
     for gpu in gpus:
         major, minor = torch.cuda.get_device_capability(gpu)
-        yield f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
+        line = f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
         if "CUDA" in build and not runs_on((major, minor), build.partition("CUDA ")[2]):
-            yield f"  to compile the operator for it: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+            line += f"; the operator was not compiled for it: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+        yield line
     for device in ("cpu", "cuda", "mps") if build else ():
         kind = "compiled" if has_kernel(torch.device(device)) else "plain PyTorch"
         yield f"  {device}: {kind} for float32, float16, bfloat16, float64"
