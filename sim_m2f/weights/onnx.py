@@ -68,9 +68,8 @@ def onnx_bytes(network: Mask2Former) -> bytes:
             module.__class__ = GridSampleAttention
     sides = {2: DIVISOR * torch.export.Dim("height", min=1), 3: DIVISOR * torch.export.Dim("width", min=1)}
     try:
-        graph = torch.export.export(
-            _LastLayer(portable).eval(), (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,)
-        )
+        last = _LastLayer(portable).eval()
+        graph = torch.export.export(last, (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,))
         program = torch.onnx.export(
             graph,
             input_names=["images"],
