@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import NamedTuple
 
+from sim_m2f.errors import first_line
+
 PROJECT = "sim-m2f"
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the module has another name than the package
 REQUIREMENT = re.compile(r"([\w.-]+)(?:[^;]*>=\s*([\w.]+))?[^;]*(?:;.*extra == \W([\w-]+))?")
@@ -56,8 +58,7 @@ def state_of(package: Package) -> tuple[str, bool]:
     except Exception as error:  # what a broken package raises has many classes
         if isinstance(error, ModuleNotFoundError) and error.name in (module, package.name):
             return "is missing", False
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{installed} cannot be imported ({reason})", False
+        return f"{installed} cannot be imported ({first_line(error)})", False
     usable = _numbers(installed) >= _numbers(package.least)
     return installed if usable else f"{installed} is too old", usable
 

@@ -87,16 +87,8 @@ class PseudoMasks(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.sim = cfg.MODEL.SIM
-        prototypes = self.sim.PROTOTYPES
-        self.prototypes = Prototypes(
-            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            prototypes.COUNT,
-            cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            prototypes.MOMENTUM,
-            prototypes.EPSILON,
-            prototypes.ITERATIONS,
-            prototypes.PIXELS_PER_CLASS,
-        )
+        classes, width = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
+        self.prototypes = Prototypes(classes, width, self.sim.PROTOTYPES)
 
     @torch.no_grad()
     def forward(
