@@ -73,11 +73,7 @@ class SIMCriterion(Criterion):
             self.pseudo_masks.update(matched.teacher_features, matched.objects, matched.labels)
 
     def _match(
-        self,
-        outputs: Outputs,
-        targets: Sequence[Target],
-        images: Tensor,
-        teacher_outputs: Outputs | None,
+        self, outputs: Outputs, targets: Sequence[Target], images: Tensor, teacher_outputs: Outputs | None
     ) -> tuple[Tensor, MatchedBoxes]:
         """(L, B, Q, C+1) class logits, and the batch with its matches and the labels of its pixels."""
         layers = self.layers(outputs)

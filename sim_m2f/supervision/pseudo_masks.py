@@ -92,11 +92,7 @@ class PseudoMasks(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self,
-        layers: Sequence[LayerOutputs],
-        features: Tensor,
-        targets: Targets,
-        matcher: BoxMatcher,
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: BoxMatcher
     ) -> PseudoLabels:
         """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
         return self.labels(self.evidence(layers, features, targets, matcher), len(targets))
@@ -111,11 +107,7 @@ class PseudoMasks(nn.Module):
 
     @torch.no_grad()
     def evidence(
-        self,
-        layers: Sequence[LayerOutputs],
-        features: Tensor,
-        targets: Targets,
-        matcher: BoxMatcher,
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: BoxMatcher
     ) -> Evidence:
         """M_S and M_I at the pixels of the boxes.
 
