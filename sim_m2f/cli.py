@@ -16,9 +16,8 @@ COMMANDS = ("train", "report", "explain", "predict", "export", "check", "shapes"
 def main(arguments: list[str] | None = None) -> int:
     """Run ``sim-m2f COMMAND ...``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="sim-m2f", description="Instance masks learned from bounding boxes alone."
-    )
+    about = "Instance masks learned from bounding boxes alone."
+    parser = argparse.ArgumentParser(prog="sim-m2f", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         source = (Path(__file__).parent / "commands" / f"{name}.py").read_text(encoding="utf-8")

@@ -131,11 +131,11 @@ def test_a_loss_is_a_function_a_line_and_its_keys(monkeypatch):
 
 
 def test_the_command_line_names_every_command(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     text = capsys.readouterr().out
     for file in (ROOT / "sim_m2f/commands").glob("[a-z]*.py"):
         assert f"    {file.stem} " in text
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["tarin"])
     assert "invalid choice: 'tarin'" in capsys.readouterr().err

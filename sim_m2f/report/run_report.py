@@ -101,9 +101,8 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     categories = set(data.category_ids)
     for entry in sorted(read_json(path, list), key=lambda entry: -entry["score"]):
         if entry["image_id"] not in detections or entry["category_id"] not in categories:
-            raise UserError(
-                f"{path}: was not made from {data.annotations_file}; give the test set that was evaluated"
-            )
+            fault = f"was not made from {data.annotations_file}"
+            raise UserError(f"{path}: {fault}; give the test set that was evaluated")
         detections[entry["image_id"]].append(entry)
     return detections
 

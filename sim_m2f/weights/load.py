@@ -141,10 +141,8 @@ def _check(report: LoadReport, own: Mapping[str, Tensor], naming: Naming) -> Non
     """Raises UserError where backbones differ, or most of the rest does."""
     if not report.loaded and not report.reshaped:
         example = f"; it has {report.skipped[0]}, for instance" if report.skipped else ""
-        raise UserError(
-            f"{report.source}: has nothing in common with this network{example}; "
-            "take a checkpoint of Mask2Former or of its backbone"
-        )
+        advice = "take a checkpoint of Mask2Former or of its backbone"
+        raise UserError(f"{report.source}: has nothing in common with this network{example}; {advice}")
     unfilled = [*report.reshaped, *report.missing]
     backbone = [name for name in unfilled if name.startswith(BODY)]
     kinds = {NUMBER.sub("#", theirs) for name in own if name.startswith(BODY) for theirs in naming(name)}
