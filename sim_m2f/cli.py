@@ -1,34 +1,27 @@
 """The console script ``sim-m2f``: one command per module of ``sim_m2f/commands``, imported when called."""
 
 import argparse
+import ast
 import importlib
 import sys
+from pathlib import Path
 from types import ModuleType
 
 from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError
 
-COMMANDS = {
-    "train": "train, go on with a run, or evaluate a checkpoint",
-    "report": "write the page of a finished run",
-    "explain": "draw how a checkpoint gets from boxes to pseudo masks",
-    "predict": "find the objects in images: COCO JSON and overlays",
-    "export": "write a trained network for other programs",
-    "check": "check a data set completely",
-    "shapes": "write the embedded shapes data set",
-    "doctor": "show what is installed, which kernels run, and how to get what is missing",
-    "ablate": "train the method term by term and compare the results",
-}
+COMMANDS = ("train", "report", "explain", "predict", "export", "check", "shapes", "doctor", "ablate")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run ``sim-m2f COMMAND ...``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="sim-m2f", description="Instance masks learned from bounding boxes alone."
-    )
+    about = "Instance masks learned from bounding boxes alone."
+    parser = argparse.ArgumentParser(prog="sim-m2f", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
+    for name in COMMANDS:
+        source = (Path(__file__).parent / "commands" / f"{name}.py").read_text(encoding="utf-8")
+        summary = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
         if name in arguments[:1]:
             try:
@@ -37,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"error: the package {error.name} is missing; see 'sim-m2f doctor'", file=sys.stderr)
                 return 2
             module.add_arguments(command)
-    return guarded(module, parser.parse_args(arguments))
+    parsed = parser.parse_args(arguments)
+    return guarded(module, parsed)
 
 
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What a JSON file holds: an object, or a list if ``kind`` is list.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or holds something else.
@@ -28,8 +28,9 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); is the file complete?") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a JSON {type(content).__name__}, not an object; take another file")
+    if not isinstance(content, kind):
+        found, expected = type(content).__name__, "an object" if kind is dict else "a list"
+        raise UserError(f"{path}: holds a JSON {found}, not {expected}; take another file")
     return content
 
 

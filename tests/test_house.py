@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import sim_m2f
+from sim_m2f.cli import main
 from sim_m2f.config import CfgNode
 from sim_m2f.supervision import criterion as criterion_file
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
@@ -127,3 +128,14 @@ def test_a_loss_is_a_function_a_line_and_its_keys(monkeypatch):
     assert weights == pytest.approx([1.5 * 3 * min(step / 4, 1) for step in range(6)])
     losses["loss_area"].backward()
     assert masks.grad.abs().sum() > 0
+
+
+def test_the_command_line_names_every_command(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for file in (ROOT / "sim_m2f/commands").glob("[a-z]*.py"):
+        assert f"    {file.stem} " in text
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(["tarin"])
+    assert "invalid choice: 'tarin'" in capsys.readouterr().err

@@ -27,6 +27,12 @@ from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
 from sim_m2f.supervision.teacher import Teacher
 
 
+def prototypes_of(classes: int, count: int, limit: int) -> Prototypes:
+    keys = sim_m2f.get_cfg().MODEL.SIM.PROTOTYPES
+    keys.COUNT, keys.PIXELS_PER_CLASS, keys.MOMENTUM = count, limit, 0.9
+    return Prototypes(classes, 4, keys)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
@@ -87,7 +93,7 @@ def test_one_sinkhorn_iteration_is_the_written_out_normalisation(generator):
 
 
 def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
-    prototypes = Prototypes(3, 2, 4, momentum=0.9, epsilon=0.05, iterations=3, limit=100)
+    prototypes = prototypes_of(3, count=2, limit=100)
     before = prototypes.vectors.clone()
     features = torch.randn(30, 4, generator=generator) * 5
     labels = torch.tensor([0, 2]).repeat(15)
@@ -110,7 +116,7 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
 
 
 def test_similarity_is_that_of_the_nearest_prototype_of_the_class(generator):
-    prototypes = Prototypes(5, 3, 4, 0.9, 0.05, 3, 10)
+    prototypes = prototypes_of(5, count=3, limit=10)
     features = torch.randn(20, 4, generator=generator)
     classes, index = torch.tensor([1, 4]), torch.randint(2, (20,), generator=generator)
     similarity = prototypes.similarity(features, classes, index)
@@ -306,7 +312,7 @@ def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
     for name, loss in exact.items():
         assert rounded[name].dtype == torch.float32
         assert rounded[name].item() == pytest.approx(loss.item(), rel=0.05, abs=0.01), name
-    prototypes = Prototypes(3, 2, 4, 0.9, 0.05, 3, 20)
+    prototypes = prototypes_of(3, count=2, limit=20)
     before = prototypes.vectors.clone()
     features = (torch.randn(30, 4, generator=torch.Generator().manual_seed(1)) * 1e4).to(dtype)
     prototypes.update(features, torch.arange(30) % 3)

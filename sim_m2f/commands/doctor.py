@@ -4,26 +4,27 @@ At its top it imports Python's own library only, so that it runs where any packa
 """
 
 import argparse
-import importlib
 import importlib.util
 import itertools
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires, version
-from types import ModuleType
 from typing import NamedTuple
+
+from sim_m2f.errors import first_line
 
 PROJECT = "sim-m2f"
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the module has another name than the package
-DTYPES = ("float32", "float16", "bfloat16", "float64")
+REQUIREMENT = re.compile(r"([\w.-]+)(?:[^;]*>=\s*([\w.]+))?[^;]*(?:;.*extra == \W([\w-]+))?")
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 class Package(NamedTuple):
     """A declared dependency: "timm>=1.0.20", "timm", "1.0.20" and the extra that it belongs to, or ""."""
 
-    requirement: str
+    requirement: str  # what pip has to install; for an extra's package "sim-m2f[EXTRA]"
     name: str
     least: str
     extra: str
@@ -41,11 +42,9 @@ def declared_packages() -> list[Package]:
     """
     packages = []
     for line in requires(PROJECT) or []:
-        requirement, _, marker = line.partition(";")
-        (name,) = re.findall(r"^[\w.-]+", requirement)
-        least = "".join(re.findall(r">=\s*([\w.]+)", requirement))
-        extra = "".join(re.findall(r"extra == \W([\w-]+)", marker))
-        packages.append(Package(requirement.strip(), name, least, extra))
+        name, least, extra = REQUIREMENT.findall(line)[0]
+        requirement = f"{PROJECT}[{extra}]" if extra else line.partition(";")[0].strip()
+        packages.append(Package(requirement, name, least, extra))
     return sorted(packages, key=lambda package: package.extra)
 
 
@@ -59,11 +58,9 @@ def state_of(package: Package) -> tuple[str, bool]:
     except Exception as error:  # what a broken package raises has many classes
         if isinstance(error, ModuleNotFoundError) and error.name in (module, package.name):
             return "is missing", False
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"{installed} cannot be imported ({reason})", False
-    if _numbers(installed) < _numbers(package.least):
-        return f"{installed} is too old", False
-    return installed, True
+        return f"{installed} cannot be imported ({first_line(error)})", False
+    usable = _numbers(installed) >= _numbers(package.least)
+    return installed if usable else f"{installed} is too old", usable
 
 
 def _numbers(version: str) -> list[int]:
@@ -71,86 +68,69 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", re.sub(r"(\.0)*(\+.*)?$", "", version))]
 
 
-def package_lines() -> tuple[list[str], list[str]]:
-    """A line for every required package and one for every extra, and the required ones that cannot be used.
-
-    Raises:
-        PackageNotFoundError: the project is not installed, so that nothing says what it needs.
-    """
-    lines, unusable = [], []
-    for extra, packages in itertools.groupby(declared_packages(), key=lambda package: package.extra):
-        states = {package: state_of(package) for package in packages}
+def print_packages(packages: list[Package]) -> list[str]:
+    """Prints a line for every required package and every extra; returns what is required and unusable."""
+    unusable = []
+    for requirement, group in itertools.groupby(packages, key=lambda package: package.requirement):
+        states = {package: state_of(package) for package in group}
         lacking = [package for package, (_, usable) in states.items() if not usable]
-        texts = [f"{package.name} {text}" for package, (text, _) in states.items()]
-        if extra:
-            hint = f"; pip install '{PROJECT}[{extra}]'" if lacking else ""
-            lines.append(f"extra {extra}: {', '.join(texts)}{hint}")
-        else:
-            unusable = [package.name for package in lacking]
-            hints = [f"; pip install '{p.requirement}'" if p in lacking else "" for p in states]
-            lines += [text + hint for text, hint in zip(texts, hints, strict=True)]
-    return lines, unusable
+        unusable += [package.name for package in lacking if not package.extra]
+        extra = "".join({f"extra {package.extra}: " for package in states if package.extra})
+        texts = ", ".join(f"{package.name} {text}" for package, (text, _) in states.items())
+        print(f"{extra}{texts}" + (f"; pip install '{requirement}'" if lacking else ""))
+    return unusable
 
 
 def runs_on(capability: tuple[int, int], built: str) -> bool:
     """Whether code for the capabilities ``built``, such as "8.0 9.0+PTX", runs on a GPU of ``capability``."""
     for major, minor, suffix, ptx in re.findall(r"(\d+)\.(\d+)([af]?)(\+PTX)?", built):
-        code = (int(major), int(minor))
-        exact = code == capability if suffix else code[0] == capability[0] and code <= capability
-        if exact or (ptx and code <= capability):
+        code = int(major), int(minor)
+        upwards = ptx or (code[0] == capability[0] and not suffix)
+        if code == capability or (upwards and code < capability):
             return True
     return False
 
 
-def gpu_lines(built: str) -> list[str]:
-    """The GPUs, and whether the CUDA part, compiled for the capabilities ``built``, serves them."""
+def operator_lines() -> Iterator[str]:
+    """What was compiled, which GPUs it serves, and what runs on which device and type."""
     import torch
+    from MultiScaleDeformableAttention import LOAD_ERROR, has_kernel
 
-    if not torch.cuda.is_available():
-        return ["GPU: none that PyTorch can use"]
-    lines = []
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        number = f"{capability[0]}.{capability[1]}"
-        name = f"GPU {index}: {torch.cuda.get_device_name(index)}, compute capability {number}"
-        if built and not runs_on(capability, built):
-            name += f"; the operator was not compiled for it: TORCH_CUDA_ARCH_LIST={number} {REBUILD}"
-        lines.append(name)
-    return lines
-
-
-def operator_lines(operator: ModuleType) -> list[str]:
-    """What was compiled, and which implementation runs on which device and type."""
-    import torch
-
-    if operator.LOAD_ERROR:
-        lines = [f"operator: plain PyTorch everywhere, because {operator.LOAD_ERROR}"]
-        lines += [f"  to compile it: install a C++ compiler (and the CUDA toolkit for GPUs), then {REBUILD}"]
-        return [*lines, *gpu_lines("")]
-    info = torch.ops.msda.build_info()
-    lines = [f"operator: compiled, {info}", *gpu_lines(info.partition("CUDA ")[2])]
-    for device in ("cpu", "cuda", "mps"):
-        compiled = operator.has_kernel(torch.device(device))
-        lines.append(f"  {device}: {'compiled' if compiled else 'plain PyTorch'} for {', '.join(DTYPES)}")
-    if torch.cuda.is_available() and not operator.has_kernel(torch.device("cuda")):
-        lines.append(f"  for the GPU kernels: install the CUDA toolkit (nvcc), then {REBUILD}")
-    return lines
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    build = "" if LOAD_ERROR else torch.ops.msda.build_info()
+    if build:
+        yield f"operator: compiled, {build}"
+    else:
+        yield f"operator: plain PyTorch everywhere, because {LOAD_ERROR}"
+        yield f"  to compile it: install a C++ compiler (and the CUDA toolkit for GPUs), then {REBUILD}"
+    if not gpus:
+        yield "GPU: none that PyTorch can use"
+    for gpu in gpus:
+        major, minor = torch.cuda.get_device_capability(gpu)
+        line = f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, compute capability {major}.{minor}"
+        if "CUDA" in build and not runs_on((major, minor), build.partition("CUDA ")[2]):
+            line += f"; the operator was not compiled for it: TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+        yield line
+    for device in ("cpu", "cuda", "mps") if build else ():
+        kind = "compiled" if has_kernel(torch.device(device)) else "plain PyTorch"
+        yield f"  {device}: {kind} for float32, float16, bfloat16, float64"
+    if build and gpus and not has_kernel(torch.device("cuda")):
+        yield f"  for the GPU kernels: install the CUDA toolkit (nvcc), then {REBUILD}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where a required package is missing, too old or broken."""
-    system = f"{platform.system()} {platform.machine()}"
-    print(f"Python {platform.python_version()} on {system} ({sys.executable})")
+    machine = f"{platform.system()} {platform.machine()}"
+    print(f"Python {platform.python_version()} on {machine} ({sys.executable})")
     try:
-        lines, unusable = package_lines()
+        unusable = print_packages(declared_packages())
     except PackageNotFoundError:
         print(f"{PROJECT} is not installed, so nothing says what it needs; pip install .")
         return 1
-    print("\n".join(lines))
     if "torch" in unusable:
         print("operator: cannot run without torch")
     elif importlib.util.find_spec("MultiScaleDeformableAttention") is None:
         print("operator: not installed, plain PyTorch everywhere; pip install .")
     else:
-        print("\n".join(operator_lines(importlib.import_module("MultiScaleDeformableAttention"))))
+        print("\n".join(operator_lines()))
     return 1 if unusable else 0

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write, write_file
-from sim_m2f.report.drawing import PALETTE, Shape, draw
+from sim_m2f.files import write_file
+from sim_m2f.report.drawing import PALETTE, Shape, draw, write_png
 from sim_m2f.segmenter import Instances, from_pretrained
 from sim_m2f.structures import Detections
 
@@ -99,6 +99,4 @@ def _draw(file: Path, detected: Instances, path: Path) -> None:
         for i, label in enumerate(detected.labels.tolist())
     ]
     with Image.open(file) as stored:
-        image = draw(ImageOps.exif_transpose(stored), shapes, SIDE)
-    with atomic_write(path, "wb") as target:
-        image.save(target, "PNG")
+        write_png(path, draw(ImageOps.exif_transpose(stored), shapes, SIDE))

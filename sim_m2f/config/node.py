@@ -42,9 +42,8 @@ class CfgNode(FvcoreNode):
             circle = " -> ".join(_base_circle(str(cfg_filename)))
             raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error
         if not isinstance(loaded, Mapping):
-            raise UserError(
-                f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {type(loaded).__name__}"
-            )
+            kind = type(loaded).__name__
+            raise UserError(f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {kind}")
         own = {key: value for key, value in loaded.items() if key != BASE_KEY}
         self._merge(own, str(cfg_filename))
 
@@ -89,9 +88,8 @@ def _checked(
         default = defaults[key]
         if isinstance(default, CfgNode):
             if not isinstance(value, Mapping):
-                raise UserError(
-                    f"{source}: {path} is a group of keys; did you mean {path}.{next(iter(default))}?"
-                )
+                first = f"{path}.{next(iter(default))}"
+                raise UserError(f"{source}: {path} is a group of keys; did you mean {first}?")
             checked[key] = _checked(value, default, root, f"{path}.", source)
         else:
             checked[key] = _coerced(value, default, path, source)

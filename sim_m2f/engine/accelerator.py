@@ -18,9 +18,8 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     device, amp = cfg.MODEL.DEVICE, cfg.SOLVER.AMP
     has_gpu = torch.cuda.is_available()
     if device == "cuda" and not has_gpu:
-        raise UserError(
-            "MODEL.DEVICE: cuda, but PyTorch sees no GPU; set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
-        )
+        advice = "set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
+        raise UserError(f"MODEL.DEVICE: cuda, but PyTorch sees no GPU; {advice}")
     precision = "no"
     if amp.ENABLED and has_gpu and device != "cpu":
         automatic = "bf16" if torch.cuda.is_bf16_supported() else "fp16"

@@ -1,9 +1,12 @@
 """What a run tells while it goes: a progress bar, ``metrics.jsonl`` and accelerate's trackers."""
 
+import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -31,10 +34,8 @@ class MetricsLogger:
 
     def __init__(self, output_dir: Path, start: int, accelerator: Accelerator) -> None:
         self.path, self.accelerator = output_dir / "metrics.jsonl", accelerator
-        kept = []
-        if start and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _iteration(line) < start]
+        records = _records(self.path) if start and self.path.exists() else ()
+        kept = [line for line, record in records if record["iteration"] < start]
         write_file(self.path, "".join(f"{line}\n" for line in kept))
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
@@ -60,23 +61,19 @@ def read_series(metrics_file: Path) -> Series:
     is passed over.
     """
     series: Series = {}
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for _, record in _records(metrics_file):
         for key, value in record.items():
-            if isinstance(value, (int, float)) and math.isfinite(value) and "iteration" in record:
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 series.setdefault(key, {})[record["iteration"]] = value
     return {key: dict(sorted(values.items())) for key, values in series.items()}
 
 
-def _iteration(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for an unfinished line."""
-    try:
-        return json.loads(line)["iteration"]
-    except json.JSONDecodeError:
-        return math.inf
+def _records(metrics_file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every finished line of a metrics.jsonl that has an iteration, and what it says."""
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if "iteration" in (record := json.loads(line)):
+                yield line, record
 
 
 class LossAverage:

@@ -24,13 +24,7 @@ from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.mask_shape import mask_shapes
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
-from sim_m2f.weights.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_checkpoint,
-    replace_checkpoint,
-)
+from sim_m2f.weights import checkpoint as checkpoints
 
 
 class Hook:
@@ -66,12 +60,12 @@ class Trainer:
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.accelerator = build_accelerator(cfg)
         model = build_model(cfg).to(memory_format=torch.channels_last)
-        self.checkpoint = last_checkpoint(self.output_dir) if resume else None
-        state = read_checkpoint(self.checkpoint) if self.checkpoint else {}
+        self.checkpoint = checkpoints.last_checkpoint(self.output_dir) if resume else None
+        state = checkpoints.read_checkpoint(self.checkpoint) if self.checkpoint else {}
         if self.checkpoint:
-            load_weights(model, state.get("model", {}), self.checkpoint)
+            checkpoints.load_weights(model, state.get("model", {}), self.checkpoint)
         elif cfg.MODEL.WEIGHTS:
-            load_checkpoint(model, cfg.MODEL.WEIGHTS)
+            checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS)
         device = self.accelerator.device
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
@@ -86,9 +80,8 @@ class Trainer:
     def train(self) -> None:
         """Train to SOLVER.MAX_ITER with the hooks; SIGINT and SIGTERM stop it in order."""
         total, accelerator = self.cfg.SOLVER.MAX_ITER, self.accelerator
-        self.loader = train_loader(
-            self.cfg, self.iteration, accelerator.process_index, accelerator.num_processes
-        )
+        ranks = accelerator.process_index, accelerator.num_processes
+        self.loader = train_loader(self.cfg, self.iteration, *ranks)
         for hook in self.hooks:
             hook.before_train(self)
         self.bar = progress_bar(self.iteration, total, accelerator.is_main_process)
@@ -114,9 +107,8 @@ class Trainer:
         torch.manual_seed(run * 2**12 + self.accelerator.process_index)
         self.model.train()
         self.criterion.train()
-        images = batch["images"].to(
-            self.accelerator.device, memory_format=torch.channels_last, non_blocking=True
-        )
+        device = self.accelerator.device
+        images = batch["images"].to(device, memory_format=torch.channels_last, non_blocking=True)
         targets: Sequence[Target] = batch["targets"]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
@@ -158,7 +150,9 @@ class Trainer:
             return
         final = self.iteration == self.cfg.SOLVER.MAX_ITER
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
-        replace_checkpoint(path, state, None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint)
+        checkpoints.replace_checkpoint(
+            path, state, None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
+        )
         self.checkpoint = path
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
@@ -206,6 +200,5 @@ class Trainer:
                 self.copy_paste.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
             self.iteration = state["iteration"]
         except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{path}: belongs to another run ({error}); leave --resume away or change OUTPUT_DIR"
-            ) from error
+            advice = "leave --resume away or change OUTPUT_DIR"
+            raise UserError(f"{path}: belongs to another run ({error}); {advice}") from error

@@ -46,9 +46,8 @@ class TimmBackbone(nn.Module):
             reductions = feature_info(timm.create_model(name, features_only=True)).reduction()
         missing = [stride for stride in STRIDES.values() if stride not in reductions]
         if missing:
-            raise UserError(
-                f"MODEL.BACKBONE.NAME: {name} has no map of stride {missing[0]}; take a pyramid model"
-            )
+            fault = f"{name} has no map of stride {missing[0]}"
+            raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take a pyramid model")
         indices = tuple(reductions.index(stride) for stride in STRIDES.values())
         self.body = timm.create_model(name, features_only=True, out_indices=indices, **options)
         self.channels = dict(zip(STRIDES, feature_info(self.body).channels(), strict=True))

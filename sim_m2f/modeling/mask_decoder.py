@@ -4,6 +4,7 @@ Parameter names are those of the published checkpoints (``sem_seg_head.predictor
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,54 +42,55 @@ class Attention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-class SelfAttentionLayer(nn.Module):
+class Residual(nn.Module):
+    """What is added to its input, with a layer norm before or after."""
+
+    norm: nn.LayerNorm
+    pre_norm: bool
+
+    def _added(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_norm:
+            return x + change(self.norm(x))
+        return self.norm(x + change(x))
+
+
+class SelfAttentionLayer(Residual):
     """Queries look at queries."""
 
     def __init__(self, width: int, heads: int, pre_norm: bool) -> None:
         super().__init__()
         self.self_attn = Attention(width, heads)
-        self.norm = nn.LayerNorm(width)
-        self.pre_norm = pre_norm
+        self.norm, self.pre_norm = nn.LayerNorm(width), pre_norm
 
     def forward(self, x: Tensor, positions: Tensor, allowed: Tensor | None = None) -> Tensor:
-        source = self.norm(x) if self.pre_norm else x
-        x = x + self.self_attn(source + positions, source + positions, source, allowed)
-        return x if self.pre_norm else self.norm(x)
+        return self._added(x, lambda x: self.self_attn(x + positions, x + positions, x, allowed))
 
 
-class CrossAttentionLayer(nn.Module):
+class CrossAttentionLayer(Residual):
     """Queries look at the pixels of one level."""
 
     def __init__(self, width: int, heads: int, pre_norm: bool) -> None:
         super().__init__()
         self.multihead_attn = Attention(width, heads)
-        self.norm = nn.LayerNorm(width)
-        self.pre_norm = pre_norm
+        self.norm, self.pre_norm = nn.LayerNorm(width), pre_norm
 
-    def forward(
-        self, x: Tensor, positions: Tensor, memory: Tensor, memory_key: Tensor, allowed: Tensor
-    ) -> Tensor:
-        source = self.norm(x) if self.pre_norm else x
-        x = x + self.multihead_attn(source + positions, memory_key, memory, allowed)
-        return x if self.pre_norm else self.norm(x)
+    def forward(self, x: Tensor, positions: Tensor, memory: Tensor, key: Tensor, allowed: Tensor) -> Tensor:
+        return self._added(x, lambda x: self.multihead_attn(x + positions, key, memory, allowed))
 
 
-class FFNLayer(nn.Module):
+class FFNLayer(Residual):
     """A two-layer MLP per query."""
 
     def __init__(self, width: int, hidden: int, pre_norm: bool) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
-        self.norm = nn.LayerNorm(width)
-        self.pre_norm = pre_norm
+        self.norm, self.pre_norm = nn.LayerNorm(width), pre_norm
         for linear in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        source = self.norm(x) if self.pre_norm else x
-        x = x + self.linear2(F.relu(self.linear1(source)))
-        return x if self.pre_norm else self.norm(x)
+        return self._added(x, lambda x: self.linear2(F.relu(self.linear1(x))))
 
 
 class MLP(nn.Module):

@@ -4,13 +4,14 @@ import csv
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 import numpy as np
+from jinja2 import Template
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from pycocotools.coco import COCO
@@ -26,9 +27,8 @@ PLOT_FILE = "ap_over_steps.png"
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of the pale yellow.
 COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00", "#000000")
 STYLES = cycler(linestyle=["-", "--", ":", "-."]) * (cycler(color=COLOURS) + cycler(marker=list("osD^vPX*")))
-NOTE = """\
-AP of masks in %: mean over the seeds (minimum..maximum). Box fill: the same detections, each mask replaced \
-by its own filled box. AP and a tag: on the images of this tag alone."""
+SOURCE = (Path(__file__).parent / "ablation.md.j2").read_text("utf-8")
+TEMPLATE = Template(SOURCE, trim_blocks=True, keep_trailing_newline=True)
 
 
 @dataclass(frozen=True)
@@ -182,23 +182,13 @@ def _write_csv(file: IO[str], groups: Groups) -> None:
 
 
 def _markdown(folder: Path, command: str, groups: Groups, failures: Sequence[str]) -> str:
-    headings = _headings(groups)
-    lines = ["# Ablation", "", f"    {command}", "", NOTE, ""]
-    lines.append(_line(["row", "", "steps", *headings, "report of seed"]))
-    lines.append(_line(["---", "---", *["--:"] * (1 + len(headings)), "---"]))
+    headings, table = _headings(groups), []
     for row, group in groups:
         pages = [f"[{result.seed}]({os.path.relpath(result.page, folder)})" for result in group]
         cells = [_cell(_values(group, name)) for name in headings]
-        lines.append(_line([row.name, row.title, str(group[0].steps), *cells, " ".join(pages)]))
-    if groups:
-        lines += ["", f"![mask AP over the steps]({PLOT_FILE})"]
-    if failures:
-        lines += ["", *(f"- {failure}" for failure in failures)]
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+        table.append([row.name, row.title, str(group[0].steps), *cells, " ".join(pages)])
+    content = {"command": command, "headings": headings, "table": table, "failures": failures}
+    return TEMPLATE.render(**content, plot=PLOT_FILE)
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -22,16 +22,7 @@ from PIL import Image
 
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps
 from sim_m2f.geometry import mask_extents
-from sim_m2f.report.drawing import (
-    PALETTE,
-    SOFT,
-    Shape,
-    draw_shapes,
-    panel_grid,
-    rendered,
-    write_above,
-    write_png,
-)
+from sim_m2f.report import drawing
 from sim_m2f.report.page import Evolution
 from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import STRIDE
@@ -74,8 +65,8 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
     for place, one in enumerate(maps):
         name = f"{place + 1:02d}_{Path(one.name).stem}"
         for kind, figure in (("objects", object_figure(one, step)), ("whole", whole_figure(one, step))):
-            image = rendered(figure)
-            write_png(folder / f"{step:07d}" / f"{name}.{kind}.png", image)
+            image = drawing.rendered(figure)
+            drawing.write_png(folder / f"{step:07d}" / f"{name}.{kind}.png", image)
             yield f"{name}/{kind}", image
 
 
@@ -119,7 +110,7 @@ def object_figure(maps: MethodMaps, step: int) -> Figure:
     figure, axes = _titled_grid(maps, step, columns, heights, LINE)
     for row, index, window in zip(axes, chosen, windows, strict=True):
         own, colour = maps.only(index), object_colours(maps)[index]
-        write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
+        drawing.write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
         _show_panels(np.delete(row, 2), own, [colour], [""], window)
         _show_positives(row[2], own, window)
     return figure
@@ -127,7 +118,7 @@ def object_figure(maps: MethodMaps, step: int) -> Figure:
 
 def object_colours(maps: MethodMaps) -> list[str]:
     """The colour of each object."""
-    return [PALETTE[index % len(PALETTE)] for index in range(len(maps.boxes))]
+    return [drawing.PALETTE[index % len(drawing.PALETTE)] for index in range(len(maps.boxes))]
 
 
 def heat_cells(maps: np.ndarray) -> np.ndarray:
@@ -149,9 +140,9 @@ def _show_panels(
     row: np.ndarray, maps: MethodMaps, colours: Sequence[str], names: Iterable[str], window: Window
 ) -> None:
     """The six panels of ``TITLES``; names stand on the first."""
-    named = [*map(Shape, colours, names, maps.boxes.tolist())]
+    named = [*map(drawing.Shape, colours, names, maps.boxes.tolist())]
     boxes = [replace(shape, text="") for shape in named]
-    masks = [Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
+    masks = [drawing.Shape(colour, mask=mask) for colour, mask in zip(colours, maps.student, strict=True)]
     pale = 255 * PALENESS + (1 - PALENESS) * maps.image.mean(-1)
     _show(row[0], maps.image, named, window)
     heats = (heat_cells(values) for values in (maps.semantic, maps.instance, maps.blend))
@@ -162,12 +153,12 @@ def _show_panels(
     _show(row[5], maps.image, masks, window)
 
 
-def _show(axes: Axes, image: np.ndarray, shapes: Sequence[Shape], window: Window) -> None:
+def _show(axes: Axes, image: np.ndarray, shapes: Sequence[drawing.Shape], window: Window) -> None:
     """A part of an image (H, W) or (H, W, 3), 0 to 255, with shapes."""
     height, width = image.shape[:2]
     axes.imshow(image, "gray", vmin=0, vmax=255, extent=(0, width, height, 0), interpolation="bicubic")
     axes.set(xlim=window[::2], ylim=window[:0:-2])
-    draw_shapes(axes, shapes)
+    drawing.draw_shapes(axes, shapes)
 
 
 def _show_positives(axes: Axes, own: MethodMaps, window: Window) -> None:
@@ -224,14 +215,14 @@ def _titled_grid(
         heights: of the rows.
         above: room for a caption above each row.
     """
-    figure, axes = panel_grid([width for *_, width in columns], heights, GAP, above, HEADER)
+    figure, axes = drawing.panel_grid([width for *_, width in columns], heights, GAP, above, HEADER)
     width, height = figure.bbox.size
     name = Path(maps.name).name
     shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
     figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", size=14, weight="bold", va="top")
     for each, (title, note, _) in zip(axes[0], columns, strict=True):
-        write_above(each, title, above + SMALL_LINE, weight="bold")
-        write_above(each, note, above, SMALL, color=SOFT)
+        drawing.write_above(each, title, above + SMALL_LINE, weight="bold")
+        drawing.write_above(each, note, above, SMALL, color=drawing.SOFT)
     _draw_legend(figure, object_colours(maps)[:OBJECTS])
     return figure, axes
 

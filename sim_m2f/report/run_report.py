@@ -1,6 +1,5 @@
 """The page of a run, with its contact sheet and loss curves, from the files that the run left."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import read_json, write_file
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw, write_png
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
@@ -71,7 +70,7 @@ def write_report(
     page = Page(
         title=f"Instance masks on {data.name}",
         subtitle=_subtitle(data, sum(map(len, detections.values())), config),
-        metrics=_read_json(metrics_file) if metrics_file.exists() else {},
+        metrics=read_json(metrics_file) if metrics_file.exists() else {},
         class_names=data.class_names,
         examples=examples,
         curves=curves,
@@ -94,26 +93,16 @@ def _evenly_spaced(images: list[ImageRecord], count: int) -> list[ImageRecord]:
     return [images[(2 * index + 1) * len(images) // (2 * count)] for index in range(count)]
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; evaluate first (train_net.py --eval-only)") from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); evaluate again (train_net.py --eval-only)"
-        ) from error
-
-
 def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     """The detections of each image, best first."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; evaluate first (train_net.py --eval-only)")
     detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
     categories = set(data.category_ids)
-    for entry in sorted(_read_json(path), key=lambda entry: -entry["score"]):
+    for entry in sorted(read_json(path, list), key=lambda entry: -entry["score"]):
         if entry["image_id"] not in detections or entry["category_id"] not in categories:
-            raise UserError(
-                f"{path}: was not made from {data.annotations_file}; give the test set that was evaluated"
-            )
+            fault = f"was not made from {data.annotations_file}"
+            raise UserError(f"{path}: {fault}; give the test set that was evaluated")
         detections[entry["image_id"]].append(entry)
     return detections
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sim_m2f.config import CfgNode
 from sim_m2f.distributed import max_over_ranks, ranks, sum_over_ranks
 
 
@@ -19,28 +20,17 @@ class Prototypes(nn.Module):
     ``vectors`` are (C, L, d).
 
     Args:
-        classes, count, width: C classes, L prototypes each, of the width of the mask features.
-        momentum: share of the old vector that an update keeps.
-        epsilon: weight of the entropy in the transport problem.
-        iterations: Sinkhorn iterations.
-        limit: most pixels per class that one update takes from a mean rank.
+        classes: C.
+        width: d, of the mask features.
+        keys: MODEL.SIM.PROTOTYPES.
     """
 
     vectors: Tensor
 
-    def __init__(
-        self,
-        classes: int,
-        count: int,
-        width: int,
-        momentum: float,
-        epsilon: float,
-        iterations: int,
-        limit: int,
-    ) -> None:
+    def __init__(self, classes: int, width: int, keys: CfgNode) -> None:
         super().__init__()
-        self.momentum, self.epsilon, self.iterations, self.limit = momentum, epsilon, iterations, limit
-        self.register_buffer("vectors", F.normalize(torch.randn(classes, count, width), dim=-1))
+        self.keys = keys
+        self.register_buffer("vectors", F.normalize(torch.randn(classes, keys.COUNT, width), dim=-1))
 
     def sample(self, labels: Tensor, confident: Tensor) -> Tensor:
         """Indices of the pixels that an update takes, all of a class on all ranks with the same probability.
@@ -51,7 +41,7 @@ class Prototypes(nn.Module):
         """
         own = torch.zeros(len(self.vectors), device=labels.device).index_add(0, labels, confident.float())
         share = own * ranks() / sum_over_ranks(own).clamp(min=1)
-        return sample_per_class(labels, confident, (self.limit * share).round())
+        return sample_per_class(labels, confident, (self.keys.PIXELS_PER_CLASS * share).round())
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -64,13 +54,14 @@ class Prototypes(nn.Module):
         features = F.normalize(features.float(), dim=-1)
         classes, count, width = self.vectors.shape
         scores = torch.einsum("nd,nld->nl", features, self.vectors[labels])
-        plan = sinkhorn(scores, labels, classes, self.epsilon, self.iterations)
+        plan = sinkhorn(scores, labels, classes, self.keys.EPSILON, self.keys.ITERATIONS)
         slot = labels * count + plan.argmax(1)
         sums = features.new_zeros(classes * count, width).index_add(0, slot, features)
         numbers = features.new_zeros(classes * count).index_add(0, slot, features.new_ones(len(slot)))
         sums, numbers = sum_over_ranks(sums), sum_over_ranks(numbers).view(classes, count, 1)
+        momentum = self.keys.MOMENTUM
         centroid = sums.view(classes, count, width) / numbers.clamp(min=1)
-        moved = F.normalize(self.momentum * self.vectors + (1 - self.momentum) * centroid, dim=-1)
+        moved = F.normalize(momentum * self.vectors + (1 - momentum) * centroid, dim=-1)
         self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors))
 
     @torch.no_grad()

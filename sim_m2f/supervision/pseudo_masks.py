@@ -87,24 +87,12 @@ class PseudoMasks(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.sim = cfg.MODEL.SIM
-        prototypes = self.sim.PROTOTYPES
-        self.prototypes = Prototypes(
-            cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            prototypes.COUNT,
-            cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-            prototypes.MOMENTUM,
-            prototypes.EPSILON,
-            prototypes.ITERATIONS,
-            prototypes.PIXELS_PER_CLASS,
-        )
+        classes, width = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.MODEL.SEM_SEG_HEAD.MASK_DIM
+        self.prototypes = Prototypes(classes, width, self.sim.PROTOTYPES)
 
     @torch.no_grad()
     def forward(
-        self,
-        layers: Sequence[LayerOutputs],
-        features: Tensor,
-        targets: Targets,
-        matcher: Matcher,
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
     ) -> PseudoLabels:
         """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
         return self.labels(self.evidence(layers, features, targets, matcher), len(targets))
@@ -119,11 +107,7 @@ class PseudoMasks(nn.Module):
 
     @torch.no_grad()
     def evidence(
-        self,
-        layers: Sequence[LayerOutputs],
-        features: Tensor,
-        targets: Targets,
-        matcher: Matcher,
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
     ) -> Evidence:
         """M_S and M_I at the pixels of the boxes.
 

@@ -28,10 +28,8 @@ def detectron2_checkpoint(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[s
     name = cfg.MODEL.BACKBONE.NAME
     if name not in BACKBONES:
         raise UserError(f"MODEL.BACKBONE.NAME {name}: the original has {' and '.join(BACKBONES)} only")
-    model: Any = OrderedDict(to_names(weights, detectron2_names))
-    for attention, index in relative_position_indices(weights, cfg).items():
-        table = detectron2_names(f"{attention}.relative_position_bias_table")[0]
-        model[table.replace("bias_table", "index")] = index
+    expected = {**weights, **relative_position_indices(weights, cfg)}
+    model: Any = OrderedDict(to_names(expected, detectron2_names))
     model["criterion.empty_weight"] = class_weights(cfg)
     norms = [name.removesuffix(".running_mean") for name in model if name.endswith(".running_mean")]
     versions = {"": 1, "sem_seg_head": HEAD_VERSION, "sem_seg_head.predictor": HEAD_VERSION}

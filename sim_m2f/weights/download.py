@@ -50,7 +50,7 @@ def download(address: str) -> Path:
             elif has_hash:
                 _check(address, path, expected)
     except (OSError, HTTPError) as error:
-        cause: BaseException | None = error
+        cause: BaseException = error
         while isinstance(cause, requests.RequestException | HTTPError) and cause.__context__:
             cause = cause.__context__
         reason = getattr(cause, "strerror", None) or cause
@@ -66,11 +66,11 @@ def _cached_name(url: str) -> Path:
     """
     try:
         parts = urlsplit(url)
+        file = Path(unquote(parts.path).lstrip("/"))
+        if ".." in file.parts or not file.name:
+            raise ValueError("no name of a file, or '..'")
     except ValueError as error:
         raise UserError(f"{url}: not the address of a file ({error})") from error
-    file = Path(unquote(parts.path).lstrip("/"))
-    if ".." in file.parts or not file.name:
-        raise UserError(f"{url}: not the address of a file")
     query = f"_{hashlib.sha256(parts.query.encode()).hexdigest()[:16]}" if parts.query else ""
     return Path(parts.netloc.replace(":", "_") + query) / file
 
@@ -126,8 +126,7 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
         bar = tqdm(desc=part.stem, initial=held, total=whole, unit="B", unit_scale=True, disable=None)
         with part.open("ab" if held else "wb") as file, bar:
             for block in _blocks(response):
-                file.write(block)
-                bar.update(len(block))
+                bar.update(file.write(block))
     known.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
 """Weights of any origin into a network: whose names they have, what fits, and a table that says so."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,44 +12,18 @@ from torch import Tensor
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.caffe2 import from_caffe2, is_caffe2
-from sim_m2f.weights.names import (
-    BODY,
-    Naming,
-    detectron2_names,
-    from_names,
-    own_names,
-    stored_transformers_name,
-    transformers_names,
-)
+from sim_m2f.weights.names import BODY, NAMINGS, Naming, from_names, stored_transformers_name
 
 CONTAINERS = ("model", "state_dict", "model_state", "blobs")  # where others keep the weights in their files
 CLASS_HEAD = "sem_seg_head.predictor.class_embed."
 HEAD = "sem_seg_head."
 META_ARCHITECTURE = "network."  # where sim_m2f.integrations.detectron2 has the network among other modules
+NUMBER = re.compile(r"\d+")  # of a stage, a block or a layer
 # What others keep beside their weights and a network computes itself.
 COMPUTED = re.compile(
     r"(num_batches_tracked|relative_position_index|attn_mask|empty_weight|pixel_mean|pixel_std)$"
     r"|^model\.pixel_level_module\.encoder\.layernorm\."
 )
-
-
-def backbone_names(naming: Naming) -> Naming:
-    """Names in a file of the backbone alone: those of ``naming`` without "backbone."."""
-    return lambda name: tuple(theirs.removeprefix("backbone.") for theirs in naming(name))
-
-
-def timm_names(name: str) -> tuple[str, ...]:
-    """Names of a whole timm model, and of torchvision's ResNets."""
-    return (re.sub(r"^layers_(\d+)\.", r"layers.\1.", name.removeprefix(BODY)),)
-
-
-NAMINGS: dict[str, Naming] = {
-    "SIM-M2F": own_names,
-    "Mask2Former (detectron2)": detectron2_names,
-    "Mask2Former (transformers)": transformers_names,
-    "backbone (detectron2, Swin)": backbone_names(detectron2_names),
-    "backbone (torchvision, timm)": timm_names,
-}
 
 
 @dataclass(frozen=True)
@@ -79,24 +53,19 @@ class LoadReport:
         return not self.missing and not self.reshaped
 
     def __str__(self) -> str:
-        classes = [
-            f"{name} for {ours[0] - 1} classes, the file has {theirs[0] - 1}"
-            for name, (theirs, ours) in self.reshaped.items()
-            if name.startswith(CLASS_HEAD)
-        ]
-        others = [name for name in self.reshaped if not name.startswith(CLASS_HEAD)]
+        heads = {name: shapes for name, shapes in self.reshaped.items() if name.startswith(CLASS_HEAD)}
         rows = {
             "loaded": self.loaded,
             "missing": self.missing,
-            "wrong shape": others,
-            "re-initialised": classes,
+            "wrong shape": [name for name in self.reshaped if name not in heads],
+            "re-initialised": [
+                f"{name} for {ours[0] - 1} classes, the file has {theirs[0] - 1}"
+                for name, (theirs, ours) in heads.items()
+            ],
             "skipped": self.skipped,
         }
-        lines = [f"Weights: {self.source}, {self.origin}"]
-        for row, names in rows.items():
-            if names:
-                lines.append(f"  {row:<15}{len(names):>5}  {_summary(names)}")
-        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+        lines = [f"{row:<15}{len(names):>5}  {_summary(names)}" for row, names in rows.items() if names]
+        return "\n  ".join([f"Weights: {self.source}, {self.origin}", *lines, *self.notes])
 
 
 def _summary(names: list[str]) -> str:
@@ -118,12 +87,14 @@ def load_into(network: Mask2Former, state: Any, source: str) -> LoadReport:
     Raises:
         UserError: there are no weights, or they are of another backbone or of another network altogether.
     """
-    weights, notes = tensors_in(state), []
-    if is_caffe2(list(weights)):
-        weights = from_caffe2(weights, network.pixel_std)
-        notes = _caffe2_notes(network)
-    own = network.state_dict()
-    origin, naming = _origin(weights, own)
+    weights, own, notes = tensors_in(state), network.state_dict(), []
+    if is_caffe2(weights):
+        weights, notes = from_caffe2(weights, network.pixel_std), list(_caffe2_notes(network))
+
+    def hits(naming: Naming) -> int:
+        return sum(weights.keys() >= set(naming(name)) for name in own)
+
+    origin, naming = max(NAMINGS.items(), key=lambda item: hits(item[1]))
     found = from_names(weights, own, naming)
     shapes = {name: (tuple(found[name].shape), tuple(own[name].shape)) for name in own if name in found}
     report = LoadReport(
@@ -145,62 +116,37 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
     state = state if isinstance(state, Mapping) else {}
     for _ in CONTAINERS:  # never deeper, since a file may contain itself
         state = next((state[key] for key in CONTAINERS if isinstance(state.get(key), Mapping)), state)
-    arrays = {str(name): value for name, value in state.items() if _is_array(value)}
-    inner = {
-        name.removeprefix(META_ARCHITECTURE): value
-        for name, value in arrays.items()
-        if name.startswith(META_ARCHITECTURE)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))  # PyTorch has no other order
+        if isinstance(value, Tensor) and not str(name).endswith("_momentum"):
+            tensors[str(name)] = value
+    prefix = META_ARCHITECTURE if any(name.startswith(META_ARCHITECTURE) for name in tensors) else ""
     return {
-        stored_transformers_name(name.removeprefix("module.")): _as_tensor(value)
-        for name, value in (inner or arrays).items()
-        if not name.endswith("_momentum")
+        stored_transformers_name(name.removeprefix(prefix).removeprefix("module.")): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
     }
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub")
-
-
-def _as_tensor(value: Tensor | np.ndarray) -> Tensor:
-    """A tensor with the byte order of this machine, the only one that PyTorch has."""
-    return (
-        value if isinstance(value, Tensor) else torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))
-    )
-
-
-def _origin(weights: Mapping[str, Tensor], own: Iterable[str]) -> tuple[str, Naming]:
-    """The naming that most of the network's names are found by."""
-    names = set(weights)
-
-    def hits(naming: Naming) -> int:
-        return sum(names.issuperset(naming(name)) for name in own)
-
-    return max(NAMINGS.items(), key=lambda item: hits(item[1]))
-
-
-def _caffe2_notes(network: Mask2Former) -> list[str]:
-    notes = ["pixels: converted from BGR in 0..255 to the network's RGB"]
-    stage = getattr(getattr(network.backbone, "body", None), "layer2", None)
-    if stage is not None and tuple(stage[0].conv1.stride) != (2, 2):
-        notes.append(
-            "MSRA's ResNets stride in the 1x1 convolutions; for them set MODEL.RESNETS.STRIDE_IN_1X1 True"
-        )
-    return notes
+def _caffe2_notes(network: Mask2Former) -> Iterator[str]:
+    yield "pixels: converted from BGR in 0..255 to the network's RGB"
+    strided = dict(network.named_modules()).get(f"{BODY}layer2.0.conv1")
+    if strided and strided.stride != (2, 2):
+        yield "MSRA's ResNets stride in the 1x1 convolutions; for them set MODEL.RESNETS.STRIDE_IN_1X1 True"
 
 
 def _check(report: LoadReport, own: Mapping[str, Tensor], naming: Naming) -> None:
     """Raises UserError where backbones differ, or most of the rest does."""
     if not report.loaded and not report.reshaped:
         example = f"; it has {report.skipped[0]}, for instance" if report.skipped else ""
-        raise UserError(
-            f"{report.source}: has nothing in common with this network{example}; "
-            "take a checkpoint of Mask2Former or of its backbone"
-        )
+        advice = "take a checkpoint of Mask2Former or of its backbone"
+        raise UserError(f"{report.source}: has nothing in common with this network{example}; {advice}")
     unfilled = [*report.reshaped, *report.missing]
     backbone = [name for name in unfilled if name.startswith(BODY)]
-    kinds = {_kind(theirs) for name in own if name.startswith(BODY) for theirs in naming(name)}
-    surplus = [name for name in report.skipped if _kind(name) in kinds]
+    kinds = {NUMBER.sub("#", theirs) for name in own if name.startswith(BODY) for theirs in naming(name)}
+    surplus = [name for name in report.skipped if NUMBER.sub("#", name) in kinds]
     if backbone or surplus:
         raise UserError(
             f"{report.source}: of another backbone: {len(backbone)} weights do not fit, {len(surplus)} are "
@@ -208,14 +154,8 @@ def _check(report: LoadReport, own: Mapping[str, Tensor], naming: Naming) -> Non
         )
     head = [name for name in own if name.startswith(HEAD)]
     different = [name for name in unfilled if name.startswith(HEAD) and not name.startswith(CLASS_HEAD)]
-    has_head = any(name.startswith(HEAD) for name in [*report.loaded, *report.reshaped])
-    if has_head and len(different) > len(head) / 2:
+    if set(head) - set(report.missing) and len(different) > len(head) / 2:
         raise UserError(
             f"{report.source}: of another network: {len(different)} of {len(head)} weights of the head do "
             f"not fit (such as {different[0]}); check MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER"
         )
-
-
-def _kind(name: str) -> str:
-    """A name without the numbers of its stage, block and layer."""
-    return re.sub(r"\d+", "#", name)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
 from sim_m2f.modeling.mask2former import Mask2Former
 
@@ -68,9 +68,8 @@ def onnx_bytes(network: Mask2Former) -> bytes:
             module.__class__ = GridSampleAttention
     sides = {2: DIVISOR * torch.export.Dim("height", min=1), 3: DIVISOR * torch.export.Dim("width", min=1)}
     try:
-        graph = torch.export.export(
-            _LastLayer(portable).eval(), (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,)
-        )
+        last = _LastLayer(portable).eval()
+        graph = torch.export.export(last, (torch.zeros(EXAMPLE),), dynamic_shapes=(sides,))
         program = torch.onnx.export(
             graph,
             input_names=["images"],
@@ -80,9 +79,7 @@ def onnx_bytes(network: Mask2Former) -> bytes:
             verbose=False,
         )
     except Exception as error:  # what a backbone of timm's does to the exporter has many classes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"backbone {network.backbone.name}: cannot be exported to ONNX ({reason}); "
-            "export to safetensors, or take another backbone"
-        ) from error
+        fault = f"cannot be exported to ONNX ({first_line(error)[:120]})"
+        advice = "export to safetensors, or take another backbone"
+        raise UserError(f"backbone {network.backbone.name}: {fault}; {advice}") from error
     return program.model_proto.SerializeToString()  # type: ignore[union-attr]

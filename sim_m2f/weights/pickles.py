@@ -4,7 +4,6 @@ A pickle names functions to call. Only those that build arrays, tensors and plai
 any other name ends the reading before anything is called.
 """
 
-import codecs
 import collections
 import io
 import pickle
@@ -14,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 try:
     from numpy._core import multiarray, numeric
@@ -65,26 +63,18 @@ def _frombuffer(content: Any, dtype: np.dtype, *layout: Any) -> _Array:
     return numeric._frombuffer(content, _plain(dtype), *layout).view(_Array)  # type: ignore[attr-defined]
 
 
-def _encode(text: str, encoding: str = "latin1") -> bytes:
-    return codecs.latin_1_encode(text)[0]
-
-
 def _storage(content: bytes) -> Any:
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _parameter(data: Tensor, requires_grad: bool, hooks: Any) -> Tensor:
-    return nn.Parameter(data, requires_grad=requires_grad)
 
 
 ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): lambda text, encoding="latin1": str.encode(text, "latin1"),
     ("torch.storage", "_load_from_bytes"): _storage,
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter"): lambda data, requires_grad, hooks: data,
 }
 for package in ("numpy.core", "numpy._core"):
     ALLOWED[f"{package}.multiarray", "_reconstruct"] = _Array
@@ -100,10 +90,9 @@ class ArrayUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise ForbiddenPickleError(f"{module}.{name}") from None
+        if (module, name) not in ALLOWED:
+            raise ForbiddenPickleError(f"{module}.{name}")
+        return ALLOWED[module, name]
 
 
 def read_pickle(path: Path) -> Any:

@@ -29,8 +29,7 @@ def load_timm_backbone(backbone: TimmBackbone, name: str) -> LoadReport:
     surplus = [key for key in weights if key not in own and not COMPUTED.search(key)]
     if unfit or surplus:
         numbers = f"{len(unfit)} do not fit, {len(surplus)} are too many (such as {(unfit or surplus)[0]})"
-        raise UserError(
-            f"{TIMM}{name}: another backbone than {backbone.name}: {numbers}; check MODEL.BACKBONE"
-        )
+        fault = f"another backbone than {backbone.name}: {numbers}"
+        raise UserError(f"{TIMM}{name}: {fault}; check MODEL.BACKBONE")
     backbone.body.load_state_dict({key: weights[key] for key in own})
     return LoadReport(f"{TIMM}{name}", "backbone (timm)", [BODY + key for key in own], [], {}, [], [])
