@@ -25,10 +25,11 @@ from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.modeling import Mask2Former, build_model
 from sim_m2f.modeling.postprocess import masks_in_boxes
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Target
 from sim_m2f.supervision.base import stacked_logits
 from sim_m2f.supervision.color_model import FINER, corrected_masks
-from sim_m2f.supervision.matcher import BoxMatcher
+from sim_m2f.supervision.matcher import BoxMatcher, mask_projections
 from sim_m2f.supervision.prompting import annotated_prompts
 from sim_m2f.supervision.targets import flatten_targets
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -65,18 +66,18 @@ def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
     source = eval_sources(cfg)[0]
     truth = read_coco(source, read_masks=True)
     batches = eval_loader(cfg, source)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
+    normalised = Pixels(cfg)
     ious = []
     for batch, image in zip(tqdm(batches, "label", leave=False, disable=None), truth.images, strict=True):
         if not len(image.labels):
             continue
         logits = box_masks(cfg, network, batch["images"], batch["targets"])
         given, size = batch["targets"][0]["boxes"], batch["image_sizes"][0]
-        pixels = batch["images"][0] * std + mean
+        pixels = normalised.undo(batch["images"][0])
         corrected = corrected_masks(logits, pixels, given, size, cfg.MODEL.SIM.COLOR_MODEL)
         boxes, original = torch.from_numpy(image.boxes).float(), batch["original_sizes"][0]
         masks, _ = masks_in_boxes(logits, boxes, size, original)
-        fine, _ = masks_in_boxes(corrected, boxes, tuple(FINER * side for side in size), original)
+        fine, _ = masks_in_boxes(corrected, boxes, (FINER * size[0], FINER * size[1]), original)
         for index, pair in enumerate(torch.stack([masks, fine], dim=1)):
             true = torch.from_numpy(read_mask(truth, image, index)).bool()
             ious.append((pair & true).sum((1, 2)) / (pair | true).sum((1, 2)).clamp(min=1))

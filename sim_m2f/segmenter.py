@@ -24,6 +24,7 @@ from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Outputs, Prompts
+from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -82,7 +83,12 @@ class Segmenter(nn.Module):
     # A text is one path, not several texts.
     @overload
     def predict(  # type: ignore[overload-overlap]
-        self, images: ImageLike, threshold: float = 0.0, boxes: Any = None, labels: Any = None
+        self,
+        images: ImageLike,
+        threshold: float = 0.0,
+        boxes: Any = None,
+        labels: Any = None,
+        colors: bool = False,
     ) -> Instances: ...
 
     @overload
@@ -95,6 +101,7 @@ class Segmenter(nn.Module):
         threshold: float = 0.0,
         boxes: Any = None,
         labels: Any = None,
+        colors: bool = False,
     ) -> Instances | list[Instances]:
         """Find the objects in one image, or in each of several; or the masks of given boxes in one image.
 
@@ -104,6 +111,8 @@ class Segmenter(nn.Module):
             threshold: least score; of given boxes all are kept.
             boxes: (N, 4) numbers, xyxy in pixels of the image, whose masks are asked for; for one image only.
             labels: (N,) their classes, 0 to C-1; all 0 if they are not given.
+            colors: correct the masks of given boxes by the colours in and around the boxes
+                (``supervision.color_model``).
 
         Returns:
             ``Instances``, or a list of them, on the device of the network. Those of given boxes are in the
@@ -125,7 +134,7 @@ class Segmenter(nn.Module):
         padded_size = (-(-side // divisor) * divisor for side in size)
         padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
         if boxes is not None:
-            return self._masks_of(padded, *self._given(boxes, labels), size, original)
+            return self._masks_of(padded, *self._given(boxes, labels), size, original, colors)
         (best,) = instances(self._outputs(padded), [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
         kept = best["scores"] >= threshold
         return self._named(
@@ -156,13 +165,23 @@ class Segmenter(nn.Module):
         return boxes.to(self.pixels.mean.device), labels.to(self.pixels.mean.device)
 
     def _masks_of(
-        self, images: Tensor, boxes: Tensor, labels: Tensor, size: tuple[int, int], original: tuple[int, int]
+        self,
+        images: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        original: tuple[int, int],
+        colors: bool,
     ) -> Instances:
         """The masks of boxes (N, 4) in pixels of the original image, from its input (1, 3, H, W)."""
         scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
-        share = boxes.new_tensor([*scale, *scale]) / boxes.new_tensor([*images.shape[:1:-1]] * 2)
-        prompts = Prompts((boxes * share).clamp(0, 1)[None], labels[None])
-        logits = self._outputs(images, prompts)["prompted"]["pred_masks"][0]
+        resized = boxes * boxes.new_tensor([*scale, *scale])
+        shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)
+        logits = self._outputs(images, Prompts(shares[None], labels[None]))["prompted"]["pred_masks"][0]
+        if colors:
+            pixels = self.pixels.undo(images[0])
+            logits = corrected_masks(logits, pixels, resized, size, self.cfg.MODEL.SIM.COLOR_MODEL)
+            size = FINER * size[0], FINER * size[1]
         masks, scores = masks_in_boxes(logits, boxes, size, original)
         return self._named(labels, scores, boxes, masks)
 

@@ -222,6 +222,9 @@ def test_predict_gives_a_mask_per_box_within_it(small_cfg):
     found = model.predict(image, boxes=boxes, labels=[2, 5])
     assert found.names == ["class 2", "class 5"]
     assert found.boxes.tolist() == torch.tensor(boxes).tolist()
+    corrected = model.predict(image, boxes=boxes, labels=[2, 5], colors=True)
+    assert corrected.masks.shape == found.masks.shape
+    assert not corrected.masks[0, :, 31:].any()
     resized = model.resize(image)
     size = tuple(resized.shape[-2:])
     assert size == (100, 140)

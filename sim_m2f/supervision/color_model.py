@@ -14,10 +14,11 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, projection_boxes
+from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import rgb_to_lab
 from sim_m2f.supervision.losses import dice_loss
 from sim_m2f.supervision.matcher import mask_projections
-from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, flatten_targets
+from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, flatten_targets, map_size
 
 BINS = (24, 16, 16)  # of L, a and b, over SPAN standard deviations of the object's pixels around their mean
 SPAN = 4.0
@@ -96,9 +97,9 @@ def corrected_masks(
     image, logits = (
         F.interpolate(maps[None].float(), scale_factor=FINER, mode="bilinear")[0] for maps in (image, logits)
     )
-    target = {"boxes": FINER * boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
-    targets = flatten_targets([target], logits.shape[-2:], logits.device)
-    valid = torch.zeros(1, *logits.shape[-2:], dtype=torch.bool, device=logits.device)
+    target: Target = {"boxes": FINER * boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+    targets = flatten_targets([target], map_size(logits), logits.device)
+    valid = torch.zeros(1, *map_size(logits), dtype=torch.bool, device=logits.device)
     height, width = (FINER * side // STRIDE for side in size)
     valid[:, :height, :width] = True
     return color_labels(logits, image[None], valid, targets, keys).masks.clamp(1e-6, 1 - 1e-6).logit()

@@ -2,7 +2,7 @@
 
 The pairwise loss draws a pixel to the label that most of its like neighbours have. An empty mask it empties
 wherever colours are uniform, and leaves edges and texture, where no edges count: an outline, which spans its
-box all the same. For a full mask it works the other way round: the guard is needed only until masks are full.
+box all the same. For a full mask it works the other way round.
 """
 
 from torch import Tensor

@@ -75,10 +75,12 @@ class MatchedBoxes(Matched):
 
     @cached_property
     def deficit(self) -> Tensor:
-        """(L, T): how far each mask is from filling its box enough, fading out over FILL_GUARD.FADE."""
+        """(L, T): how far each mask is from filling its box enough; it fades over FILL_GUARD.FADE."""
         keys = self.supervision.sim.FILL_GUARD
-        fade = fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
-        return fade * fill_deficit(self.masks, self.objects.box_masks, *keys.RANGE)
+        deficit = fill_deficit(self.masks, self.objects.box_masks, *keys.RANGE)
+        if keys.FADE == 0:
+            return deficit
+        return deficit * fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
 
     @cached_property
     def labelled(self) -> Tensor:
