@@ -1,9 +1,13 @@
 """How full and how solid masks are, against their definitions pixel by pixel."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import sim_m2f
+from sim_m2f.engine.hooks import Metrics
 from sim_m2f.supervision.mask_shape import mask_fill, mask_solidity
 
 
@@ -35,3 +39,23 @@ def test_outlines_are_not_solid_and_small_masks_are():
     solidity = mask_solidity(logits).tolist()
     assert solidity[0] < 0.2
     assert solidity[1:] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "advised"),
+    [
+        (["MODEL.SIM.SUPERVISION", "box"], True),
+        (["MODEL.SIM.SUPERVISION", "box", "MODEL.SIM.FILL_GUARD.ENABLED", "True"], False),
+        (["MODEL.SIM.SUPERVISION", "mask"], False),
+    ],
+)
+def test_outlines_are_told_once_and_the_guard_advised_where_it_helps(settings, advised, capsys):
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list([*settings, "SOLVER.MAX_ITER", "10"])
+    metrics = Metrics()
+    metrics.warned = False
+    for iteration, fill in ((1, 0.1), (2, 0.5), (3, 0.1), (4, 0.1)):
+        metrics._warn_of_outlines(SimpleNamespace(cfg=cfg, iteration=iteration), fill, 0.5)
+    said = "".join(capsys.readouterr())
+    assert said.count("masks are outlines") == said.count("step 3:") == 1
+    assert ("FILL_GUARD.ENABLED True" in said) == advised

@@ -43,9 +43,12 @@ class Metrics(Hook):
         settled = trainer.iteration >= SETTLED * trainer.cfg.SOLVER.MAX_ITER
         if settled and not self.warned and fill < OUTLINE_FILL and solidity < OUTLINE_SOLIDITY:
             self.warned = True
+            sim = trainer.cfg.MODEL.SIM
+            unguarded = sim.SUPERVISION == "box" and not sim.FILL_GUARD.ENABLED
+            advice = "; set MODEL.SIM.FILL_GUARD.ENABLED True" if unguarded else ""
             tqdm.write(
                 f"step {trainer.iteration}: masks are outlines: they fill {fill:.0%} of their boxes and "
-                f"{solidity:.0%} of their own extent; set MODEL.SIM.FILL_GUARD.ENABLED True"
+                f"{solidity:.0%} of their own extent{advice}"
             )
 
 
