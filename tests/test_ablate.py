@@ -167,6 +167,7 @@ def test_one_run_per_visible_gpu(monkeypatch):
     assert ablate.devices(cfg) == [None]
 
 
+@pytest.mark.slow
 def test_the_tables_say_what_the_runs_logged(done):
     folder, _, _ = done
     records = json.loads((folder / "ablation.json").read_text())
@@ -187,6 +188,7 @@ def test_the_tables_say_what_the_runs_logged(done):
     assert Image.open(folder / "ap_over_steps.png").width > 1000
 
 
+@pytest.mark.slow
 def test_seeds_and_overrides_reach_the_runs(done):
     folder, _, _ = done
     for seed in (0, 1):
@@ -197,6 +199,7 @@ def test_seeds_and_overrides_reach_the_runs(done):
     assert "loss_dice" in lines(folder / "mask/seed0")[0]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_go_on(done):
     folder, markdown, _ = done
     last = (folder / "broken/seed0/log.txt").read_text().splitlines()[-1]
@@ -206,12 +209,14 @@ def test_a_failed_run_is_reported_and_the_others_go_on(done):
     assert "| mask |" in markdown
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(done):
     folder, _, _ = done
     for run in ("slow/seed0", "mask/seed0", "slow/seed1", "mask/seed1"):
         assert (folder / run / "log.txt").read_text().count("Report: ") == 1
 
 
+@pytest.mark.slow
 def test_runs_go_side_by_side_each_on_its_device(done):
     assert sorted(done[2]) == ["5", "7"]
 
@@ -221,6 +226,7 @@ def copy_of_a_run(done, tmp_path: Path) -> Path:
     return tmp_path / "slow/seed0"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(workshop, done, tmp_path):
     run = copy_of_a_run(done, tmp_path)
     expected = weights(run)
@@ -236,6 +242,7 @@ def test_an_interrupted_run_goes_on(workshop, done, tmp_path):
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.slow
 def test_a_run_of_another_configuration_is_set_aside(workshop, done, tmp_path):
     run = copy_of_a_run(done, tmp_path)
     more = ("--output", str(tmp_path), "--seeds", "0", "SOLVER.MAX_ITER", "2")
@@ -254,6 +261,7 @@ def test_two_processes_do_not_train_in_one_folder(workshop, tmp_path):
     assert "another process trains here" in (tmp_path / "ablation.md").read_text()
 
 
+@pytest.mark.slow
 def test_sigterm_stops_the_runs_with_a_checkpoint(workshop, tmp_path):
     command = [sys.executable, "-m", "sim_m2f.cli", *arguments(workshop, ["slow"], "--output", str(tmp_path))]
     process = subprocess.Popen([*command, "SOLVER.MAX_ITER", "100000"], stderr=subprocess.DEVNULL)

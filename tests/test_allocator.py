@@ -26,6 +26,7 @@ def page_faults(keep: bool) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own setting")
+@pytest.mark.slow
 def test_freed_memory_is_used_again():
     assert page_faults(keep=False) > 2**26 / 2**21 / 2  # even where pages are of 2 MiB
     assert page_faults(keep=True) < 10

@@ -367,6 +367,7 @@ def network():
 
 
 @pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.slow
 def test_a_wrong_checkpoint_is_refused_in_one_line(tmp_path, network, kind):
     before = {name: weight.clone() for name, weight in network.state_dict().items()}
     path = wrong_checkpoint(kind, tmp_path)

@@ -24,6 +24,7 @@ def trained(network, cfg) -> TrainedNetwork:
 
 @pytest.mark.parametrize("backbone", ["ResNet-50", "ResNet-18", "MSRA", "Swin"])
 @pytest.mark.parametrize("format_name", FILES)
+@pytest.mark.slow
 def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
     cfg, network = small_network(backbone, seed=1)
     output = tmp_path / FILES[format_name]
@@ -37,6 +38,7 @@ def test_what_is_written_returns_bit_for_bit(tmp_path, backbone, format_name):
 @pytest.mark.parametrize(
     ("norm", "format_name"), [("BN", "detectron2"), ("GN", "detectron2"), ("BN", "transformers")]
 )
+@pytest.mark.slow
 def test_trained_norms_return_too(tmp_path, norm, format_name):
     cfg, network = small_network("ResNet-18", overrides=["MODEL.RESNETS.NORM", norm])
     export(trained(network, cfg), format_name, tmp_path / "written")
@@ -70,6 +72,7 @@ def transformers():
 
 
 @pytest.mark.parametrize("backbone", ["ResNet-18", "MSRA", "Swin"])
+@pytest.mark.slow
 def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transformers, backbone):
     cfg, network = small_network(backbone)
     export(trained(network, cfg), "transformers", tmp_path)

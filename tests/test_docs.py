@@ -139,6 +139,7 @@ torch.testing.assert_close(losses["loss_area"], 2 * (area / (8 * 11) - 0.9).abs(
 """
 
 
+@pytest.mark.slow
 def test_the_loss_of_contributing_works_as_it_is_printed(tmp_path):
     blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
     file, import_line, term, keys = blocks

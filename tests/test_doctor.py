@@ -41,6 +41,7 @@ def requirement_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["timm", "fvcore"])
+@pytest.mark.slow
 def test_a_missing_package_is_named(name):
     done = run("doctor", hidden=name)
     assert done.returncode == 1
@@ -61,6 +62,7 @@ def test_without_pytorch_the_rest_is_still_told():
 
 
 @pytest.mark.parametrize("name", ["timm", "torch", "fvcore"])
+@pytest.mark.slow
 def test_other_commands_name_it_too(name):
     done = run("train", "--help", hidden=name)
     assert done.returncode == 2

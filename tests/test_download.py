@@ -283,6 +283,7 @@ def test_a_cached_file_is_checked_against_a_hash_that_is_given_later(server, tmp
 DOWNLOAD = "import sys; from sim_m2f.weights.download import download; print(download(sys.argv[1]))"
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_download_once(server):
     def slowly(handler, content):
         handler.answer(200, content[:BROKEN_AT], {"Content-Length": str(len(content))})
@@ -337,6 +338,7 @@ def test_weights_from_an_address_and_from_detectron2s_zoo(server, monkeypatch, t
     assert len(server.ranges) == 1
 
 
+@pytest.mark.slow
 def test_weights_from_the_hub(tmp_path, monkeypatch):
     """A repository in huggingface_hub's cache, as it lies there after a download."""
     _, source = small_network("ResNet-18", seed=1)

@@ -42,6 +42,7 @@ def pair(backbone: str):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.slow
 def test_every_layer_equals_that_of_transformers(backbone, sizes):
     """In float64, where no rounding moves a pixel across the threshold of the masked attention."""
     _, network, model = pair(backbone)
@@ -119,6 +120,7 @@ def check(row: dict) -> None:
 
 @pytest.mark.parametrize("sizes", equality.SIZES, ids=str)
 @pytest.mark.parametrize("network", equality.NETWORKS)
+@pytest.mark.slow
 def test_full_size_networks_equal_those_of_transformers(network, sizes):
     """In float32, attending to the same pixels; a rounding at the threshold may move one in a thousand."""
     pytest.importorskip("transformers")

@@ -166,6 +166,7 @@ Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_count_every_image_once(coloured, tmp_path):
     one = run(coloured_cfg(coloured), tmp_path / "one")
     script = tmp_path / "two_ranks.py"

@@ -181,6 +181,7 @@ def test_cells_are_drawn_where_they_are_on_the_pale_image(explained):
             assert around.min() - 9 <= drawn.min() <= drawn.max() <= around.max() + 9
 
 
+@pytest.mark.slow
 def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
     maps, *_ = explained
     folder = tmp_path / "method"
@@ -220,6 +221,7 @@ def assert_same(one, other, where: str) -> None:
         assert torch.equal(one, other), where
 
 
+@pytest.mark.slow
 def test_training_does_not_notice_that_it_is_watched(runs):
     _, shown, silent = runs
     assert len(list((shown / "method").rglob("*.png"))) == 2 * 2 * 2
@@ -227,6 +229,7 @@ def test_training_does_not_notice_that_it_is_watched(runs):
     assert_same(state_of(shown), state_of(silent), "checkpoint")
 
 
+@pytest.mark.slow
 def test_page_and_tensorboard_show_the_method(runs):
     _, shown, silent = runs
     page = Reader((shown / "index.html").read_text())
@@ -239,6 +242,7 @@ def test_page_and_tensorboard_show_the_method(runs):
     assert all([event.step for event in events.Images(tag)] == [1, 3] for tag in tags)
 
 
+@pytest.mark.slow
 def test_command_draws_from_a_checkpoint_what_training_drew(runs, capsys, tmp_path):
     _, shown, _ = runs
     command = ["explain", "--config-file", str(shown / "config.yaml"), "--num-images", "2"]
@@ -270,6 +274,7 @@ def with_prototypes(state: dict, prototypes: Tensor) -> dict:
         (["DATASETS.TRAIN_ANNOTATIONS", "missing.json"], "missing.json: no such file"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_give_one_line(runs, tmp_path, monkeypatch, capsys, arguments, message):
     cfg, shown, _ = runs
     monkeypatch.chdir(tmp_path)

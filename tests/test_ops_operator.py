@@ -282,6 +282,7 @@ def test_points_of_a_level_without_lines_have_no_gradient():
 
 @compiled
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.slow
 def test_every_instruction_set(capability):
     """The instruction set is chosen once per process, so each choice runs the comparison in its own."""
     test = f"{__file__}::test_forward_and_backward_agree_with_grid_sample"

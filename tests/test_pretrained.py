@@ -68,6 +68,7 @@ def test_rles_decode_to_the_masks(model, image):
         assert np.array_equal(coco_mask.decode(rle).astype(bool), mask)
 
 
+@pytest.mark.slow
 def test_all_kinds_of_images_are_the_same_image(model, image, tmp_path):
     Image.fromarray(image).save(tmp_path / "image.png")
     tensor = torch.from_numpy(image).permute(2, 0, 1)

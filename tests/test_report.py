@@ -93,6 +93,7 @@ def test_page_holds_everything_in_one_file(evaluated):
         assert min(*sheet.size, *curves.size) > 300
 
 
+@pytest.mark.slow
 def test_report_is_made_from_files_and_always_the_same(evaluated):
     output, data = evaluated
     first = write_report(output, data).read_bytes()

@@ -74,6 +74,7 @@ def few(small_cfg, tmp_path):
     return small_cfg
 
 
+@pytest.mark.slow
 def test_a_run_on_shapes_learns_and_writes_everything(few):
     output = train(few, "SOLVER.MAX_ITER", 25, "TEST.EVAL_PERIOD", 20, "SOLVER.IMS_PER_BATCH", 4)
     losses = [line["total_loss"] for line in train_losses(output)]
@@ -87,6 +88,7 @@ def test_a_run_on_shapes_learns_and_writes_everything(few):
     assert [line["iteration"] for line in evaluations] == [19, 24]
 
 
+@pytest.mark.slow
 def test_evaluating_the_final_checkpoint_gives_the_printed_scores(few, tmp_path):
     output = train(few, "SOLVER.MAX_ITER", 12)
     last = json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])
@@ -102,6 +104,7 @@ def test_evaluating_the_final_checkpoint_gives_the_printed_scores(few, tmp_path)
 
 
 @pytest.mark.parametrize(("flags", "weights"), [([], "timm://none"), (["--resume"], "none.pth")])
+@pytest.mark.slow
 def test_evaluation_takes_the_last_checkpoint(few, tmp_path, flags, weights):
     output = train(few, "SOLVER.MAX_ITER", 2)
     results = output / "inference/coco_instances_results.json"
@@ -126,6 +129,7 @@ SUPERVISIONS = {
 
 
 @pytest.mark.parametrize("supervision", SUPERVISIONS)
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, tmp_path, supervision):
     settings = ("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, *SUPERVISIONS[supervision])
     whole = train(few, *settings, "SOLVER.KEEP_CHECKPOINTS", "True", "OUTPUT_DIR", tmp_path / "whole")
@@ -139,6 +143,7 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, t
         assert torch.equal(weight, weights(resumed)[name]), name
 
 
+@pytest.mark.slow
 def test_copy_paste_may_begin_in_a_resumed_run(few):
     settings = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.KEEP_CHECKPOINTS", True)
     teacher = ("MODEL.SIM.TEACHER.ENABLED", True)
@@ -157,6 +162,7 @@ def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
     assert lines == [whole, '{"iteration": 2, "total_loss": 1.0}']
 
 
+@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
     output = Path(few.OUTPUT_DIR)
     (tmp_path / "few.yaml").write_text(few.dump())
@@ -176,6 +182,7 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["deleted", "nonsense"])
+@pytest.mark.slow
 def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
     settings = ("SOLVER.MAX_ITER", 20)
     expected = train_losses(train(few, *settings))
@@ -191,6 +198,7 @@ def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
 
 
 @pytest.mark.parametrize("supervision", ["boxes", "everything"])
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
     """Without copy-paste, for which each rank draws objects of its own."""
     few.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "GN"])
@@ -220,6 +228,7 @@ def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
     assert len(results[0]) == len(results[1])
 
 
+@pytest.mark.slow
 def test_a_short_run_of_the_coco_recipe_on_real_images(coco_root, tmp_path):
     overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "INPUT.IMAGE_SIZE", "128", "INPUT.MIN_SIZE_TEST", "128"]
     overrides += ["MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]

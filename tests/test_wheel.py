@@ -89,6 +89,7 @@ def test_every_package_that_is_imported_is_declared(wheel):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_an_installed_package_finds_its_configurations_from_anywhere(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
