@@ -21,8 +21,10 @@ from sim_m2f.data.loader import pad_and_cat
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
-from sim_m2f.modeling.postprocess import instances
+from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Outputs, Prompts
+from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
@@ -80,47 +82,108 @@ class Segmenter(nn.Module):
 
     # A text is one path, not several texts.
     @overload
-    def predict(self, images: ImageLike, threshold: float = 0.0) -> Instances: ...  # type: ignore[overload-overlap]
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        images: ImageLike,
+        threshold: float = 0.0,
+        boxes: Any = None,
+        labels: Any = None,
+        colors: bool = False,
+    ) -> Instances: ...
 
     @overload
     def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...
 
+    @torch.no_grad()
     def predict(
-        self, images: ImageLike | Iterable[ImageLike], threshold: float = 0.0
+        self,
+        images: ImageLike | Iterable[ImageLike],
+        threshold: float = 0.0,
+        boxes: Any = None,
+        labels: Any = None,
+        colors: bool = False,
     ) -> Instances | list[Instances]:
-        """Find the objects in one image, or in each of several.
+        """Find the objects in one image, or in each of several; or the masks of given boxes in one image.
 
         Args:
             images: a path, a Pillow image, an array (H, W, 3) uint8 or a tensor (3, H, W) uint8, RGB; or
                 several of them. An orientation in the EXIF data of a path or a Pillow image is applied.
-            threshold: least score.
+            threshold: least score; of given boxes all are kept.
+            boxes: (N, 4) numbers, xyxy in pixels of the image, whose masks are asked for; for one image only.
+            labels: (N,) their classes, 0 to C-1; all 0 if they are not given.
+            colors: correct the masks of given boxes by the colours in and around the boxes
+                (``supervision.color_model``).
 
         Returns:
-            ``Instances``, or a list of them, on the device of the network.
+            ``Instances``, or a list of them, on the device of the network. Those of given boxes are in the
+            order of the boxes, with these boxes; the masks lie inside of them.
 
         Raises:
-            UserError: a file cannot be decoded, or an array has another shape or type.
+            UserError: a file cannot be decoded, an array has another shape or type, or boxes are given to a
+                network that did not learn from prompts (MODEL.SIM.PROMPTS.ENABLED).
         """
         if not isinstance(images, ImageLike):
-            return [self._predict(_pixels(image), threshold) for image in images]
-        return self._predict(_pixels(images), threshold)
-
-    @torch.no_grad()
-    def _predict(self, pixels: Tensor, threshold: float) -> Instances:
+            if boxes is not None:
+                raise UserError("boxes belong to one image; call predict once for each image")
+            return [self.predict(image, threshold) for image in images]
+        pixels = _pixels(images)
         original = pixels.shape[-2], pixels.shape[-1]
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size = resized.shape[-2], resized.shape[-1]
         divisor = self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         padded_size = (-(-side // divisor) * divisor for side in size)
-        padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)
-        training = self.network.training
-        outputs = self.network.eval()(padded[None], auxiliary=False)
-        self.network.train(training)
-        (best,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
+        if boxes is not None:
+            return self._masks_of(padded, *self._given(boxes, labels), size, original, colors)
+        (best,) = instances(self._outputs(padded), [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
         kept = best["scores"] >= threshold
-        labels = best["labels"][kept]
+        return self._named(
+            best["labels"][kept], best["scores"][kept], best["boxes"][kept], best["masks"][kept]
+        )
+
+    def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Outputs:
+        training = self.network.training
+        outputs = self.network.eval()(images, auxiliary=False, prompts=prompts)
+        self.network.train(training)
+        return outputs
+
+    def _named(self, labels: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> Instances:
         names = [self.class_names[label] for label in labels.tolist()]
-        return Instances(labels, best["scores"][kept], best["boxes"][kept], best["masks"][kept], names)
+        return Instances(labels, scores, boxes, masks, names)
+
+    def _given(self, boxes: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """Boxes (N, 4) and labels (N,) of a call, checked, on the network's device."""
+        if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:
+            raise UserError(
+                "this network knows no boxes; leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
+            )
+        boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
+        classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        if len(labels) != len(boxes) or not ((labels >= 0) & (labels < classes)).all():
+            raise UserError(f"{len(boxes)} boxes need as many labels from 0 to {classes - 1}")
+        return boxes.to(self.pixels.mean.device), labels.to(self.pixels.mean.device)
+
+    def _masks_of(
+        self,
+        images: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        size: tuple[int, int],
+        original: tuple[int, int],
+        colors: bool,
+    ) -> Instances:
+        """The masks of boxes (N, 4) in pixels of the original image, from its input (1, 3, H, W)."""
+        scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
+        resized = boxes * boxes.new_tensor([*scale, *scale])
+        shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)
+        logits = self._outputs(images, Prompts(shares[None], labels[None]))["prompted"]["pred_masks"][0]
+        if colors:
+            pixels = self.pixels.undo(images[0])
+            logits = corrected_masks(logits, pixels, resized, size, self.cfg.MODEL.SIM.COLOR_MODEL)
+            size = FINER * size[0], FINER * size[1]
+        masks, scores = masks_in_boxes(logits, boxes, size, original)
+        return self._named(labels, scores, boxes, masks)
 
     @property
     def trained(self) -> TrainedNetwork:

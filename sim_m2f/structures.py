@@ -1,5 +1,6 @@
 """The dictionaries that travel between data, network, supervision and evaluation."""
 
+from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
@@ -18,15 +19,39 @@ class LayerOutputs(TypedDict):
     pred_masks: Tensor
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """N boxes per image whose masks are wanted; an image with fewer has any boxes in the remaining places.
+
+    Attributes:
+        boxes: (B, N, 4) float xyxy in shares of the network's input.
+        labels: (B, N) int64, 0 to C-1.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+
+
+class Prompted(LayerOutputs):
+    """The last layer's predictions of N prompted queries (N for Q), and with them:
+
+    aux_outputs: those of each earlier layer, from the first layer on.
+    """
+
+    aux_outputs: list[LayerOutputs]
+
+
 class Outputs(LayerOutputs):
     """What the network returns: the last layer's predictions, and with them:
 
     mask_features: (B, d, h, w) at stride 4.
     aux_outputs: the predictions of each earlier layer.
+    prompted: those of the prompted queries, where the network was given prompts.
     """
 
     mask_features: Tensor
     aux_outputs: list[LayerOutputs]
+    prompted: NotRequired[Prompted]
 
 
 class Target(TypedDict):

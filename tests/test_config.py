@@ -7,7 +7,7 @@ import yaml
 from conftest import ROOT
 
 import sim_m2f
-from sim_m2f.config import CfgNode, validate
+from sim_m2f.config import CfgNode, extent_warning, validate
 from sim_m2f.errors import UserError
 from sim_m2f.supervision.schedule import ramp_up, resolve_steps, term_weight
 
@@ -119,3 +119,18 @@ def test_values_that_cannot_be_are_told(key, value, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         validate(cfg)
     assert key in str(error.value)
+
+
+@pytest.mark.parametrize(("low", "high", "warned"), [(1.6, 2.4, True), (0.1, 2.0, False), (0.3, 0.7, True)])
+def test_extents_far_apart_are_told(low, high, warned):
+    cfg = sim_m2f.get_cfg()
+    cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE = low, high
+    assert bool(extent_warning(cfg)) == warned
+    assert "\n" not in extent_warning(cfg)
+
+
+def test_no_configuration_tests_on_other_extents_than_it_trains_on():
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
+        cfg = sim_m2f.get_cfg()
+        cfg.merge_from_file(file)
+        assert extent_warning(cfg) == "", file

@@ -324,3 +324,19 @@ def test_real_coco_images_train_and_test():
     source = find_source("coco_2017_val")
     sizes = [batch["image_sizes"][0] for batch in loader.eval_loader(cfg, source)]
     assert all(min(size) == 800 or max(size) == 1333 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "annotations"),
+    [
+        ("people_train", "people/annotations/train.json"),
+        ("people_train_boxes_only", "people/annotations/train_boxes_only.json"),
+        ("pennfudan_val", "pennfudan/annotations/val.json"),
+        ("coco_more_val", "coco_more/annotations/val.json"),
+    ],
+)
+def test_sets_of_one_image_folder_are_found_by_name(name, annotations, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    source = find_source(name)
+    assert source.annotations == tmp_path / annotations
+    assert source.image_root == source.annotations.parents[1] / "images"

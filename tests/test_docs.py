@@ -80,6 +80,11 @@ def measured() -> dict[tuple[str, str], float]:
     for file in ("ablation_shapes.json", "ablation_nuclei.json"):
         rows = json.loads((RESULTS / file).read_text())
         found |= {(file, row["row"]): statistics.mean(row["segm/AP"]) for row in rows}
+    for name in ("people", "pennfudan"):
+        rows = json.loads((RESULTS / f"real_{name}.json").read_text())
+        configs = {file.stem for file in (ROOT / "configs" / name).glob("*.yaml")}
+        usual = [row for row in rows if row["row"] in configs and "settings" not in row]
+        found |= {(f"real_{name}.json", row["row"]): row["segm/AP"] for row in usual}
     return found
 
 

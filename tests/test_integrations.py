@@ -94,14 +94,18 @@ def detectron2_cfg(tmp_path):
 
 
 @needs_detectron2
-@pytest.mark.parametrize("supervision", ["box", "mask"])
-def test_detectron2s_trainer_drives_the_network(detectron2_cfg, supervision):
+@pytest.mark.parametrize(
+    ("supervision", "expected"),
+    [("box", "loss_projection"), ("mask", "loss_dice"), ("box", "loss_prompt_projection")],
+)
+def test_detectron2s_trainer_drives_the_network(detectron2_cfg, supervision, expected):
     from sim_m2f.integrations.detectron2 import SIMMask2Former, SIMTrainer
 
     if supervision == "mask":
         pytest.importorskip("shapely")  # detectron2 crops polygons with it
     cfg = detectron2_cfg
     cfg.MODEL.SIM.SUPERVISION = supervision
+    cfg.MODEL.SIM.PROMPTS.ENABLED = "prompt" in expected
     Path(cfg.OUTPUT_DIR).mkdir()
     trainer = SIMTrainer(cfg)
     assert isinstance(trainer.model, SIMMask2Former)
@@ -114,7 +118,6 @@ def test_detectron2s_trainer_drives_the_network(detectron2_cfg, supervision):
         for name, value in trainer.model.named_parameters()
         if name in before
     )
-    expected = {"box": "loss_projection", "mask": "loss_dice"}[supervision]
     assert expected in trainer.storage.histories()
 
     again = SIMTrainer(cfg)

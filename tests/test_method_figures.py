@@ -49,7 +49,7 @@ class FixedNetwork(nn.Module):
         self.masks = nn.functional.interpolate(coarse, SIDE, mode="bilinear")[:, None]
         self.features = torch.randn(1, width, SIDE, SIDE, generator=generator)
 
-    def forward(self, images: Tensor) -> dict:
+    def forward(self, images: Tensor, prompts: None = None) -> dict:
         layers = [
             {"pred_logits": logits, "pred_masks": masks}
             for logits, masks in zip(self.logits, self.masks, strict=True)

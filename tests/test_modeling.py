@@ -127,3 +127,26 @@ def test_linear_layers_of_pixels_are_linear_layers():
     assert result.is_contiguous()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(pixels).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "convnext_atto", "resnet10t"])
+def test_frozen_norms_of_any_backbone_never_change(name):
+    cfg = get_cfg()
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", name])
+    images = torch.randn(2, 3, 64, 64)
+    expected = build_model(cfg).eval().backbone(images)
+    cfg.merge_from_list(["MODEL.BACKBONE.FREEZE_NORMS", "True"])
+    backbone = build_model(cfg).train().backbone
+    found = backbone(images)
+    for level in expected:
+        torch.testing.assert_close(found[level], expected[level], rtol=1e-3, atol=1e-4)
+    assert not any(
+        parameter.requires_grad
+        for module in backbone.modules()
+        if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))
+        for parameter in module.parameters()
+    )
+    before = {key: value.clone() for key, value in backbone.state_dict().items() if "running" in key}
+    backbone(images + 3)
+    assert all(torch.equal(backbone.state_dict()[key], value) for key, value in before.items())

@@ -328,7 +328,7 @@ def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():
     """Per layer, the focal loss of pixels that keep or change their label, per labelled pixel."""
     weights = ["MODEL.SIM.PSEUDO_SEMANTIC.WEIGHT", "1", "MODEL.SIM.SELF_CORRECTION.WEIGHT", "1"]
     losses, matched = losses_with(weights, torch.Generator().manual_seed(7))
-    labels, pixels = matched.labels, matched.labels.pixels
+    labels, pixels = matched.supervision.labels, matched.supervision.labels.pixels
     logits = matched.masks[:, pixels.target, pixels.y, pixels.x].double()
     target = labels.final.clamp(min=0).double().expand_as(logits)
     focal = sigmoid_focal_loss(logits, target, alpha=0.25, gamma=2)

@@ -9,9 +9,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from skimage.color import rgb2lab
 
+import sim_m2f
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
 from sim_m2f.supervision.box_fill import box_fill_loss
-from sim_m2f.supervision.matcher import BoxMatcher
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision, fill_deficit
+from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.pairwise import SameLabel, pairwise_loss
 from sim_m2f.supervision.projection import projection_loss
 from sim_m2f.supervision.targets import box_pixels, box_ranges, flatten_targets
@@ -311,3 +313,28 @@ def test_matcher_leaves_objects_over_when_queries_run_out():
     match = BoxMatcher(2.0, 5.0, 0.0)(torch.zeros(1, 1, 4, 4), masks.amax(-2), masks.amax(-1), targets)
     assert match.matched.sum() == 4
     assert sorted(match.query[match.matched].tolist()) == [0, 1, 2, 3]
+
+
+def test_fill_deficit_is_linear_between_its_shares():
+    boxes = flat([BOXES["inside"], BOXES["whole image"]]).box_masks
+    logits = torch.randn(3, 2, HEIGHT, WIDTH, dtype=torch.float64)
+    deficit = fill_deficit(logits, boxes, 0.3, 0.6)
+    for layer, t in itertools.product(range(3), range(2)):
+        values = [sigmoid(logits[layer, t, y, x]) for y, x in owned(list(BOXES.values())[t])]
+        expected = min(max((0.6 - sum(values) / len(values)) / 0.3, 0), 1)
+        assert deficit[layer, t].item() == pytest.approx(expected, abs=1e-6)
+    assert fill_deficit(logits - 50, boxes, 0.3, 0.6).eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("fade", "step", "share"), [(0.0, 0, 1), (0.0, 99, 1), (0.5, 0, 1), (0.5, 25, 0.5), (20, 99, 0)]
+)
+def test_the_fill_guard_fades_only_when_told_to(fade, step, share):
+    objects = flat([BOXES["inside"]])
+    masks = torch.full((2, 1, HEIGHT, WIDTH), -9.0)
+    sim = sim_m2f.get_cfg().MODEL.SIM
+    sim.FILL_GUARD.FADE = fade
+    supervision = Supervision(sim, step, 100, torch.zeros(0), torch.zeros(0), None, None, None)
+    nothing = torch.zeros(2, 1, dtype=torch.int64)
+    match = Match(nothing, nothing == 0)
+    assert MatchedBoxes(objects, match, masks, supervision).deficit.eq(share).all()

@@ -22,7 +22,7 @@ import sys
 import sim_m2f
 from sim_m2f.commands.ablate import find_rows
 cfg = sim_m2f.get_cfg()
-cfg.merge_from_file("configs/nuclei/sim_R18.yaml")
+cfg.merge_from_file("configs/nuclei/sim.yaml")
 print(sim_m2f.__file__, sim_m2f.__version__, *(row.name for row in find_rows([])), sep="\\n")
 print(cfg.dump(), file=sys.stderr)
 """
@@ -100,7 +100,7 @@ def test_an_installed_package_finds_its_configurations_from_anywhere(wheel, tmp_
     assert version == sim_m2f.__version__
     assert rows == sorted(row.stem for row in (ROOT / "configs/ablation").glob("*.yaml"))
     cfg = sim_m2f.get_cfg()
-    cfg.merge_from_file(ROOT / "configs/nuclei/sim_R18.yaml")
+    cfg.merge_from_file(ROOT / "configs/nuclei/sim.yaml")
     assert run.stderr.strip() == cfg.dump().strip()
 
 

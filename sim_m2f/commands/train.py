@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, get_cfg, validate, without_effect
+from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
 from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.errors import UserError
@@ -62,10 +62,12 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
-    unheeded = without_effect(cfg)
+    unheeded, warning = without_effect(cfg), extent_warning(cfg)
     if unheeded and os.environ.get("RANK", "0") == "0":
         where = "see sim_m2f/config/without_effect.yaml"
         print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr)
     cfg.freeze()
     return cfg
 

@@ -4,6 +4,7 @@ from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_beside
 from sim_m2f.config.node import CfgNode, value_of
 from sim_m2f.errors import UserError
 
+_FAR = 1.25  # factor between extents that positions learned from one of them do not bridge
 _LIMITS = read_beside("limits.yaml")
 
 
@@ -44,6 +45,21 @@ def check_choices(cfg: CfgNode) -> None:
             if one not in choices:
                 known = f"{', '.join(choices[:-1])} or {choices[-1]}"
                 raise UserError(f"{key}: {one!r} does not exist; take {known}")
+
+
+def extent_warning(cfg: CfgNode) -> str:
+    """One line where tests see far more or less of an image than training does, else "".
+
+    Learned positions are shares of what the network sees: tests show whole images, training crops of
+    INPUT.IMAGE_SIZE of images INPUT.MIN_SCALE to MAX_SCALE times as large.
+    """
+    low, high = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
+    if low <= _FAR and high >= 1 / _FAR:
+        return ""
+    return (
+        f"INPUT.MIN_SCALE {low} and MAX_SCALE {high}: training shows images {low} to {high} times as large "
+        "as its crop, tests show them whole; masks will be out of place; let the scales enclose 1"
+    )
 
 
 def without_effect(cfg: CfgNode) -> list[str]:

@@ -29,6 +29,9 @@ KNOWN = {
     "coco_2017_test-dev": ("coco", "image_info_test-dev2017", "test2017"),
     "nuclei_train": ("nuclei", "train", "train"),
     "nuclei_val": ("nuclei", "val", "val"),
+    **{f"people_{split}": ("people", split, "images") for split in ("train", "train_boxes_only", "val")},
+    **{f"pennfudan_{split}": ("pennfudan", split, "images") for split in ("train", "val")},
+    **{f"coco_more_{split}": ("coco_more", split, "images") for split in ("train", "val")},
     "shapes_train": ("shapes", "train", "train"),
     "shapes_val": ("shapes", "val", "val"),
 }
@@ -38,8 +41,8 @@ def find_source(name: str) -> DatasetSource:
     """The data set of a name; the shapes set is written into its cache folder if it is not there yet.
 
     COCO lies in ``$DETECTRON2_DATASETS/coco`` (default ``datasets/coco``), or in ``$DETECTRON2_DATASETS``
-    when that has the annotations itself; nuclei in ``$DETECTRON2_DATASETS/nuclei``. Whether the files are
-    there is seen when they are read.
+    when that has the annotations itself; nuclei, people, pennfudan and coco_more in their own folders there.
+    Whether the files are there is seen when they are read.
 
     Raises:
         UserError: the name is unknown.

@@ -1,24 +1,29 @@
 """What happens beside the steps of a run: metrics, checkpoints, evaluation; report/ adds figures and page."""
 
 from torch import Tensor
+from tqdm import tqdm
 
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
+
+# Masks of real objects fill half of their boxes and nine tenths of their own extent.
+OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
+SETTLED = 0.2  # share of the run after which masks have a shape
 
 
 class Metrics(Hook):
     """Writes config.yaml, and the losses of every SOLVER.LOG_PERIOD steps."""
 
     def before_train(self, trainer: Trainer) -> None:
-        self.average = LossAverage()
+        self.average, self.warned = LossAverage(), False
         self.logger: MetricsLogger | None = None
         if trainer.accelerator.is_main_process:
             write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
             self.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
-        self.average.add(losses)
+        self.average.add(losses, trainer.observed)
         if not trainer.due(trainer.cfg.SOLVER.LOG_PERIOD):
             return
         means = self.average.take()
@@ -31,6 +36,20 @@ class Metrics(Hook):
             }
             self.logger.write(trainer.iteration - 1, {**means, **rest})
             trainer.bar.set_postfix_str(f"loss {means['total_loss']:.3f}, {memory:.1f} GiB")
+            self._warn_of_outlines(trainer, means["mask_fill"], means["mask_solidity"])
+
+    def _warn_of_outlines(self, trainer: Trainer, fill: float, solidity: float) -> None:
+        """Say once when, after a fifth of the run, the masks are hollow."""
+        settled = trainer.iteration >= SETTLED * trainer.cfg.SOLVER.MAX_ITER
+        if settled and not self.warned and fill < OUTLINE_FILL and solidity < OUTLINE_SOLIDITY:
+            self.warned = True
+            sim = trainer.cfg.MODEL.SIM
+            unguarded = sim.SUPERVISION == "box" and not sim.FILL_GUARD.ENABLED
+            advice = "; set MODEL.SIM.FILL_GUARD.ENABLED True" if unguarded else ""
+            tqdm.write(
+                f"step {trainer.iteration}: masks are outlines: they fill {fill:.0%} of their boxes and "
+                f"{solidity:.0%} of their own extent{advice}"
+            )
 
 
 class Checkpoints(Hook):

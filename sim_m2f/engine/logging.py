@@ -81,22 +81,26 @@ class LossAverage:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.observed: set[str] = set()
         self.steps = 0
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach()
+    def add(self, losses: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        """Add a step's losses, and values of the same step that are not part of the total."""
+        for name, value in (losses | observed).items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.observed.update(observed)
         self.steps += 1
 
     def take(self) -> dict[str, float]:
-        """Means over steps and ranks by name, and their sum as "total_loss"; one transfer.
+        """Means over steps and ranks by name, and the sum of the losses as "total_loss"; one transfer.
 
         All ranks call it.
         """
         values = mean_over_ranks(torch.stack(list(self.sums.values())) / self.steps).tolist()
         means = dict(zip(self.sums, values, strict=True))
         self.sums, self.steps = {}, 0
-        return {"total_loss": sum(means.values()), **means}
+        total = sum(mean for name, mean in means.items() if name not in self.observed)
+        return {"total_loss": total, **means}
 
 
 def memory_gib(device: torch.device) -> float:

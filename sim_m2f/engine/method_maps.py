@@ -19,7 +19,7 @@ from sim_m2f.data.dataset import TrainDataset, network_input, read_sample
 from sim_m2f.data.loader import collate
 from sim_m2f.engine.evaluator import evaluation_mode
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Batch, Outputs
+from sim_m2f.structures import Batch, Outputs, Prompts
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.pseudo_masks import positive_thresholds
@@ -95,7 +95,9 @@ class MethodView:
         """What the networks, wrapped by accelerate or not, and the criterion make of each image now."""
         for name, class_names, batch in self.images:
             images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last)
-            outputs, teacher_outputs = (self._outputs(network, images) for network in (student, teacher))
+            outputs = self._outputs(student, images)
+            prompts = criterion.teacher_prompts(batch["targets"], images)
+            teacher_outputs = self._outputs(teacher, images, prompts)
             (*_, rows, columns), (height, width) = outputs["pred_masks"].shape, batch["image_sizes"][0]
             objects = flatten_targets(batch["targets"], (rows, columns), images.device)
             image = self.pixels.undo(batch["images"][0])[:, :height, :width].permute(1, 2, 0)
@@ -108,18 +110,18 @@ class MethodView:
                 **_pseudo_masks(criterion, teacher_outputs, objects, (height, width)),
             )
 
-    def _outputs(self, network: nn.Module, images: Tensor) -> Outputs:
+    def _outputs(self, network: nn.Module, images: Tensor, prompts: Prompts | None = None) -> Outputs:
         network = self.accelerator.unwrap_model(network)
         with evaluation_mode(network), self.accelerator.autocast():
-            return network(images)
+            return network(images, prompts=prompts)
 
 
 def _pseudo_masks(
     criterion: SIMCriterion, outputs: Outputs, objects: Targets, size: tuple[int, int]
 ) -> dict[str, Any]:
     """The teacher's share of ``MethodMaps``, from its outputs for an image of this size."""
-    layers, pseudo = criterion.layers(outputs), criterion.pseudo_masks
-    evidence = pseudo.evidence(layers, outputs["mask_features"], objects, criterion.matcher)
+    (layers, matcher), pseudo = criterion.teacher_layers(outputs), criterion.pseudo_masks
+    evidence = pseudo.evidence(layers, outputs["mask_features"], objects, matcher)
     labels = pseudo.labels(evidence, len(objects))
     pixels, positive, keys = evidence.pixels, evidence.positive, criterion.sim.PSEUDO_MASKS
     bounds = keys.POSITIVE, keys.CONFIDENT

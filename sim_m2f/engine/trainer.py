@@ -22,6 +22,7 @@ from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.mask_shape import mask_shapes
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
 
@@ -41,6 +42,9 @@ class Hook:
 
 class Trainer:
     """One run in ``cfg.OUTPUT_DIR``.
+
+    Attributes:
+        observed: what the last step saw beside its losses: ``mask_shapes``.
 
     Args:
         cfg: the configuration.
@@ -108,8 +112,11 @@ class Trainer:
         targets: Sequence[Target] = batch["targets"]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
-        losses, matched = self.criterion(self.model(images), targets, images, self._teacher_outputs(images))
+        prompts = self.criterion.student_prompts(targets, images)
+        outputs = self.model(images, prompts=prompts)
+        losses, matched = self.criterion(outputs, targets, images, self._teacher_outputs(images, targets))
         self.criterion.update(matched)
+        self.observed = mask_shapes(matched)
         if self.copy_paste:
             self.copy_paste.remember(images, matched)
         self.accelerator.backward(sum(losses.values()))
@@ -148,12 +155,12 @@ class Trainer:
         )
         self.checkpoint = path
 
-    def _teacher_outputs(self, images: Tensor) -> Outputs | None:
+    def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""
         if not self.teacher_terms or self.teacher is None:
             return None
         with self.accelerator.autocast():
-            return self.teacher(images)
+            return self.teacher(images, self.criterion.teacher_prompts(targets, images))
 
     def _agreed(self, stop: StopSignal) -> int:
         """The signal that any rank has received, 0 for none; ranks ask each other every LOG_PERIOD steps."""

@@ -88,8 +88,9 @@ class SIMMask2Former(nn.Module):
         images = ImageList.from_tensors(normalised, self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY)
         if self.training:
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
-            teacher_outputs = self._teacher_outputs(images.tensor)
-            outputs = self.network(images.tensor)
+            teacher_outputs = self._teacher_outputs(targets, images.tensor)
+            prompts = self.criterion.student_prompts(targets, images.tensor)
+            outputs = self.network(images.tensor, prompts=prompts)
             losses, matched = self.criterion(outputs, targets, images.tensor, teacher_outputs)
             self.criterion.update(matched)
             return losses
@@ -102,12 +103,14 @@ class SIMMask2Former(nn.Module):
         detections = instances(outputs, sizes, originals, self.cfg.TEST.DETECTIONS_PER_IMAGE)
         return [{"instances": _as_instances(*each)} for each in zip(detections, originals, strict=True)]
 
-    def _teacher_outputs(self, images: Tensor) -> Outputs | None:
+    def _teacher_outputs(self, targets: list[Target], images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""
         if self.teacher is None:
             return None
         self.teacher.update(self.network)
-        return self.teacher(images) if self.needs_teacher else None
+        if not self.needs_teacher:
+            return None
+        return self.teacher(images, self.criterion.teacher_prompts(targets, images))
 
     def _target(self, annotated: Detectron2Instances, size: tuple[int, int]) -> Target:
         height, width = annotated.image_size

@@ -18,6 +18,7 @@ from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
+LEARNING_NORMS = (nn.GroupNorm, nn.LayerNorm)  # those without statistics
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "FrozenBN": nn.BatchNorm2d,
     "BN": nn.BatchNorm2d,
@@ -96,6 +97,13 @@ class SwinBackbone(TimmBackbone):
 
 def build_backbone(cfg: CfgNode) -> TimmBackbone:
     """The backbone that MODEL.BACKBONE, MODEL.RESNETS and MODEL.SWIN describe."""
+    backbone = _backbone(cfg)
+    if cfg.MODEL.BACKBONE.FREEZE_NORMS:
+        freeze_norms(backbone)
+    return backbone
+
+
+def _backbone(cfg: CfgNode) -> TimmBackbone:
     name = cfg.MODEL.BACKBONE.NAME
     if name == "build_resnet_backbone":
         return _resnet(cfg)
@@ -111,6 +119,15 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
             drop_path_rate=swin.DROP_PATH_RATE,
         )
     return TimmBackbone(name)
+
+
+def freeze_norms(backbone: TimmBackbone) -> None:
+    """Let no norm of the backbone change: batch norms keep their statistics, and no norm's weights learn."""
+    freeze_batch_norm_2d(backbone.body)
+    fold_frozen_norms(backbone.body)
+    for module in backbone.modules():
+        if isinstance(module, LEARNING_NORMS):
+            module.requires_grad_(False)
 
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:

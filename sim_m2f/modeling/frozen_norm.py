@@ -1,7 +1,9 @@
 """Frozen batch norms computed by the convolutions before them: one pass over a map instead of three."""
 
 import itertools
+from typing import Any
 
+from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -9,10 +11,10 @@ from torchvision.ops import FrozenBatchNorm2d
 class _NormedConv(nn.Conv2d):
     """A convolution and the frozen norm behind it, which multiplies its weight and sets its bias."""
 
-    norm: tuple[FrozenBatchNorm2d]  # in a tuple, so that it is no submodule of this one
+    norm: tuple[FrozenBatchNorm2d | FrozenBatchNormAct2d]  # in a tuple, so that it is no submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm[0]
+        norm: Any = self.norm[0]
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weight = self.weight * scale[:, None, None, None]
         return self._conv_forward(x, weight, norm.bias - norm.running_mean * scale)
@@ -25,13 +27,26 @@ class _AppliedNorm(FrozenBatchNorm2d):
         return x
 
 
+class _AppliedNormAct(FrozenBatchNormAct2d):
+    """A norm with an activation, of which the convolution before has applied the norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(x))
+
+
+APPLIED: dict[type[nn.Module], type[nn.Module]] = {
+    FrozenBatchNorm2d: _AppliedNorm,
+    FrozenBatchNormAct2d: _AppliedNormAct,
+}
+
+
 def fold_frozen_norms(body: nn.Module) -> None:
-    """Let every convolution without bias apply the FrozenBatchNorm2d that follows it in its parent, in place.
+    """Let every convolution without bias apply the frozen batch norm that follows it in its parent, in place.
 
     Parameters, buffers and their names stay as they are.
     """
     for parent in body.modules():
         for conv, norm in itertools.pairwise(parent.children()):
-            if type(conv) is nn.Conv2d and type(norm) is FrozenBatchNorm2d and conv.bias is None:
-                conv.__class__, norm.__class__ = _NormedConv, _AppliedNorm
+            if type(conv) is nn.Conv2d and type(norm) in APPLIED and conv.bias is None:
+                conv.__class__, norm.__class__ = _NormedConv, APPLIED[type(norm)]
                 conv.norm = (norm,)  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from sim_m2f.config import CfgNode, validate
 from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.mask_decoder import MaskDecoder
 from sim_m2f.modeling.pixel_decoder import PixelDecoder
-from sim_m2f.structures import LayerOutputs, Outputs
+from sim_m2f.structures import LayerOutputs, Outputs, Prompts
 
 
 class MaskFormerHead(nn.Module):
@@ -19,10 +19,11 @@ class MaskFormerHead(nn.Module):
         self.predictor = MaskDecoder(cfg)
 
     def forward(
-        self, features: dict[str, Tensor], auxiliary: bool = True
-    ) -> tuple[list[LayerOutputs], Tensor]:
+        self, features: dict[str, Tensor], auxiliary: bool = True, prompts: Prompts | None = None
+    ) -> tuple[list[LayerOutputs], list[LayerOutputs], Tensor]:
+        """The predictions of the learned and of the prompted queries, and the mask features."""
         encoded, mask_features = self.pixel_decoder(features)
-        return self.predictor(encoded, mask_features, auxiliary), mask_features
+        return *self.predictor(encoded, mask_features, auxiliary, prompts), mask_features
 
 
 class Mask2Former(nn.Module):
@@ -37,6 +38,8 @@ class Mask2Former(nn.Module):
          "aux_outputs": [the first two, of each earlier layer]}
 
     ``model(images, auxiliary=False)`` leaves "aux_outputs" empty and saves their time.
+    ``model(images, prompts=Prompts(boxes, labels))`` adds "prompted": the same of the N prompted queries;
+    their "aux_outputs" begin after the first layer. It needs MODEL.SIM.PROMPTS.ENABLED.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -45,15 +48,22 @@ class Mask2Former(nn.Module):
         self.backbone = build_backbone(cfg)
         self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
 
-    def forward(self, images: Tensor, auxiliary: bool = True) -> Outputs:
-        predictions, mask_features = self.sem_seg_head(self.backbone(images), auxiliary)
+    def forward(self, images: Tensor, auxiliary: bool = True, prompts: Prompts | None = None) -> Outputs:
+        predictions, prompted, mask_features = self.sem_seg_head(self.backbone(images), auxiliary, prompts)
         last = predictions[-1]
-        return {
+        outputs: Outputs = {
             "pred_logits": last["pred_logits"],
             "pred_masks": last["pred_masks"],
             "mask_features": mask_features,
             "aux_outputs": predictions[:-1],
         }
+        if prompts:
+            outputs["prompted"] = {
+                "pred_logits": prompted[-1]["pred_logits"],
+                "pred_masks": prompted[-1]["pred_masks"],
+                "aux_outputs": prompted[:-1],
+            }
+        return outputs
 
 
 def build_model(cfg: CfgNode) -> Mask2Former:

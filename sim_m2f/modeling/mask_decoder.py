@@ -5,6 +5,7 @@ Parameter names are those of the published checkpoints (``sem_seg_head.predictor
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.position import sine_positions
-from sim_m2f.structures import LayerOutputs
+from sim_m2f.modeling.prompts import PromptEncoder, pixels_in_boxes
+from sim_m2f.structures import LayerOutputs, Prompts
 
 
 class Attention(nn.Module):
@@ -60,8 +62,8 @@ class SelfAttentionLayer(Residual):
         self.self_attn = Attention(width, heads)
         self.norm, self.pre_norm = nn.LayerNorm(width), pre_norm
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        return self._added(x, lambda x: self.self_attn(x + positions, x + positions, x))
+    def forward(self, x: Tensor, positions: Tensor, allowed: Tensor | None = None) -> Tensor:
+        return self._added(x, lambda x: self.self_attn(x + positions, x + positions, x, allowed))
 
 
 class CrossAttentionLayer(Residual):
@@ -104,6 +106,22 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+@dataclass(frozen=True)
+class _Maps:
+    """What queries of all kinds look at.
+
+    Attributes:
+        memories, keys: per level (B, h * w, width), without and with positions.
+        coarse: per level (B, MASK_DIM, h * w), the mask features in its size.
+        features: (B, MASK_DIM, h, w) the mask features, stride 4.
+    """
+
+    memories: list[Tensor]
+    keys: list[Tensor]
+    coarse: list[Tensor]
+    features: Tensor
+
+
 class MaskDecoder(nn.Module):
     """Encoded maps and mask features in; class and mask logits of every query after every layer out."""
 
@@ -133,25 +151,61 @@ class MaskDecoder(nn.Module):
         )
         self.class_embed = nn.Linear(width, head.NUM_CLASSES + 1)
         self.mask_embed = MLP([width, width, width, head.MASK_DIM])
+        # the last ones, so that the seed draws the same weights for the others with and without them
+        if cfg.MODEL.SIM.PROMPTS.ENABLED:
+            self.prompts = PromptEncoder(head.NUM_CLASSES, width)
 
     def forward(
-        self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool = True
-    ) -> list[LayerOutputs]:
+        self,
+        encoded: list[Tensor],
+        mask_features: Tensor,
+        auxiliary: bool = True,
+        prompts: Prompts | None = None,
+    ) -> tuple[list[LayerOutputs], list[LayerOutputs]]:
         """
         Args:
             encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
             mask_features: (B, MASK_DIM, h, w) of stride 4.
-            auxiliary: whether all predictions are wanted, or only the last layer's.
+            auxiliary: whether all predictions are asked for, or only the last layer's.
+            prompts: boxes whose masks are asked for too.
 
         Returns:
-            {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone, then per layer.
+            {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone, then per layer;
+            the same of the prompted queries, N for Q, per layer only. The learned queries do not see them.
         """
-        memories, keys = self._memories(encoded)
         coarse = [_resized(mask_features, level.shape[-2:]) for level in encoded]
+        maps = _Maps(*self._memories(encoded), coarse, mask_features)
         batch = mask_features.shape[0]
         query = self.query_feat.weight.expand(batch, -1, -1)
         positions = self.query_embed.weight.expand(batch, -1, -1)
+        predictions = self._decoded(query, positions, maps, auxiliary)
+        return predictions, self._prompted(prompts, encoded, maps, auxiliary) if prompts else []
 
+    def _prompted(
+        self, prompts: Prompts, encoded: list[Tensor], maps: _Maps, auxiliary: bool
+    ) -> list[LayerOutputs]:
+        """Each looks into its box, from the second layer on at its mask in the box, and at no other query."""
+        boxes = [pixels_in_boxes(prompts.boxes, *level.shape[-2:]) for level in encoded]
+        own = torch.eye(prompts.labels.shape[1], dtype=torch.bool, device=prompts.labels.device)[None]
+        # before the first layer all prompts of a class are one and the same query
+        query, positions = self.prompts(prompts)
+        return self._decoded(query, positions, maps, auxiliary, boxes, own)[int(auxiliary) :]
+
+    def _decoded(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        maps: _Maps,
+        auxiliary: bool,
+        boxes: list[Tensor] | None = None,
+        visible: Tensor | None = None,
+    ) -> list[LayerOutputs]:
+        """The predictions of queries (B, Q, width) at their positions.
+
+        Args:
+            boxes: per level, the pixels (B, Q, h * w) that a query may look at; all if there are none.
+            visible: (1, Q, Q) bool, the queries that each of them sees; all if there are none.
+        """
         predictions: list[LayerOutputs] = []
         for i, (cross, self_attention, ffn) in enumerate(
             zip(
@@ -163,12 +217,15 @@ class MaskDecoder(nn.Module):
         ):
             normed, embedding = self._embedded(query)
             if auxiliary:
-                predictions.append(self._prediction(normed, embedding, mask_features))
+                predictions.append(self._prediction(normed, embedding, maps.features))
             level = i % self.levels
-            allowed = _attention_mask(embedding, coarse[level])
-            query = cross(query, positions, memories[level], keys[level], allowed)
-            query = ffn(self_attention(query, positions))
-        return [*predictions, self._prediction(*self._embedded(query), mask_features)]
+            if boxes is None:
+                allowed = _attention_mask(embedding, maps.coarse[level])
+            else:
+                allowed = _attention_in_box(embedding if i else None, maps.coarse[level], boxes[level])
+            query = cross(query, positions, maps.memories[level], maps.keys[level], allowed)
+            query = ffn(self_attention(query, positions, visible))
+        return [*predictions, self._prediction(*self._embedded(query), maps.features)]
 
     def _memories(self, encoded: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         memories, keys = [], []
@@ -201,3 +258,12 @@ def _attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
     logits = embedding @ features
     empty = logits.amax(dim=-1, keepdim=True) < 0
     return (logits >= 0) | empty
+
+
+@torch.no_grad()
+def _attention_in_box(embedding: Tensor | None, features: Tensor, box: Tensor) -> Tensor:
+    """(B, Q, h * w) bool: the pixels of the mask in the box; all of the box where there are none."""
+    if embedding is None:
+        return box
+    mask = (embedding @ features >= 0) & box
+    return torch.where(mask.any(dim=-1, keepdim=True), mask, box)

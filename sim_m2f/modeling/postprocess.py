@@ -45,6 +45,28 @@ def instances(
     return results
 
 
+@torch.no_grad()
+def masks_in_boxes(
+    logits: Tensor, boxes: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The masks of given boxes at the image's own size, without what lies outside of their boxes.
+
+    Args:
+        logits: (N, h, w) mask logits of the boxes' queries, stride 4.
+        boxes: (N, 4) xyxy in pixels of the original image; a pixel is inside when its centre is.
+        image_size: height and width of the image in the network's input, without padding.
+        original_size: height and width that the masks are wanted in.
+
+    Returns:
+        (N, H0, W0) bool, and (N,) scores: the mean probability of the pixels of the mask.
+    """
+    masks, _, scores = _full_size(logits.float(), image_size, original_size)
+    rows, columns = (torch.arange(side, device=logits.device) + 0.5 for side in original_size)
+    in_columns = (columns >= boxes[:, :1]) & (columns < boxes[:, 2:3])
+    in_rows = (rows >= boxes[:, 1:2]) & (rows < boxes[:, 3:])
+    return masks & in_rows[:, :, None] & in_columns[:, None, :], scores
+
+
 def _full_size(
     logits: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,7 +30,8 @@ def draw_curves(series: Series) -> tuple[Image.Image, Image.Image] | None:
     In a loss panel the faint line is what was logged, the bold one its running mean. None when the series
     hold neither average precision nor a loss.
     """
-    losses = {key: series[key] for key in series if key == "total_loss" or key.startswith("loss_")}
+    shown = ("total_loss", "mask_fill", "mask_solidity")
+    losses = {key: series[key] for key in series if key in shown or key.startswith("loss_")}
     precision = {key: series[key] for key in PRECISION if key in series}
     if not losses and not precision:
         return None

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sim_m2f.config import CfgNode
 from sim_m2f.supervision.targets import STRIDE
 
 WHITE_D65 = (0.95047, 1.0, 1.08883)
@@ -63,6 +64,22 @@ def feature_affinity(features: Tensor, dilation: int) -> Tensor:
     unit = F.normalize(features.float(), dim=1)
     cosines = [(unit * _shifted(unit, offset)).sum(1) for offset in neighbour_offsets(dilation)]
     return torch.exp(-(2 - 2 * torch.stack(cosines, dim=1)).clamp(min=0).sqrt())
+
+
+def alike_edges(images: Tensor, valid: Tensor, features: Tensor | None, keys: CfgNode) -> Tensor:
+    """(B, 4, h, w) bool: the edges between alike and usable pixels, in the order of ``neighbour_offsets``.
+
+    Args:
+        images: (B, 3, H, W) RGB of 0..255.
+        valid: (B, h, w) bool, usable pixels at stride 4.
+        features: (B, d, h, w) the teacher's mask features, if there is a teacher.
+        keys: MODEL.SIM.PAIRWISE.
+    """
+    affinity, threshold = color_affinity(images, keys.DILATION), keys.COLOR_THRESHOLD
+    if keys.FEATURE_AFFINITY and features is not None:
+        affinity = affinity * feature_affinity(features, keys.DILATION)
+        threshold = keys.PRODUCT_THRESHOLD
+    return (affinity >= threshold) & edge_mask(valid, keys.DILATION)
 
 
 def edge_mask(valid: Tensor, dilation: int) -> Tensor:

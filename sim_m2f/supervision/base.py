@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.structures import LayerOutputs, Outputs, Target
+from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts, Target
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
-from sim_m2f.supervision.targets import Targets
+from sim_m2f.supervision.prompting import annotated_prompts
+from sim_m2f.supervision.targets import Targets, map_size
 
 
 class Criterion(nn.Module):
@@ -23,11 +24,15 @@ class Criterion(nn.Module):
     ranks; their sum is the training loss. ``matched`` is what they were computed from: matches, labels,
     pseudo masks. After a training step ``criterion.update(matched)`` keeps what the next one needs, part of
     ``state_dict``.
+
+    Where the network was given the objects as prompts, the prompted queries learn by the same losses without
+    matching, named "loss_prompt_*".
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.mask_former = cfg.MODEL.MASK_FORMER
+        self.prompts = cfg.MODEL.SIM.PROMPTS
         self.classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.step = 0
@@ -59,13 +64,37 @@ class Criterion(nn.Module):
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step = state["step"]
 
-    def layers(self, outputs: Outputs) -> list[LayerOutputs]:
+    def student_prompts(self, targets: Sequence[Target], images: Tensor) -> Prompts | None:
+        """The objects as prompts of the student, with noise, if MODEL.SIM.PROMPTS.ENABLED."""
+        if not self.prompts.ENABLED:
+            return None
+        noise = self.classes, self.prompts.BOX_NOISE, self.prompts.LABEL_NOISE
+        return annotated_prompts(targets, map_size(images), images.device, *noise)
+
+    def teacher_prompts(self, targets: Sequence[Target], images: Tensor) -> Prompts | None:
+        """The objects as prompts of the teacher, if MODEL.SIM.PROMPTS.TEACHER."""
+        if not (self.prompts.ENABLED and self.prompts.TEACHER):
+            return None
+        return annotated_prompts(targets, map_size(images), images.device)
+
+    def named_prompted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of the prompted queries under their own names, weighted."""
+        return {
+            name.replace("loss_", "loss_prompt_"): self.prompts.WEIGHT * loss for name, loss in losses.items()
+        }
+
+    def layers(self, outputs: Outputs | Prompted) -> list[LayerOutputs]:
         """The outputs that are supervised, the last layer's last."""
         earlier = outputs["aux_outputs"] if self.mask_former.DEEP_SUPERVISION else []
         return [*earlier, {"pred_logits": outputs["pred_logits"], "pred_masks": outputs["pred_masks"]}]
 
-    def classification(self, logits: Tensor, objects: Targets, match: Match) -> Tensor:
-        """Weighted cross-entropy of all queries of all layers, "no object" for those without an object."""
+    def classification(
+        self, logits: Tensor, objects: Targets, match: Match, background: bool = True
+    ) -> Tensor:
+        """Weighted cross-entropy of all queries of all layers, "no object" for those without an object.
+
+        Without ``background`` these do not count.
+        """
         layers, batch, queries, _ = logits.shape
         # a column more takes the labels of the objects that are left over
         target = logits.new_full((layers, batch, queries + 1), self.classes, dtype=torch.int64)
@@ -74,7 +103,17 @@ class Criterion(nn.Module):
         query = torch.where(match.matched, match.query, queries)
         target = target.index_put((layer, image, query), labels)[:, :, :-1]
         weight = logits.new_ones(self.classes + 1)
-        weight[-1] = self.mask_former.NO_OBJECT_WEIGHT
+        weight[-1] = self.mask_former.NO_OBJECT_WEIGHT * background
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-        total = mean_over_ranks(weight[target].flatten(1).sum(1))
+        total = mean_over_ranks(weight[target].flatten(1).sum(1)).clamp(min=1e-6)
         return self.mask_former.CLASS_WEIGHT * (loss.view(layers, -1).sum(1) / total).sum()
+
+
+def stacked_logits(layers: Sequence[LayerOutputs]) -> Tensor:
+    """(L, B, Q, C+1) float32: the class logits of all layers."""
+    return torch.stack([layer["pred_logits"] for layer in layers]).float()
+
+
+def mask_logits(layers: Sequence[LayerOutputs]) -> list[Tensor]:
+    """Per layer the mask logits (B, Q, h, w)."""
+    return [layer["pred_masks"] for layer in layers]

@@ -85,8 +85,9 @@ class CopyPaste:
 
     def remember(self, images: Tensor, matched: Matched) -> None:
         """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice."""
-        if isinstance(matched, MatchedBoxes) and matched.labels is not None:
-            masks, scores = matched.labels.masks(matched.objects)
+        labels = matched.supervision.labels if isinstance(matched, MatchedBoxes) else None
+        if labels is not None:
+            masks, scores = labels.masks(matched.objects)
             self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
 
 

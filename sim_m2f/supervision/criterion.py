@@ -4,6 +4,7 @@ A loss is a file beside this one with a function of ``MatchedBoxes``, a line of 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,30 +12,35 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Outputs, Target
-from sim_m2f.supervision.base import Criterion
+from sim_m2f.structures import LayerOutputs, Outputs, Target
+from sim_m2f.supervision.base import Criterion, mask_logits, stacked_logits
 from sim_m2f.supervision.box_fill import box_fill
+from sim_m2f.supervision.color_model import ColorLabels, color_labels
+from sim_m2f.supervision.color_term import color_model
+from sim_m2f.supervision.fill_guard import fill_guard
 from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
 from sim_m2f.supervision.mask_criterion import MaskCriterion
-from sim_m2f.supervision.matched import Matched, MatchedBoxes, matched_masks
-from sim_m2f.supervision.matcher import BoxMatcher, mask_projections
+from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision, matched_masks
+from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, mask_projections
 from sim_m2f.supervision.pairwise import pairwise
 from sim_m2f.supervision.paste_loss import copy_paste
 from sim_m2f.supervision.projection import projection
+from sim_m2f.supervision.prompting import match_prompts, prompt_queries
 from sim_m2f.supervision.pseudo_masks import PseudoMasks
 from sim_m2f.supervision.schedule import term_weight
-from sim_m2f.supervision.targets import STRIDE, flatten_targets, map_size
+from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets, map_size
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
 TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
     "loss_projection": ("PROJECTION", projection),
     "loss_pairwise": ("PAIRWISE", pairwise),
     "loss_box_fill": ("BOX_FILL", box_fill),
+    "loss_fill_guard": ("FILL_GUARD", fill_guard),
     "loss_pseudo_semantic": ("PSEUDO_SEMANTIC", pseudo_semantic),
     "loss_self_correction": ("SELF_CORRECTION", self_correction),
+    "loss_color_model": ("COLOR_MODEL", color_model),
     "loss_copy_paste": ("COPY_PASTE", copy_paste),
 }
-FROM_LABELS = (pseudo_semantic, self_correction)  # these need the teacher's outputs
 
 
 class SIMCriterion(Criterion):
@@ -56,49 +62,91 @@ class SIMCriterion(Criterion):
         teacher_outputs: Outputs | None = None,
     ) -> tuple[dict[str, Tensor], MatchedBoxes]:
         with torch.autocast(images.device.type, enabled=False):
-            logits, matched = self._match(outputs, targets, images, teacher_outputs)
-            losses = {"loss_ce": self.classification(logits, matched.objects, matched.match)}
-            for name, (group, term) in TERMS.items():
-                keys = self.sim[group]
-                weight = term_weight(keys, self.step, self.max_iter)
-                if self._is_used(keys, weight) and not (term in FROM_LABELS and matched.labels is None):
-                    losses[name] = weight * term(matched)
+            layers = self.layers(outputs)
+            objects = flatten_targets(targets, map_size(outputs["pred_masks"]), images.device)
+            match = self._matched_by(self.matcher, layers, objects)
+            supervision = self._supervision(outputs, objects, match, targets, images, teacher_outputs)
+            masks = matched_masks(mask_logits(layers), match, objects)
+            matched = MatchedBoxes(objects, match, masks, supervision)
+            losses = self._losses(layers, matched)
+            if "prompted" in outputs:
+                layers = self.layers(outputs["prompted"])
+                match = self._matched_by(match_prompts, layers, objects)
+                masks = matched_masks(mask_logits(layers), match, objects)
+                prompted = replace(matched, match=match, masks=masks)
+                losses |= self.named_prompted(self._losses(layers, prompted, background=False))
         return losses, matched
 
     def update(self, matched: Matched) -> None:
         """A training step more; the prototypes follow the teacher's features."""
         super().update(matched)
         assert isinstance(matched, MatchedBoxes)
-        if matched.labels is not None and matched.teacher_features is not None:
-            self.pseudo_masks.update(matched.teacher_features, matched.objects, matched.labels)
+        supervision = matched.supervision
+        if supervision.labels is not None and supervision.teacher_features is not None:
+            self.pseudo_masks.update(supervision.teacher_features, matched.objects, supervision.labels)
 
-    def _match(
-        self, outputs: Outputs, targets: Sequence[Target], images: Tensor, teacher_outputs: Outputs | None
-    ) -> tuple[Tensor, MatchedBoxes]:
-        """(L, B, Q, C+1) class logits, and the batch with its matches and the labels of its pixels."""
-        layers = self.layers(outputs)
-        mask_logits = [layer["pred_masks"] for layer in layers]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        objects = flatten_targets(targets, map_size(mask_logits[0]), images.device)
-        match = self.matcher(logits, *mask_projections(mask_logits), objects)
+    def teacher_layers(self, outputs: Outputs) -> tuple[list[LayerOutputs], Matcher]:
+        """The teacher's layers that pseudo masks are made of, and who finds the objects in them.
+
+        They are those of the prompted queries where the teacher was prompted.
+        """
+        if "prompted" in outputs:
+            return self.layers(outputs["prompted"]), match_prompts
+        return self.layers(outputs), self.matcher
+
+    def _losses(
+        self, layers: Sequence[LayerOutputs], matched: MatchedBoxes, background: bool = True
+    ) -> dict[str, Tensor]:
+        """The losses of a group of queries, by name.
+
+        A loss that starts later is there from the first step on, one that has faded out is gone, and one
+        whose labels nobody has given is left out.
+        """
+        losses = {
+            "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
+        }
+        given = {"PSEUDO_SEMANTIC": matched.supervision.labels, "COLOR_MODEL": matched.supervision.colors}
+        given["SELF_CORRECTION"] = given["PSEUDO_SEMANTIC"]
+        for name, (group, term) in TERMS.items():
+            keys = self.sim[group]
+            weight = term_weight(keys, self.step, self.max_iter)
+            enabled = keys.ENABLED if "ENABLED" in keys else weight > 0
+            if enabled and given.get(group, ()) is not None:
+                losses[name] = weight * term(matched)
+        return losses
+
+    def _matched_by(self, matcher: Matcher, layers: Sequence[LayerOutputs], objects: Targets) -> Match:
+        return matcher(stacked_logits(layers), *mask_projections(mask_logits(layers)), objects)
+
+    def _supervision(
+        self,
+        outputs: Outputs,
+        objects: Targets,
+        match: Match,
+        targets: Sequence[Target],
+        images: Tensor,
+        teacher_outputs: Outputs | None,
+    ) -> Supervision:
         features = labels = None
         if teacher_outputs is not None:
+            layers, matcher = self.teacher_layers(teacher_outputs)
             features = teacher_outputs["mask_features"]
-            labels = self.pseudo_masks(self.layers(teacher_outputs), features, objects, self.matcher)
-        return logits, MatchedBoxes(
-            sim=self.sim,
-            objects=objects,
-            match=match,
-            masks=matched_masks(mask_logits, match, objects),
-            images=self.pixels.undo(images),
-            valid=_valid(targets, images),
-            teacher_features=features,
-            labels=labels,
-        )
+            labels = self.pseudo_masks(layers, features, objects, matcher)
+        rgb, valid = self.pixels.undo(images), _valid(targets, images)
+        colors = self._colors(outputs, objects, match, rgb, valid)
+        return Supervision(self.sim, self.step, self.max_iter, rgb, valid, features, labels, colors)
 
-    def _is_used(self, keys: CfgNode, weight: float) -> bool:
-        """A loss that starts later is there from the first step on; one that has faded out is gone."""
-        return keys.ENABLED if "ENABLED" in keys else weight > 0
+    def _colors(
+        self, outputs: Outputs, objects: Targets, match: Match, rgb: Tensor, valid: Tensor
+    ) -> ColorLabels | None:
+        """Masks corrected by colour, of the prompted queries or, without any, of the matched ones."""
+        keys = self.sim.COLOR_MODEL
+        if not keys.ENABLED or term_weight(keys, self.step, self.max_iter) == 0:
+            return None
+        masks, query = outputs["pred_masks"], match.query[-1]
+        if "prompted" in outputs:
+            masks, query = outputs["prompted"]["pred_masks"], prompt_queries(objects)
+        return color_labels(masks[objects.image_index, query], rgb, valid, objects, keys)
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

@@ -17,8 +17,9 @@ def self_correction(matched: MatchedBoxes) -> Tensor:
 
 def _is_semantic(matched: MatchedBoxes) -> Tensor:
     """(P,) bool: whether the semantic mask alone would give the same label."""
-    assert matched.labels is not None
-    return matched.labels.final == matched.labels.semantic
+    labels = matched.supervision.labels
+    assert labels is not None
+    return labels.final == labels.semantic
 
 
 def _per_labelled_pixel(matched: MatchedBoxes, chosen: Tensor) -> Tensor:

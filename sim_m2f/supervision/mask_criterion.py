@@ -1,15 +1,18 @@
 """The losses of a training step from masks: Mask2Former's own, the upper bound for learning from boxes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.structures import Outputs, Target
-from sim_m2f.supervision.base import Criterion
+from sim_m2f.structures import LayerOutputs, Outputs, Target
+from sim_m2f.supervision.base import Criterion, mask_logits, stacked_logits
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.matched import Matched, matched_masks, per_object
+from sim_m2f.supervision.matcher import mask_projections
+from sim_m2f.supervision.prompting import match_prompts
 from sim_m2f.supervision.targets import flatten_targets, map_size
 
 
@@ -30,21 +33,33 @@ class MaskCriterion(Criterion):
         images: Tensor,
         teacher_outputs: Outputs | None = None,
     ) -> tuple[dict[str, Tensor], Matched]:
-        keys = self.mask_former
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
-            mask_logits = [layer["pred_masks"] for layer in layers]
-            logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-            objects = flatten_targets(targets, map_size(mask_logits[0]), images.device)
+            masks = mask_logits(layers)
+            objects = flatten_targets(targets, map_size(masks[0]), images.device)
             truth = [target["masks"].to(images.device) for target in targets]
+            match = self.matcher(stacked_logits(layers), [layer.float() for layer in masks], truth, objects)
+            matched = Matched(objects, match, matched_masks(masks, match, objects))
+            losses = self._losses(layers, matched, torch.cat(truth))
+            if "prompted" in outputs:
+                layers = self.layers(outputs["prompted"])
+                masks = mask_logits(layers)
+                match = match_prompts(stacked_logits(layers), *mask_projections(masks), objects)
+                prompted = replace(matched, match=match, masks=matched_masks(masks, match, objects))
+                losses |= self.named_prompted(self._losses(layers, prompted, torch.cat(truth), False))
+        return losses, matched
 
-            match = self.matcher(logits, [layer.float() for layer in mask_logits], truth, objects)
-            masks = matched_masks(mask_logits, match, objects)
-            sampling = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
-            cross_entropy, dice = mask_losses(masks, torch.cat(truth), *sampling)
-        losses = {
-            "loss_ce": self.classification(logits, objects, match),
-            "loss_mask": keys.MASK_WEIGHT * per_object(cross_entropy, match, objects),
-            "loss_dice": keys.DICE_WEIGHT * per_object(dice, match, objects),
+    def _losses(
+        self, layers: Sequence[LayerOutputs], matched: Matched, truth: Tensor, background: bool = True
+    ) -> dict[str, Tensor]:
+        """The losses of a group of queries towards the masks (T, H, W), by name."""
+        keys = self.mask_former
+        sampling = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
+        cross_entropy, dice = mask_losses(matched.masks, truth, *sampling)
+        return {
+            "loss_ce": self.classification(
+                stacked_logits(layers), matched.objects, matched.match, background
+            ),
+            "loss_mask": keys.MASK_WEIGHT * per_object(cross_entropy, matched.match, matched.objects),
+            "loss_dice": keys.DICE_WEIGHT * per_object(dice, matched.match, matched.objects),
         }
-        return losses, Matched(objects, match, masks)

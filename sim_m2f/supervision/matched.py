@@ -9,9 +9,12 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import number_over_ranks
+from sim_m2f.supervision.affinity import alike_edges
+from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels
+from sim_m2f.supervision.schedule import fade_out, resolve_steps
 from sim_m2f.supervision.targets import Targets
 
 
@@ -36,28 +39,55 @@ class Matched:
 
 
 @dataclass(frozen=True)
-class MatchedBoxes(Matched):
-    """The same with what boxes are supervised by.
+class Supervision:
+    """What boxes say about the masks of a batch, for all groups of queries.
 
     Attributes:
         sim: the keys MODEL.SIM.
+        step, max_iter: the steps done, and those of the run.
         images: (B, 3, H, W) float32 RGB, 0 to 255.
         valid: (B, h, w) bool, pixels at stride 4 that lie wholly on usable pixels.
         teacher_features: (B, d, h, w) the teacher's mask features, if there is a teacher.
         labels: of the P pixels of the boxes, if there is a teacher.
+        colors: masks corrected by colour, if they are used.
     """
 
     sim: CfgNode
+    step: int
+    max_iter: int
     images: Tensor
     valid: Tensor
     teacher_features: Tensor | None
     labels: PseudoLabels | None
+    colors: ColorLabels | None
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """(B, 4, h, w) bool: see ``alike_edges``."""
+        return alike_edges(self.images, self.valid, self.teacher_features, self.sim.PAIRWISE)
+
+
+@dataclass(frozen=True)
+class MatchedBoxes(Matched):
+    """The same with what the masks are compared with."""
+
+    supervision: Supervision
+
+    @cached_property
+    def deficit(self) -> Tensor:
+        """(L, T): how far each mask is from filling its box enough; it fades over FILL_GUARD.FADE."""
+        keys = self.supervision.sim.FILL_GUARD
+        deficit = fill_deficit(self.masks, self.objects.box_masks, *keys.RANGE)
+        if keys.FADE == 0:
+            return deficit
+        return deficit * fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
 
     @cached_property
     def labelled(self) -> Tensor:
         """(L, P) bool: pixels of the boxes with a label, of annotated objects that have a query."""
-        assert self.labels is not None
-        return (self.labels.final != IGNORED) & self.annotated.matched[:, self.labels.pixels.target]
+        labels = self.supervision.labels
+        assert labels is not None
+        return (labels.final != IGNORED) & self.annotated.matched[:, labels.pixels.target]
 
     @cached_property
     def labelled_number(self) -> Tensor:
@@ -67,11 +97,12 @@ class MatchedBoxes(Matched):
     @cached_property
     def label_loss(self) -> Tensor:
         """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
-        assert self.labels is not None
-        pixels, (height, width) = self.labels.pixels, self.objects.size
+        labels = self.supervision.labels
+        assert labels is not None
+        pixels, (height, width) = labels.pixels, self.objects.size
         position = (pixels.target * height + pixels.y) * width + pixels.x
         logits = self.masks.flatten(1).index_select(1, position)
-        return focal_loss(logits, self.labels.final, *focal_keys(self.sim)) * self.labelled
+        return focal_loss(logits, labels.final, *focal_keys(self.supervision.sim)) * self.labelled
 
 
 def focal_keys(sim: CfgNode) -> tuple[float, float]:
@@ -92,3 +123,19 @@ def matched_masks(mask_logits: Sequence[Tensor], match: Match, objects: Targets)
             for layer, query in zip(mask_logits, match.query, strict=True)
         ]
     )
+
+
+@torch.no_grad()
+def fill_deficit(logits: Tensor, box_masks: Tensor, least: float, enough: float) -> Tensor:
+    """1 where a mask fills at most the share ``least`` of its box, falling linearly to 0 at ``enough``.
+
+    Args:
+        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
+        box_masks: (T, h, w), 1 inside the box.
+        least, enough: shares of the box, by the mean of the mask's probabilities.
+
+    Returns:
+        (L, T).
+    """
+    fill = (logits.sigmoid() * box_masks).sum((-2, -1)) / box_masks.sum((-2, -1))
+    return ((enough - fill) / max(enough - least, 1e-6)).clamp(0, 1)

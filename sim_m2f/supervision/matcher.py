@@ -1,6 +1,6 @@
 """Hungarian matching of queries and boxes; it never sees a mask of the annotation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,10 @@ class Match:
 
     query: Tensor
     matched: Tensor
+
+
+# Takes class logits (L, B, Q, C+1), the masks' projections (L, B, Q, w) and (L, B, Q, h), and the objects.
+Matcher = Callable[[Tensor, Tensor, Tensor, Targets], Match]
 
 
 class BoxMatcher:

@@ -6,27 +6,21 @@ import torch
 from torch import Tensor
 
 from sim_m2f.distributed import number_over_ranks
-from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affinity, neighbour_offsets
+from sim_m2f.supervision.affinity import neighbour_offsets
 from sim_m2f.supervision.matched import MatchedBoxes
 from sim_m2f.supervision.targets import Targets, box_pixels
 
 
 def pairwise(matched: MatchedBoxes) -> Tensor:
-    """The pairwise loss per counted edge, summed over the layers."""
-    dilation = matched.sim.PAIRWISE.DILATION
-    sums, numbers = pairwise_loss(matched.masks, matched.objects, alike_edges(matched), dilation)
-    counted = number_over_ranks((numbers * matched.annotated.matched).sum(1))
-    return ((sums * matched.annotated.matched).sum(1) / counted).sum()
-
-
-def alike_edges(matched: MatchedBoxes) -> Tensor:
-    """(B, 4, h, w) bool: the edges between alike and usable pixels, in the order of ``neighbour_offsets``."""
-    keys = matched.sim.PAIRWISE
-    affinity, threshold = color_affinity(matched.images, keys.DILATION), keys.COLOR_THRESHOLD
-    if keys.FEATURE_AFFINITY and matched.teacher_features is not None:
-        affinity = affinity * feature_affinity(matched.teacher_features, keys.DILATION)
-        threshold = keys.PRODUCT_THRESHOLD
-    return (affinity >= threshold) & edge_mask(matched.valid, keys.DILATION)
+    """The pairwise loss per counted edge, summed over the layers; less where the fill guard is at work."""
+    supervision, match = matched.supervision, matched.annotated
+    dilation = supervision.sim.PAIRWISE.DILATION
+    sums, numbers = pairwise_loss(matched.masks, matched.objects, supervision.edges, dilation)
+    counted = number_over_ranks((numbers * match.matched).sum(1))
+    sums = sums * match.matched
+    if supervision.sim.FILL_GUARD.ENABLED:
+        sums = sums * (1 - matched.deficit)
+    return (sums.sum(1) / counted).sum()
 
 
 class SameLabel(torch.autograd.Function):

@@ -11,7 +11,7 @@ def copy_paste(matched: MatchedBoxes) -> Tensor:
     """Mean focal loss and dice towards the pasted masks, per pasted object, summed over the layers."""
     objects, pasted = matched.objects, matched.objects.pasted_index
     logits, target = matched.masks.index_select(1, pasted).flatten(2), objects.pasted_masks.flatten(1)
-    focal = focal_loss(logits, target.long(), *focal_keys(matched.sim)).mean(-1)
+    focal = focal_loss(logits, target.long(), *focal_keys(matched.supervision.sim)).mean(-1)
     loss = focal + dice_loss(logits.sigmoid(), target.float())
     loss = loss * matched.match.matched.index_select(1, pasted)
     return loss.sum() / number_over_ranks(loss.new_full((), len(pasted)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import LayerOutputs
-from sim_m2f.supervision.matcher import BoxMatcher, Match, mask_projections
+from sim_m2f.supervision.matcher import Match, Matcher, mask_projections
 from sim_m2f.supervision.prototypes import Prototypes
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
@@ -92,7 +92,7 @@ class PseudoMasks(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: BoxMatcher
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
     ) -> PseudoLabels:
         """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
         return self.labels(self.evidence(layers, features, targets, matcher), len(targets))
@@ -107,7 +107,7 @@ class PseudoMasks(nn.Module):
 
     @torch.no_grad()
     def evidence(
-        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: BoxMatcher
+        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
     ) -> Evidence:
         """M_S and M_I at the pixels of the boxes.
 
@@ -146,7 +146,7 @@ class PseudoMasks(nn.Module):
         return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, *bounds)
 
     def _instance(
-        self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: BoxMatcher
+        self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: Matcher
     ) -> tuple[Tensor, PositiveMasks]:
         """M_I: the last mask of each object's query alone, or the weighted mean of its positive masks."""
         positive = self.sim.POSITIVE_MASKS

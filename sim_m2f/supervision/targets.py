@@ -159,11 +159,14 @@ def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.cat([torch.where(empty, centre, first), torch.where(empty, centre + 1, end)], dim=1)
 
 
-def box_pixels(targets: Targets, margin: int = 0) -> BoxPixels:
-    """Every pixel of every box, with ``margin`` more pixels on all sides where the image has them."""
+def box_pixels(targets: Targets, margin: int | Tensor = 0) -> BoxPixels:
+    """Every pixel of every box, with ``margin`` more pixels on all sides where the image has them.
+
+    A margin of (T, 4) int64 on the CPU is one for each side of every box.
+    """
     height, width = targets.size
     limit = torch.tensor([width, height, width, height])
-    grown = (targets.ranges + torch.tensor([-margin, -margin, margin, margin])).clamp(min=0).minimum(limit)
+    grown = (targets.ranges + margin * torch.tensor([-1, -1, 1, 1])).clamp(min=0).minimum(limit)
     columns, rows = (grown[:, 2:] - grown[:, :2]).unbind(1)
     areas = columns * rows
     device = targets.labels.device

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import copy_from_first_rank
 from sim_m2f.errors import UserError
-from sim_m2f.structures import Outputs
+from sim_m2f.structures import Outputs, Prompts
 
 
 def teacher_terms(cfg: CfgNode) -> list[str]:
@@ -73,9 +73,9 @@ class Teacher(nn.Module):
         self.updates += 1
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Outputs:
         """The network's outputs for (B, 3, H, W) images."""
-        return self.network(images)
+        return self.network(images, prompts=prompts) if prompts else self.network(images)
 
 
 def build_teacher(cfg: CfgNode, student: nn.Module, device: torch.device) -> Teacher | None:

@@ -10,6 +10,7 @@ from sim_m2f.weights.folder import TrainedNetwork, write_folder
 from sim_m2f.weights.onnx import onnx_bytes
 from sim_m2f.weights.transformers import write_transformers
 
+PROMPTS = "sem_seg_head.predictor.prompts."
 FORMATS = {
     "safetensors": "a folder of ours: weights, configuration, class names and model card",
     "detectron2": "a .pth file that the original Mask2Former loads",
@@ -24,7 +25,11 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
     Raises:
         UserError: the format does not have such a network, or the path cannot be written.
     """
-    weights = {name: weight.cpu() for name, weight in trained.network.state_dict().items()}
+    weights = {  # no other format than ours has a place for prompts
+        name: weight.cpu()
+        for name, weight in trained.network.state_dict().items()
+        if not name.startswith(PROMPTS)
+    }
     if format_name == "safetensors":
         write_folder(output, trained)
     elif format_name == "transformers":

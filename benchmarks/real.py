@@ -1,0 +1,124 @@
+"""Collects runs on real images: their scores, and how well they label given boxes.
+
+    python benchmarks/real.py people boxinst=output/people_boxinst sim=output/people_sim ...
+
+Adds a row per run folder to benchmarks/results/real_<set>.json, in place of one of the same row, seed, steps
+and settings. "label/mIoU" is the mean IoU, in percent, of true masks and the network's masks for the true
+boxes of the validation images, clipped to the boxes: of prompted queries, or without prompts of the queries
+matched to the boxes; "label/mIoU colors" that of the same masks corrected by colour. With --settings the rows
+are exploratory and carry that text.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.loader import eval_loader
+from sim_m2f.modeling import Mask2Former, build_model
+from sim_m2f.modeling.postprocess import masks_in_boxes
+from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Target
+from sim_m2f.supervision.base import stacked_logits
+from sim_m2f.supervision.color_model import FINER, corrected_masks
+from sim_m2f.supervision.matcher import BoxMatcher, mask_projections
+from sim_m2f.supervision.prompting import annotated_prompts
+from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.weights.checkpoint import load_checkpoint
+
+RESULTS = Path(__file__).parent / "results"
+SCORES = ("segm/AP", "segm/AP75", "boxfill/AP")
+
+
+def trained(run: Path) -> tuple[CfgNode, Mask2Former]:
+    """A run's configuration and its network."""
+    cfg = get_cfg()
+    cfg.merge_from_file(run / "config.yaml")
+    network = build_model(cfg)
+    load_checkpoint(network, run / "model_final.pth", complete=True)
+    return cfg, network.eval()
+
+
+@torch.no_grad()
+def box_masks(cfg: CfgNode, network: Mask2Former, images: Tensor, targets: list[Target]) -> Tensor:
+    """(N, h, w): the mask logits of one image's N annotated boxes."""
+    if cfg.MODEL.SIM.PROMPTS.ENABLED:
+        prompts = annotated_prompts(targets, images.shape[-2:], images.device)
+        return network(images, auxiliary=False, prompts=prompts)["prompted"]["pred_masks"][0]
+    outputs = network(images, auxiliary=False)
+    objects = flatten_targets(targets, outputs["pred_masks"].shape[-2:], images.device)
+    keys = cfg.MODEL.SIM.MATCHER
+    matcher = BoxMatcher(keys.CLASS_WEIGHT, keys.PROJECTION_WEIGHT, keys.BOX_WEIGHT)
+    match = matcher(stacked_logits([outputs]), *mask_projections([outputs["pred_masks"]]), objects)
+    return outputs["pred_masks"][0, match.query[0]]
+
+
+def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
+    """(2, N): IoU of the true masks of validation and the network's for their boxes, then corrected ones."""
+    source = eval_sources(cfg)[0]
+    truth = read_coco(source, read_masks=True)
+    batches = eval_loader(cfg, source)
+    normalised = Pixels(cfg)
+    ious = []
+    for batch, image in zip(tqdm(batches, "label", leave=False, disable=None), truth.images, strict=True):
+        if not len(image.labels):
+            continue
+        logits = box_masks(cfg, network, batch["images"], batch["targets"])
+        given, size = batch["targets"][0]["boxes"], batch["image_sizes"][0]
+        pixels = normalised.undo(batch["images"][0])
+        corrected = corrected_masks(logits, pixels, given, size, cfg.MODEL.SIM.COLOR_MODEL)
+        boxes, original = torch.from_numpy(image.boxes).float(), batch["original_sizes"][0]
+        masks, _ = masks_in_boxes(logits, boxes, size, original)
+        fine, _ = masks_in_boxes(corrected, boxes, (FINER * size[0], FINER * size[1]), original)
+        for index, pair in enumerate(torch.stack([masks, fine], dim=1)):
+            true = torch.from_numpy(read_mask(truth, image, index)).bool()
+            ious.append((pair & true).sum((1, 2)) / (pair | true).sum((1, 2)).clamp(min=1))
+    return torch.stack(ious, dim=1)
+
+
+def measure(row: str, run: Path, settings: str) -> dict[str, str | float]:
+    """The row of a finished run; minutes are those from the first step to the last checkpoint."""
+    cfg, network = trained(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if "segm/AP" in line][-1]
+    seconds = (run / "model_final.pth").stat().st_mtime - (run / "config.yaml").stat().st_mtime
+    network_only, corrected = (100 * label_ious(cfg, network).mean(1)).tolist()
+    return {
+        "row": row,
+        **({"settings": settings} if settings else {}),
+        "seed": cfg.SEED,
+        "steps": cfg.SOLVER.MAX_ITER,
+        "minutes": round(seconds / 60, 1),
+        **{name: round(scores[name], 2) for name in SCORES},
+        "label/mIoU": round(network_only, 2),
+        "label/mIoU colors": round(corrected, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("set", help="name of the set, for the results file")
+    parser.add_argument("runs", nargs="+", metavar="ROW=FOLDER", help="name of a row, and a run's folder")
+    parser.add_argument("--settings", default="", help="what is special about an exploratory row")
+    args = parser.parse_args()
+    path = RESULTS / f"real_{args.set}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    for pair in args.runs:
+        name, _, folder = pair.partition("=")
+        row = measure(name, Path(folder), args.settings)
+        key = ("row", "settings", "seed", "steps")
+        rows = [old for old in rows if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
+        path.write_text("[\n" + ",\n".join(f" {json.dumps(entry)}" for entry in rows) + "\n]\n")
+        print(json.dumps(row), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

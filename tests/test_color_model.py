@@ -1,0 +1,160 @@
+"""Masks corrected by colour, against histograms counted in loops."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import sim_m2f
+from sim_m2f.supervision.color_model import (
+    BINS,
+    LEAST,
+    LEAST_DEVIATION,
+    MOST,
+    SPAN,
+    ColorLabels,
+    color_bins,
+    color_labels,
+    color_loss,
+    corrected_masks,
+    log_ratio,
+)
+from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.targets import flatten_targets
+
+
+def smoothed(histogram: np.ndarray) -> np.ndarray:
+    for axis in range(3):
+        padded = np.pad(histogram, [(1, 1) if other == axis else (0, 0) for other in range(3)], mode="edge")
+        low, middle, high = (np.take(padded, range(s, s + BINS[axis]), axis) for s in range(3))
+        histogram = low / 4 + middle / 2 + high / 4
+    return histogram
+
+
+def test_the_ratio_is_that_of_smoothed_histograms():
+    color, mask = torch.randint(6000, (40,)), torch.rand(40)
+    color[:20] = color[0] + torch.randint(3, (20,))
+    counts, target = torch.rand(40) < 0.8, torch.arange(40) // 20
+    found = log_ratio(color, mask, counts, target, 2)
+    for t in range(2):
+        regions = np.zeros((2, math.prod(BINS)))
+        for p in range(40):
+            if target[p] == t and counts[p]:
+                regions[0, color[p]] += mask[p].item()
+                regions[1, color[p]] += 1 - mask[p].item()
+        own, rest = (
+            smoothed(region.reshape(BINS)).ravel() / smoothed(region.reshape(BINS)).sum()
+            for region in regions
+        )
+        for p in range(20 * t, 20 * t + 20):
+            expected = math.log((own[color[p]] + LEAST) / (rest[color[p]] + LEAST))
+            assert found[p].item() == pytest.approx(min(max(expected, -MOST), MOST), abs=1e-4)
+
+
+def test_bins_span_the_colours_of_each_object():
+    lab = torch.tensor([50.0, 3, -20]) + torch.tensor([20.0, 9, 0.1]) * torch.randn(60, 3)
+    counts, target = torch.rand(60) < 0.7, torch.arange(60) // 30
+    found = color_bins(lab, counts, target, 2).tolist()
+    for p in range(60):
+        own = lab[(target == target[p]) & counts].double().numpy()
+        width = SPAN * np.maximum(own.std(axis=0), LEAST_DEVIATION)
+        place = (lab[p].double().numpy() - own.mean(axis=0)) / width + 0.5
+        cell = [min(max(math.floor(x * n), 0), n - 1) for x, n in zip(place, BINS, strict=True)]
+        assert found[p] == (cell[0] * BINS[1] + cell[1]) * BINS[2] + cell[2]
+
+
+@pytest.fixture
+def scene():
+    """A red disc on green in one box, half of the box's mask wrong, and the same disc alone in its box."""
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    disc = (y - 64) ** 2 + (x - 64) ** 2 < 30**2
+    color = torch.where(
+        disc, torch.tensor([200.0, 30, 30])[:, None, None], torch.tensor([30.0, 160, 60])[:, None, None]
+    )
+    boxes = torch.tensor([[34.0, 34.0, 94.0, 94.0]])
+    targets = flatten_targets(
+        [{"boxes": boxes, "labels": torch.zeros(1, dtype=torch.int64)}], (32, 32), torch.device("cpu")
+    )
+    return color[None], disc[2::4, 2::4], targets
+
+
+def test_colours_put_a_filled_box_right(scene):
+    image, disc, targets = scene
+    keys = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL
+    valid = torch.ones(1, 32, 32, dtype=torch.bool)
+    labels = color_labels(8 * targets.box_masks - 4, image, valid, targets, keys)
+    mask = labels.masks[0] > 0.5
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.88
+    assert labels.quality[0] > 0.85
+    assert not (labels.masks * (1 - targets.box_masks)).any()
+
+
+def test_the_surroundings_leave_other_boxes_out(scene):
+    """A second box beside the first holds red things too, which do not count as its surroundings."""
+    image, _, _ = scene
+    image[:, :, 30:98, 96:112] = torch.tensor([200.0, 30, 30])[:, None, None]
+    boxes = torch.tensor([[34.0, 34.0, 94.0, 94.0], [96.0, 30.0, 112.0, 98.0]])
+    target = {"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}
+    keys, valid = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL, torch.ones(1, 32, 32, dtype=torch.bool)
+    found = []
+    for count in (2, 1):
+        part = {name: values[:count] for name, values in target.items()}
+        targets = flatten_targets([part], (32, 32), torch.device("cpu"))
+        found.append(color_labels(4 * targets.box_masks - 3, image, valid, targets, keys).masks[0])
+    red = (image[0, 0, 2::4, 2::4] > 100) & (targets.box_masks[0] > 0)
+    assert found[0][red].mean() > found[1][red].mean()
+
+
+def test_the_loss_is_cross_entropy_and_dice_in_the_box(scene):
+    _, _, targets = scene
+    logits = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    labels = ColorLabels(torch.rand(1, 32, 32).double() * targets.box_masks, torch.ones(1))
+    inside = list(itertools.product(*(range(side) for side in (32, 32))))
+    inside = [(y, x) for y, x in inside if targets.box_masks[0, y, x]]
+    for layer, loss in enumerate(color_loss(logits, labels, targets)[:, 0].tolist()):
+        p = [1 / (1 + math.exp(-logits[layer, 0, y, x])) for y, x in inside]
+        t = [labels.masks[0, y, x].item() for y, x in inside]
+        entropy = -sum(b * math.log(a) + (1 - b) * math.log(1 - a) for a, b in zip(p, t, strict=True))
+        squares = sum(a * a for a in p) + sum(b * b for b in t) + 1e-5
+        dice = 1 - 2 * sum(a * b for a, b in zip(p, t, strict=True)) / squares
+        assert loss == pytest.approx(entropy / len(inside) + dice, rel=1e-5)
+
+
+def test_only_good_labels_are_learned_and_only_after_the_start(scene):
+    image, _, _ = scene
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1, "MODEL.SIM.SUPERVISION", "box"])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.ENABLED", True, "MODEL.SIM.COLOR_MODEL.START", 1.0])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.WARMUP", 0.0])
+    masks = torch.full((1, 2, 32, 32), -4.0)
+    masks[0, :, 9:23, 9:23] = 4
+    outputs = {
+        "pred_logits": torch.zeros(1, 2, 2),
+        "pred_masks": masks,
+        "mask_features": torch.zeros(1, 4, 32, 32),
+    }
+    targets = [
+        {"boxes": torch.tensor([[34.0, 34.0, 94.0, 94.0]]), "labels": torch.zeros(1, dtype=torch.int64)}
+    ]
+    criterion = build_criterion(cfg)
+    normalised = criterion.pixels.normalise(image)
+    outputs["aux_outputs"] = []
+    losses, matched = criterion(outputs, targets, normalised)
+    assert "loss_color_model" not in losses
+    criterion.update(matched)
+    assert criterion(outputs, targets, normalised)[0]["loss_color_model"] > 0
+    criterion.sim.COLOR_MODEL.MIN_IOU = 0.999
+    assert criterion(outputs, targets, normalised)[0]["loss_color_model"] == 0
+
+
+def test_given_boxes_are_corrected_at_twice_the_masks_size(scene):
+    image, _, targets = scene
+    y, x = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    disc = (2 * y + 1 - 64) ** 2 + (2 * x + 1 - 64) ** 2 < 30**2
+    keys = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL
+    logits = corrected_masks(8 * targets.box_masks - 4, image[0], targets.boxes, (128, 128), keys)
+    mask = logits[0] > 0
+    assert mask.shape == (64, 64)
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.93
