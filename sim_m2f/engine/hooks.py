@@ -7,7 +7,7 @@ from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
 
-# Masks of real objects fill half of their boxes and nine tenths of their own extent.
+# Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
 SETTLED = 0.2  # share of the run after which masks have a shape
 
