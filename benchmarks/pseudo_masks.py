@@ -124,7 +124,7 @@ def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) ->
     """Labels of a blend: how many, how many of them right, and where they differ from M_I."""
     truth, instance = found["truth"], found["instance"]
     semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
-    pixels = BoxPixels(found["object"], found["object"], found["object"])
+    pixels = BoxPixels(found["object"], found["object"], found["object"], found["object"])
     objects, masks = int(found["object"][-1]) + 1, keys.PSEUDO_MASKS
     labels = pseudo_labels(
         semantic, instance, pixels, objects, share, masks.POSITIVE, masks.NEGATIVE, masks.CONFIDENT

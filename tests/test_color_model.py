@@ -8,18 +8,23 @@ import pytest
 import torch
 
 import sim_m2f
-from sim_m2f.supervision.color_model import (
+from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.color_histograms import (
     BINS,
     LEAST,
     LEAST_DEVIATION,
     MOST,
     SPAN,
-    ColorLabels,
     color_bins,
+    log_ratio,
+)
+from sim_m2f.supervision.color_model import (
+    DISTANCES,
+    ColorLabels,
     color_labels,
     color_loss,
+    corrected,
     corrected_masks,
-    log_ratio,
 )
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.targets import flatten_targets
@@ -107,19 +112,51 @@ def test_the_surroundings_leave_other_boxes_out(scene):
     assert found[0][red].mean() > found[1][red].mean()
 
 
-def test_the_loss_is_cross_entropy_and_dice_in_the_box(scene):
+def test_neighbours_of_like_colour_draw_each_other(scene):
+    """One mean-field step from one histogram, written out in loops, with a box that the image's edge cuts."""
+    generator = torch.Generator().manual_seed(3)
+    image = (scene[0] + 60 * torch.randn(1, 3, 128, 128, generator=generator)).clamp(0, 255)
+    box = {"boxes": torch.tensor([[96.0, 40.0, 128.0, 64.0]]), "labels": torch.zeros(1, dtype=torch.int64)}
+    targets = flatten_targets([box], (32, 32), torch.device("cpu"))
+    logits, valid = torch.randn(1, 32, 32, generator=generator), torch.ones(1, 32, 32, dtype=torch.bool)
+    keys = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL
+    keys.ITERATIONS, keys.SMOOTHING_STEPS = 1, 0
+    before = corrected(logits, image, valid, targets, keys)[0].double()
+    keys.SMOOTHING_STEPS = 1
+    after = corrected(logits, image, valid, targets, keys)[0].double()
+    lab = rgb_to_lab(torch.nn.functional.avg_pool2d(image, 2) / 255)[0].permute(1, 2, 0).double()
+    left, top, right, bottom = 48 - 4, 20 - 4, 64, 32 + 4  # the box, and four pixels around it in the image
+    for y, x in itertools.product(range(20, 32), range(48, 64)):
+        drawn = 0.0
+        for distance in DISTANCES:
+            for dy, dx in itertools.product((-distance, 0, distance), repeat=2):
+                if (dy or dx) and left <= x + dx < right and top <= y + dy < bottom:
+                    apart = ((lab[y, x] - lab[y + dy, x + dx]) ** 2).sum() / (2 * keys.SMOOTHING_COLOR**2)
+                    drawn += math.exp(-apart) * (2 * before[y + dy, x + dx].item() - 1) / len(DISTANCES)
+        expected = before[y, x].logit() + keys.SMOOTHING * drawn
+        assert after[y, x].item() == pytest.approx(expected.sigmoid().item(), abs=2e-5)
+
+
+def test_without_a_network_the_first_mask_is_an_ellipse(scene):
+    image, disc, targets = scene
+    keys, valid = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL, torch.ones(1, 32, 32, dtype=torch.bool)
+    nonsense = torch.full((1, 32, 32), -50.0)
+    mask = color_labels(nonsense, image, valid, targets, keys, prior=1.0).masks[0] > 0.5
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.9
+    assert not (color_labels(nonsense, image, valid, targets, keys).masks > 0.5).any()
+
+
+def test_the_loss_is_dice_and_cross_entropy_per_pixel_of_the_box(scene):
     _, _, targets = scene
     logits = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     labels = ColorLabels(torch.rand(1, 32, 32).double() * targets.box_masks, torch.ones(1))
-    inside = list(itertools.product(*(range(side) for side in (32, 32))))
-    inside = [(y, x) for y, x in inside if targets.box_masks[0, y, x]]
+    t = labels.masks.flatten().tolist()
     for layer, loss in enumerate(color_loss(logits, labels, targets)[:, 0].tolist()):
-        p = [1 / (1 + math.exp(-logits[layer, 0, y, x])) for y, x in inside]
-        t = [labels.masks[0, y, x].item() for y, x in inside]
+        p = (1 / (1 + np.exp(-logits[layer].numpy()))).ravel().tolist()
         entropy = -sum(b * math.log(a) + (1 - b) * math.log(1 - a) for a, b in zip(p, t, strict=True))
         squares = sum(a * a for a in p) + sum(b * b for b in t) + 1e-5
         dice = 1 - 2 * sum(a * b for a, b in zip(p, t, strict=True)) / squares
-        assert loss == pytest.approx(entropy / len(inside) + dice, rel=1e-5)
+        assert loss == pytest.approx(entropy / targets.box_masks.sum().item() + dice, rel=1e-5)
 
 
 def test_only_good_labels_are_learned_and_only_after_the_start(scene):

@@ -8,7 +8,7 @@ import torch
 
 import sim_m2f
 from sim_m2f.errors import UserError
-from sim_m2f.modeling.mask_decoder import _attention_in_box
+from sim_m2f.modeling.mask_decoder import FAR, _attention_in_box
 from sim_m2f.modeling.prompts import box_sines, pixels_in_boxes
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Prompts
@@ -77,6 +77,18 @@ def test_a_prompt_is_answered_whatever_other_prompts_there_are(networks):
         alone = networks[1](images, prompts=prompts)["prompted"]
         for name in ("pred_logits", "pred_masks"):
             torch.testing.assert_close(alone[name][:, 0], together[name][:, n])
+
+
+@torch.no_grad()
+def test_masks_end_where_training_may_have_moved_their_box(networks):
+    prompts = prompts_of([[16.0, 20.0, 40.0, 36.0]])
+    decoder = networks[1].sem_seg_head.predictor
+    assert decoder.box_noise == pytest.approx(0.1)  # 2.4 and 1.6 pixels: 13.6 to 42.4 and 18.4 to 37.6
+    outputs = networks[1](torch.randn(1, 3, 64, 64), prompts=prompts)["prompted"]
+    for layer in (outputs, *outputs["aux_outputs"]):
+        far = layer["pred_masks"][0, 0] == FAR
+        assert far[:5].all() and far[9:].all() and far[:, :3].all() and far[:, 11:].all()
+        assert not far[5:9, 3:11].any()
 
 
 @torch.no_grad()

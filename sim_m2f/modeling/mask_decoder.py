@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.position import sine_positions
-from sim_m2f.modeling.prompts import PromptEncoder, pixels_in_boxes
+from sim_m2f.modeling.prompts import PromptEncoder, grown, pixels_in_boxes
 from sim_m2f.structures import LayerOutputs, Prompts
+
+FAR = -10.0  # logit of a prompted mask where it cannot be
 
 
 class Attention(nn.Module):
@@ -154,6 +156,7 @@ class MaskDecoder(nn.Module):
         # the last ones, so that the seed draws the same weights for the others with and without them
         if cfg.MODEL.SIM.PROMPTS.ENABLED:
             self.prompts = PromptEncoder(head.NUM_CLASSES, width)
+            self.box_noise = cfg.MODEL.SIM.PROMPTS.BOX_NOISE
 
     def forward(
         self,
@@ -184,12 +187,23 @@ class MaskDecoder(nn.Module):
     def _prompted(
         self, prompts: Prompts, encoded: list[Tensor], maps: _Maps, auxiliary: bool
     ) -> list[LayerOutputs]:
-        """Each looks into its box, from the second layer on at its mask in the box, and at no other query."""
+        """Each looks into its box, from the second layer on at its mask in the box, and at no other query.
+
+        Its mask is empty farther from the box than training moves a side, so that features need not tell
+        the object from its likes elsewhere.
+        """
         boxes = [pixels_in_boxes(prompts.boxes, *level.shape[-2:]) for level in encoded]
         own = torch.eye(prompts.labels.shape[1], dtype=torch.bool, device=prompts.labels.device)[None]
         # before the first layer all prompts of a class are one and the same query
         query, positions = self.prompts(prompts)
-        return self._decoded(query, positions, maps, auxiliary, boxes, own)[int(auxiliary) :]
+        predictions = self._decoded(query, positions, maps, auxiliary, boxes, own)[int(auxiliary) :]
+        height, width = maps.features.shape[-2:]
+        near = pixels_in_boxes(grown(prompts.boxes, self.box_noise), height, width).unflatten(
+            2, (height, width)
+        )
+        for layer in predictions:
+            layer["pred_masks"] = layer["pred_masks"].masked_fill(~near, FAR)
+        return predictions
 
     def _decoded(
         self,

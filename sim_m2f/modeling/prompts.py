@@ -35,6 +35,12 @@ def box_sines(boxes: Tensor) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def grown(boxes: Tensor, share: float) -> Tensor:
+    """(..., 4) xyxy boxes with every side moved out by a share of the box's width or height."""
+    margin = share * (boxes[..., 2:] - boxes[..., :2])
+    return torch.cat([boxes[..., :2] - margin, boxes[..., 2:] + margin], dim=-1)
+
+
 def pixels_in_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
     """Pixels of a map whose centres lie in the boxes; every box owns at least the pixel at its own centre.
 

@@ -3,10 +3,13 @@
 Two colour histograms per object, of its mask and of the rest of its box and the surroundings, as in GrabCut
 (https://dl.acm.org/doi/10.1145/1015706.1015720). That every pixel is drawn to the region that explains its
 colour better is region competition, a level-set energy with densities where Box2Mask
-(https://arxiv.org/abs/2212.01579) has means. Nothing is learned but the masks.
+(https://arxiv.org/abs/2212.01579) has means. Neighbours of like colour then draw each other to one side, by
+mean-field steps of a conditional random field (https://arxiv.org/abs/1210.5644) with edges of three lengths
+in place of all pairs. Nothing is learned but the masks.
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +19,15 @@ from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.color_histograms import color_bins, log_ratio
 from sim_m2f.supervision.losses import dice_loss
 from sim_m2f.supervision.matcher import mask_projections
-from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, flatten_targets, map_size
+from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
 
-BINS = (24, 16, 16)  # of L, a and b, over SPAN standard deviations of the object's pixels around their mean
-SPAN = 4.0
-LEAST_DEVIATION = 3.0  # in units of CIELAB, so that noise is not told apart
-LEAST = 1e-4  # probability of a colour that a region does not have
-MOST = 3.0  # largest logarithm of the ratio of two probabilities
-LEAST_MARGIN = 2  # pixels
-FINER = 2  # so much finer are colours and masks where no loss has to compare them with the network's
+FINER = 2  # colours are looked at in so much smaller pixels than masks: at stride 2, where outlines show
+LEAST_MARGIN = 2  # pixels at stride 4
+ELLIPSE = 1.5  # logit of the first mask inside an ellipse that touches the box's sides, and minus it outside
+DISTANCES = (1, 4)  # of neighbours that draw each other, in pixels at stride 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ColorLabels:
     """Probabilities that pixels belong to their objects.
 
     Attributes:
-        masks: (T, h, w), 0 outside of the object's box.
+        masks: (T, h, w), stride 4, 0 outside of the object's box.
         quality: (T,), IoU of the box around the mask and the annotated one.
     """
 
@@ -44,12 +45,9 @@ class ColorLabels:
 
 @torch.no_grad()
 def color_labels(
-    logits: Tensor, images: Tensor, valid: Tensor, targets: Targets, keys: CfgNode
+    logits: Tensor, images: Tensor, valid: Tensor, targets: Targets, keys: CfgNode, prior: float = 0.0
 ) -> ColorLabels:
-    """Masks with logits KEEP * logit + log(P(colour | mask) / P(colour | rest)).
-
-    The surroundings are MARGIN of the box on all sides, without what lies in other boxes. The histograms are
-    taken ITERATIONS times, each from the masks corrected by the former.
+    """What ``corrected`` makes of masks at stride 2, as means of 2 x 2 of its pixels.
 
     Args:
         logits: (T, h, w) mask logits of the objects, stride 4.
@@ -57,25 +55,12 @@ def color_labels(
         valid: (B, h, w) bool, pixels that count.
         targets: the T objects.
         keys: MODEL.SIM.COLOR_MODEL.
+        prior: share of an ellipse in the boxes that the first masks are made of, beside the logits.
     """
-    lab = rgb_to_lab((F.avg_pool2d(images.float(), STRIDE) / 255).clamp(0, 1))
-    pixels = box_pixels(targets, _margins(targets, keys.MARGIN))
-    image = targets.image_index[pixels.target]
-    boxes = targets.box_masks
-    inside = boxes[pixels.target, pixels.y, pixels.x] > 0
-    covered = torch.zeros_like(valid, dtype=boxes.dtype).index_add(0, targets.image_index, boxes) > 0
-    counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x])
-    color = color_bins(lab[image, :, pixels.y, pixels.x], counts, pixels.target, len(targets))
-    own = logits[pixels.target, pixels.y, pixels.x].float()
-    mask = own.sigmoid() * inside
-    for _ in range(keys.ITERATIONS):
-        ratio = log_ratio(color, mask, counts, pixels.target, len(targets))
-        mask = (keys.KEEP * own + ratio).sigmoid() * inside
-    masks = torch.zeros(len(targets), *targets.size, device=logits.device)
-    masks[pixels.target, pixels.y, pixels.x] = mask
-    projections = mask_projections([masks[None].clamp(1e-6, 1 - 1e-6).logit()])
-    quality = iou(projection_boxes(*projections)[0, 0], targets.relative_boxes)
-    return ColorLabels(masks, quality)
+    fine = corrected(logits, images, valid, targets, keys, prior)
+    masks = F.avg_pool2d(fine[None], FINER)[0]
+    projections = mask_projections([_logits(masks)[None]])
+    return ColorLabels(masks, iou(projection_boxes(*projections)[0, 0], targets.relative_boxes))
 
 
 @torch.no_grad()
@@ -94,77 +79,99 @@ def corrected_masks(
     Returns:
         (N, 2 h, 2 w), stride 2.
     """
-    image, logits = (
-        F.interpolate(maps[None].float(), scale_factor=FINER, mode="bilinear")[0] for maps in (image, logits)
-    )
-    target: Target = {"boxes": FINER * boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+    target: Target = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
     targets = flatten_targets([target], map_size(logits), logits.device)
     valid = torch.zeros(1, *map_size(logits), dtype=torch.bool, device=logits.device)
-    height, width = (FINER * side // STRIDE for side in size)
-    valid[:, :height, :width] = True
-    return color_labels(logits, image[None], valid, targets, keys).masks.clamp(1e-6, 1 - 1e-6).logit()
+    valid[:, : size[0] // STRIDE, : size[1] // STRIDE] = True
+    return _logits(corrected(logits, image[None], valid, targets, keys))
+
+
+def corrected(
+    logits: Tensor, images: Tensor, valid: Tensor, targets: Targets, keys: CfgNode, prior: float = 0.0
+) -> Tensor:
+    """Masks of the objects from their own logits, colours and neighbours, with pixels of stride 2.
+
+    A pixel's logit is KEEP * logit + log(P(colour | mask) / P(colour | rest)) + SMOOTHING * the sum over the
+    neighbours of their likeness * (2 P(neighbour in the mask) - 1). The surroundings are MARGIN of the box
+    on all sides, without what lies in other boxes. The histograms are taken ITERATIONS times, each from the
+    masks corrected by the former.
+
+    Returns:
+        (T, 2 h, 2 w) probabilities, 0 outside of the object's box; for the arguments see ``color_labels``.
+    """
+    targets = replace(
+        targets, ranges=FINER * targets.ranges, size=(FINER * targets.size[0], FINER * targets.size[1])
+    )
+    logits = F.interpolate(logits[None].float(), scale_factor=FINER, mode="bilinear")[0]
+    valid = valid.repeat_interleave(FINER, 1).repeat_interleave(FINER, 2)
+    pixels = box_pixels(targets, _margins(targets, keys.MARGIN))
+    image, place = targets.image_index[pixels.target], (pixels.target, pixels.y, pixels.x)
+    boxes = targets.box_masks
+    inside = boxes[place] > 0
+    covered = torch.zeros_like(valid, dtype=boxes.dtype).index_add(0, targets.image_index, boxes) > 0
+    counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x])
+    lab = rgb_to_lab((F.avg_pool2d(images.float(), STRIDE // FINER) / 255).clamp(0, 1))
+    colors = lab[image, :, pixels.y, pixels.x]
+    bins = color_bins(colors, counts, pixels.target, len(targets))
+    edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)
+    own = (1 - prior) * logits[place] + prior * _ellipse(pixels, targets)
+    mask = own.sigmoid() * inside
+    for _ in range(keys.ITERATIONS):
+        seen = keys.KEEP * own + log_ratio(bins, mask, counts, pixels.target, len(targets))
+        mask = seen.sigmoid() * inside
+        for _ in range(keys.SMOOTHING_STEPS):
+            drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
+            mask = (seen + keys.SMOOTHING * drawn).sigmoid() * inside
+    return torch.zeros_like(boxes).index_put(place, mask)
 
 
 def color_loss(logits: Tensor, labels: ColorLabels, targets: Targets) -> Tensor:
-    """(L, T): mean cross-entropy over the box towards the labels, and dice of mask and labels in the box."""
-    boxes = targets.box_masks
+    """(L, T): dice of mask and labels, and their cross-entropy over the whole map per pixel of the box.
+
+    Labels are 0 outside of the box: without them there, masks spread over like objects beside it.
+    """
     cross_entropy = F.binary_cross_entropy_with_logits(
         logits, labels.masks.expand_as(logits), reduction="none"
     )
-    mean = (cross_entropy * boxes).sum((-2, -1)) / boxes.sum((-2, -1))
-    return mean + dice_loss((logits.sigmoid() * boxes).flatten(2), labels.masks.flatten(1))
+    mean = cross_entropy.sum((-2, -1)) / targets.box_masks.sum((-2, -1))
+    return mean + dice_loss(logits.sigmoid().flatten(2), labels.masks.flatten(1))
 
 
-def color_bins(lab: Tensor, counts: Tensor, target: Tensor, objects: int) -> Tensor:
-    """(P,) int64: the bins of CIELAB colours, finer where those of an object's pixels are more alike.
-
-    Args:
-        lab: (P, 3).
-        counts: (P,) bool, pixels that say how wide the bins are.
-        target: (P,) int64, the object of each pixel.
-        objects: T.
-    """
-    weight = counts[:, None].to(lab.dtype)
-    empty = lab.new_zeros(objects, 3)
-    number = empty[:, :1].index_add(0, target, weight).clamp(min=1)
-    mean = empty.index_add(0, target, lab * weight) / number
-    away = lab - mean[target]
-    deviation = (empty.index_add(0, target, away**2 * weight) / number).sqrt().clamp(min=LEAST_DEVIATION)
-    bins = torch.tensor(BINS, device=lab.device)
-    place = ((away / deviation[target] / SPAN + 0.5) * bins).long().clamp(min=0).minimum(bins - 1)
-    return (place[:, 0] * BINS[1] + place[:, 1]) * BINS[2] + place[:, 2]
+def _logits(probabilities: Tensor) -> Tensor:
+    return probabilities.clamp(1e-6, 1 - 1e-6).logit()
 
 
-def log_ratio(color: Tensor, mask: Tensor, counts: Tensor, target: Tensor, objects: int) -> Tensor:
-    """(P,): log(P(colour | mask) / P(colour | rest)) at each pixel, at most MOST either way.
+def _ellipse(pixels: BoxPixels, targets: Targets) -> Tensor:
+    """(P,): ELLIPSE in the ellipse that touches the sides of the object's box, -ELLIPSE outside."""
+    x0, y0, x1, y1 = targets.ranges.to(pixels.x.device, non_blocking=True)[pixels.target].unbind(1)
+    across = (2 * (pixels.x - x0) + 1) / (x1 - x0) - 1
+    down = (2 * (pixels.y - y0) + 1) / (y1 - y0) - 1
+    return torch.where(across**2 + down**2 < 1, ELLIPSE, -ELLIPSE)
+
+
+def _edges(pixels: BoxPixels, colors: Tensor, deviation: float) -> list[tuple[Tensor, Tensor]]:
+    """For each of the 8 neighbours at each of DISTANCES, which pixel it is and how alike its colour is.
 
     Args:
-        color: (P,) int64 bins.
-        mask: (P,) probability that the pixel belongs to its object.
-        counts: (P,) bool, pixels that the histograms are made of.
-        target: (P,) int64 its object.
-        objects: T.
+        pixels: the P pixels.
+        colors: (P, 3) CIELAB.
+        deviation: standard deviation of the Gaussian of colour differences.
+
+    Returns:
+        pairs of (P,) int64 and (P,) float, 0 where the object has no such pixel, else 1 / number of distances
+        at most.
     """
-    size = BINS[0] * BINS[1] * BINS[2]
-    place = target * size + color
-    parts = torch.stack([mask, 1 - mask]) * counts
-    histograms = parts.new_zeros(2, objects * size).index_add(1, place, parts)
-    histograms = _smoothed(histograms.view(2 * objects, *BINS)).view(2, objects, size)
-    shares = histograms / histograms.sum(-1, keepdim=True).clamp(min=1e-6) + LEAST
-    return (shares[0] / shares[1]).log().flatten()[place].clamp(-MOST, MOST)
-
-
-def _smoothed(histograms: Tensor) -> Tensor:
-    """(N, L, a, b): each bin's mean with its neighbours along every axis, weights 1, 2, 1."""
-    for axis in (1, 2, 3):
-        last = histograms.shape[axis] - 1
-        before = torch.cat([histograms.narrow(axis, 0, 1), histograms.narrow(axis, 0, last)], dim=axis)
-        after = torch.cat([histograms.narrow(axis, 1, last), histograms.narrow(axis, last, 1)], dim=axis)
-        histograms = (before + after) / 4 + histograms / 2
-    return histograms
+    edges = []
+    for distance in DISTANCES:
+        for dy, dx in itertools.product((-distance, 0, distance), repeat=2):
+            if dy or dx:
+                there, exists = pixels.neighbours(dx, dy)
+                apart = (colors - colors[there]).square().sum(1)
+                edges.append((there, exists * torch.exp(-apart / (2 * deviation**2)) / len(DISTANCES)))
+    return edges
 
 
 def _margins(targets: Targets, share: float) -> Tensor:
-    """(T, 4) int64: so much wider is each side's surroundings, in pixels at stride 4."""
+    """(T, 4) int64: so much wider is each side's surroundings, in pixels at stride 2."""
     sides = (targets.ranges[:, 2:] - targets.ranges[:, :2]).repeat(1, 2)
-    return (sides * share).long().clamp(min=LEAST_MARGIN)
+    return (sides * share).long().clamp(min=FINER * LEAST_MARGIN)

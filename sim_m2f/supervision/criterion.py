@@ -27,7 +27,7 @@ from sim_m2f.supervision.paste_loss import copy_paste
 from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.prompting import match_prompts, prompt_queries
 from sim_m2f.supervision.pseudo_masks import PseudoMasks
-from sim_m2f.supervision.schedule import term_weight
+from sim_m2f.supervision.schedule import fade_out, resolve_steps, term_weight
 from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets, map_size
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
@@ -146,7 +146,8 @@ class SIMCriterion(Criterion):
         masks, query = outputs["pred_masks"], match.query[-1]
         if "prompted" in outputs:
             masks, query = outputs["prompted"]["pred_masks"], prompt_queries(objects)
-        return color_labels(masks[objects.image_index, query], rgb, valid, objects, keys)
+        prior = fade_out(self.step, resolve_steps(keys.PRIOR, self.max_iter))
+        return color_labels(masks[objects.image_index, query], rgb, valid, objects, keys, prior)
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

@@ -77,16 +77,25 @@ class Targets:
 
 @dataclass(frozen=True)
 class BoxPixels:
-    """The pixels (stride 4) of all boxes, one box after the other: memory grows with the boxes' area.
+    """The pixels of all boxes, row by row, one box after the other: memory grows with the boxes' area.
 
     Attributes:
         target: (P,) int64, which object.
         x, y: (P,) int64, column and row.
+        columns: (P,) int64, how many of the pixels of its object lie in one row.
     """
 
     target: Tensor
     x: Tensor
     y: Tensor
+    columns: Tensor
+
+    def neighbours(self, dx: int, dy: int) -> tuple[Tensor, Tensor]:
+        """(P,) int64: each pixel's neighbour among those of its object; (P,) bool: whether there is one."""
+        there = torch.arange(len(self.x), device=self.x.device) + dy * self.columns + dx
+        there = there.clamp(0, max(len(self.x) - 1, 0))
+        exists = (self.target[there] == self.target) & (self.x[there] == self.x + dx)
+        return there, exists & (self.y[there] == self.y + dy)
 
 
 def map_size(maps: Tensor) -> tuple[int, int]:
@@ -177,4 +186,4 @@ def box_pixels(targets: Targets, margin: int | Tensor = 0) -> BoxPixels:
     target = torch.repeat_interleave(index, areas.to(device, non_blocking=True), output_size=pixels)
     x0, y0, columns, starts = table[target].unbind(1)
     rank = torch.arange(pixels, device=device) - starts
-    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns)
+    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns, columns)
