@@ -20,9 +20,7 @@ from sim_m2f.supervision.color_histograms import (
 )
 from sim_m2f.supervision.color_model import (
     DISTANCES,
-    ColorLabels,
     color_labels,
-    color_loss,
     corrected,
     corrected_masks,
 )
@@ -146,19 +144,6 @@ def test_without_a_network_the_first_mask_is_an_ellipse(scene):
     assert not (color_labels(nonsense, image, valid, targets, keys).masks > 0.5).any()
 
 
-def test_the_loss_is_dice_and_cross_entropy_per_pixel_of_the_box(scene):
-    _, _, targets = scene
-    logits = torch.randn(2, 1, 32, 32, dtype=torch.float64)
-    labels = ColorLabels(torch.rand(1, 32, 32).double() * targets.box_masks, torch.ones(1))
-    t = labels.masks.flatten().tolist()
-    for layer, loss in enumerate(color_loss(logits, labels, targets)[:, 0].tolist()):
-        p = (1 / (1 + np.exp(-logits[layer].numpy()))).ravel().tolist()
-        entropy = -sum(b * math.log(a) + (1 - b) * math.log(1 - a) for a, b in zip(p, t, strict=True))
-        squares = sum(a * a for a in p) + sum(b * b for b in t) + 1e-5
-        dice = 1 - 2 * sum(a * b for a, b in zip(p, t, strict=True)) / squares
-        assert loss == pytest.approx(entropy / targets.box_masks.sum().item() + dice, rel=1e-5)
-
-
 def test_only_good_labels_are_learned_and_only_after_the_start(scene):
     image, _, _ = scene
     cfg = sim_m2f.get_cfg()
@@ -181,7 +166,10 @@ def test_only_good_labels_are_learned_and_only_after_the_start(scene):
     losses, matched = criterion(outputs, targets, normalised)
     assert "loss_color_model" not in losses
     criterion.update(matched)
-    assert criterion(outputs, targets, normalised)[0]["loss_color_model"] > 0
+    loss = criterion(outputs, targets, normalised)[0]["loss_color_model"]
+    assert loss > 0
+    shifted = {**outputs, "pred_masks": masks.roll(16, dims=3)}  # the same mask, but beside the box
+    assert criterion(shifted, targets, normalised)[0]["loss_color_model"] > 4 * loss
     criterion.sim.COLOR_MODEL.MIN_IOU = 0.999
     assert criterion(outputs, targets, normalised)[0]["loss_color_model"] == 0
 

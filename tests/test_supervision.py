@@ -334,7 +334,9 @@ def test_the_fill_guard_fades_only_when_told_to(fade, step, share):
     masks = torch.full((2, 1, HEIGHT, WIDTH), -9.0)
     sim = sim_m2f.get_cfg().MODEL.SIM
     sim.FILL_GUARD.FADE = fade
-    supervision = Supervision(sim, step, 100, torch.zeros(0), torch.zeros(0), None, None, None)
+    supervision = Supervision(
+        sim, (8, 3.0, 0.75), step, 100, torch.zeros(0), torch.zeros(0), None, None, None
+    )
     nothing = torch.zeros(2, 1, dtype=torch.int64)
     match = Match(nothing, nothing == 0)
     assert MatchedBoxes(objects, match, masks, supervision).deficit.eq(share).all()

@@ -31,7 +31,8 @@ class Criterion(nn.Module):
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
-        self.mask_former = cfg.MODEL.MASK_FORMER
+        self.mask_former = keys = cfg.MODEL.MASK_FORMER
+        self.points = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
         self.prompts = cfg.MODEL.SIM.PROMPTS
         self.classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         self.max_iter = cfg.SOLVER.MAX_ITER

@@ -20,7 +20,6 @@ from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import rgb_to_lab
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
-from sim_m2f.supervision.losses import dice_loss
 from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
 
@@ -123,18 +122,6 @@ def corrected(
             drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
             mask = (seen + keys.SMOOTHING * drawn).sigmoid() * inside
     return torch.zeros_like(boxes).index_put(place, mask)
-
-
-def color_loss(logits: Tensor, labels: ColorLabels, targets: Targets) -> Tensor:
-    """(L, T): dice of mask and labels, and their cross-entropy over the whole map per pixel of the box.
-
-    Labels are 0 outside of the box: without them there, masks spread over like objects beside it.
-    """
-    cross_entropy = F.binary_cross_entropy_with_logits(
-        logits, labels.masks.expand_as(logits), reduction="none"
-    )
-    mean = cross_entropy.sum((-2, -1)) / targets.box_masks.sum((-2, -1))
-    return mean + dice_loss(logits.sigmoid().flatten(2), labels.masks.flatten(1))
 
 
 def _logits(probabilities: Tensor) -> Tensor:

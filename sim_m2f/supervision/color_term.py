@@ -2,15 +2,18 @@
 
 from torch import Tensor
 
-from sim_m2f.supervision.color_model import color_loss
+from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
 
 
 def color_model(matched: MatchedBoxes) -> Tensor:
-    """Per annotated object, weighted by how well the corrected mask fits its box; none below MIN_IOU."""
-    colors = matched.supervision.colors
+    """Cross-entropy and dice at uncertain points, as towards true masks, per annotated object.
+
+    They are weighted by how well the corrected mask fits its box, and left out below MIN_IOU. Points lie
+    outside of the boxes too: without the zeros there, masks spread over like objects beside theirs.
+    """
+    supervision, colors = matched.supervision, matched.supervision.colors
     assert colors is not None
-    good = colors.quality * (colors.quality >= matched.supervision.sim.COLOR_MODEL.MIN_IOU)
-    return per_object(
-        good * color_loss(matched.masks, colors, matched.objects), matched.annotated, matched.objects
-    )
+    good = colors.quality * (colors.quality >= supervision.sim.COLOR_MODEL.MIN_IOU)
+    cross_entropy, dice = mask_losses(matched.masks, colors.masks, *supervision.points)
+    return per_object(good * (cross_entropy + dice), matched.annotated, matched.objects)

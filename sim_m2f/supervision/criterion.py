@@ -134,7 +134,8 @@ class SIMCriterion(Criterion):
             labels = self.pseudo_masks(layers, features, objects, matcher)
         rgb, valid = self.pixels.undo(images), _valid(targets, images)
         colors = self._colors(outputs, objects, match, rgb, valid)
-        return Supervision(self.sim, self.step, self.max_iter, rgb, valid, features, labels, colors)
+        run = self.sim, self.points, self.step, self.max_iter
+        return Supervision(*run, rgb, valid, features, labels, colors)
 
     def _colors(
         self, outputs: Outputs, objects: Targets, match: Match, rgb: Tensor, valid: Tensor

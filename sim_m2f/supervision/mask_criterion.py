@@ -54,8 +54,7 @@ class MaskCriterion(Criterion):
     ) -> dict[str, Tensor]:
         """The losses of a group of queries towards the masks (T, H, W), by name."""
         keys = self.mask_former
-        sampling = keys.TRAIN_NUM_POINTS, keys.OVERSAMPLE_RATIO, keys.IMPORTANCE_SAMPLE_RATIO
-        cross_entropy, dice = mask_losses(matched.masks, truth, *sampling)
+        cross_entropy, dice = mask_losses(matched.masks, truth, *self.points)
         return {
             "loss_ce": self.classification(
                 stacked_logits(layers), matched.objects, matched.match, background

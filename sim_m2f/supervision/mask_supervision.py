@@ -90,7 +90,7 @@ def mask_losses(
 
     Args:
         logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
-        masks: (T, H, W) bool.
+        masks: (T, H, W) bool, or probabilities.
         num_points, oversample, importance: see ``uncertain_points``.
 
     Returns:

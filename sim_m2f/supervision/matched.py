@@ -44,6 +44,7 @@ class Supervision:
 
     Attributes:
         sim: the keys MODEL.SIM.
+        points: number, oversampling and importance of the points at which masks are compared with masks.
         step, max_iter: the steps done, and those of the run.
         images: (B, 3, H, W) float32 RGB, 0 to 255.
         valid: (B, h, w) bool, pixels at stride 4 that lie wholly on usable pixels.
@@ -53,6 +54,7 @@ class Supervision:
     """
 
     sim: CfgNode
+    points: tuple[int, float, float]
     step: int
     max_iter: int
     images: Tensor
