@@ -125,9 +125,9 @@ def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) ->
     truth, instance = found["truth"], found["instance"]
     semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
     pixels = BoxPixels(found["object"], found["object"], found["object"], found["object"])
-    objects, masks = int(found["object"][-1]) + 1, keys.PSEUDO_MASKS
+    masks, unused = keys.PSEUDO_MASKS, torch.ones(int(found["object"][-1]) + 1)
     labels = pseudo_labels(
-        semantic, instance, pixels, objects, share, masks.POSITIVE, masks.NEGATIVE, masks.CONFIDENT
+        semantic, instance, pixels, unused, share, masks.POSITIVE, masks.NEGATIVE, masks.CONFIDENT
     )
     positive, negative = labels.final == 1, labels.final == 0
     right = (positive & truth) | (negative & ~truth)

@@ -99,7 +99,7 @@ def test_maps_hold_the_modules_values_in_every_pixel(explained):
     taught = teacher(torch.zeros(1, 3, 4 * SIDE, 4 * SIDE))
     pseudo = criterion.pseudo_masks
     evidence = pseudo.evidence(criterion.layers(taught), taught["mask_features"], objects, criterion.matcher)
-    made = pseudo.labels(evidence, len(labels))
+    made = pseudo.labels(evidence)
     wanted = (evidence.semantic, evidence.instance, made.blend, made.final)
     place = 0
     for index in range(len(labels)):

@@ -13,7 +13,9 @@ from torchvision.ops import sigmoid_focal_loss
 import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.matched import MatchedBoxes
+from sim_m2f.supervision.gated_masks import gated_masks
+from sim_m2f.supervision.mask_supervision import mask_losses
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
 from sim_m2f.supervision.pseudo_masks import (
@@ -168,6 +170,8 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
         overlap = sides.prod()
         return p, overlap / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - overlap)
 
+    for t in range(3):
+        assert chosen.quality[t].item() == pytest.approx(math.prod(weight(1, t, match.query[1, t])), abs=1e-5)
     for i, (t, y, x) in enumerate(
         zip(pixels.target.tolist(), pixels.y.tolist(), pixels.x.tolist(), strict=True)
     ):
@@ -218,7 +222,7 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
     pixels = BoxPixels(target, target, target, torch.ones_like(target))
-    labels = pseudo_labels(semantic, instance, pixels, 4, 0.5, (0.6, 0.8), 0.4)
+    labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4)
     thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
     for t in range(4):
         members = [i for i in range(len(target)) if target[i] == t]
@@ -373,3 +377,28 @@ def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
     assert losses["loss_projection"].item() == pytest.approx(
         5 * (projected(0) + projected(2)).item() / 2, rel=1e-4
     )
+
+
+def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
+    """Two objects in a batch; the pseudo mask of the second is not good enough."""
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [20.0, 4.0, 60.0, 30.0]])
+    target = {"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}
+    objects = flatten_targets([target], (16, 16), torch.device("cpu"))
+    pixels, masks = box_pixels(objects), torch.randn(1, 2, 16, 16)
+    instance = torch.rand(len(pixels.x))
+    labels = pseudo_labels(instance, instance, pixels, torch.tensor([0.8, 0.4]), 0.5, (0.7, 0.8), 0.4)
+    wanted = torch.zeros(2, 16, 16)
+    for t, y, x, m in zip(pixels.target, pixels.y, pixels.x, instance, strict=True):
+        threshold = positive_thresholds(instance, instance, pixels.target, 2, (0.7, 0.8))[t]
+        wanted[t, y, x] = 1.0 if m >= threshold else 0.0 if m < 0.4 else m
+    torch.testing.assert_close(labels.soft_masks(objects), wanted)
+    points, empty = (40, 3.0, 0.75), torch.zeros(0)
+    sim = sim_m2f.get_cfg().MODEL.SIM
+    supervision = Supervision(sim, points, 0, 1, empty, empty, None, labels, None)
+    everything = torch.ones(1, 2, dtype=torch.bool)
+    match = Match(torch.zeros(1, 2, dtype=torch.int64), everything)
+    torch.manual_seed(0)
+    loss = gated_masks(MatchedBoxes(objects, match, masks, supervision))
+    torch.manual_seed(0)
+    cross_entropy, dice = mask_losses(masks, wanted, *points)
+    assert loss.item() == pytest.approx(0.8 * (cross_entropy + dice)[0, 0].item() / 2, rel=1e-6)

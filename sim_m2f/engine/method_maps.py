@@ -122,7 +122,7 @@ def _pseudo_masks(
     """The teacher's share of ``MethodMaps``, from its outputs for an image of this size."""
     (layers, matcher), pseudo = criterion.teacher_layers(outputs), criterion.pseudo_masks
     evidence = pseudo.evidence(layers, outputs["mask_features"], objects, matcher)
-    labels = pseudo.labels(evidence, len(objects))
+    labels = pseudo.labels(evidence)
     pixels, positive, keys = evidence.pixels, evidence.positive, criterion.sim.PSEUDO_MASKS
     bounds = keys.POSITIVE, keys.CONFIDENT
     thresholds = positive_thresholds(labels.blend, evidence.instance, pixels.target, len(objects), *bounds)

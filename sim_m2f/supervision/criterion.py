@@ -18,6 +18,7 @@ from sim_m2f.supervision.box_fill import box_fill
 from sim_m2f.supervision.color_model import ColorLabels, color_labels
 from sim_m2f.supervision.color_term import color_model
 from sim_m2f.supervision.fill_guard import fill_guard
+from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision, matched_masks
@@ -38,9 +39,11 @@ TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
     "loss_fill_guard": ("FILL_GUARD", fill_guard),
     "loss_pseudo_semantic": ("PSEUDO_SEMANTIC", pseudo_semantic),
     "loss_self_correction": ("SELF_CORRECTION", self_correction),
+    "loss_gated_masks": ("GATED_MASKS", gated_masks),
     "loss_color_model": ("COLOR_MODEL", color_model),
     "loss_copy_paste": ("COPY_PASTE", copy_paste),
 }
+LABELLED = ("PSEUDO_SEMANTIC", "SELF_CORRECTION", "GATED_MASKS")  # groups of those that need pseudo masks
 
 
 class SIMCriterion(Criterion):
@@ -105,8 +108,8 @@ class SIMCriterion(Criterion):
         losses = {
             "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
         }
-        given = {"PSEUDO_SEMANTIC": matched.supervision.labels, "COLOR_MODEL": matched.supervision.colors}
-        given["SELF_CORRECTION"] = given["PSEUDO_SEMANTIC"]
+        given = dict.fromkeys(LABELLED, matched.supervision.labels)
+        given["COLOR_MODEL"] = matched.supervision.colors
         for name, (group, term) in TERMS.items():
             keys = self.sim[group]
             weight = term_weight(keys, self.step, self.max_iter)

@@ -35,6 +35,11 @@ class PositiveMasks:
     query: Tensor
     weight: Tensor
 
+    @property
+    def quality(self) -> Tensor:
+        """(T,): the weight of the last layer's mask of the object's own query."""
+        return self.weight[self.layer.index(self.layer[-1])]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -63,6 +68,8 @@ class PseudoLabels:
         blend: (P,) M, the probability from which the final labels come.
         instance: (P,) M_I, the instance mask in it.
         pixels: the P pixels.
+        quality: (T,) the teacher's probability of the object's class times IoU of its mask's box and the
+            annotated one.
     """
 
     final: Tensor
@@ -70,6 +77,13 @@ class PseudoLabels:
     blend: Tensor
     instance: Tensor
     pixels: BoxPixels
+    quality: Tensor
+
+    def soft_masks(self, targets: Targets) -> Tensor:
+        """(T, h, w): the labels of the pixels of the boxes, M itself where they are ignored; 0 elsewhere."""
+        values = torch.where(self.final == IGNORED, self.blend.float(), self.final.float())
+        masks = torch.zeros(len(targets), *targets.size, device=values.device)
+        return masks.index_put((self.pixels.target, self.pixels.y, self.pixels.x), values)
 
     def masks(self, targets: Targets) -> tuple[Tensor, Tensor]:
         """(T, h, w) bool: the positive pixels of each object; (T,): their mean M, 0 where there is none."""
@@ -95,7 +109,7 @@ class PseudoMasks(nn.Module):
         self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
     ) -> PseudoLabels:
         """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
-        return self.labels(self.evidence(layers, features, targets, matcher), len(targets))
+        return self.labels(self.evidence(layers, features, targets, matcher))
 
     @torch.no_grad()
     def update(self, features: Tensor, targets: Targets, labels: PseudoLabels) -> None:
@@ -138,12 +152,12 @@ class PseudoMasks(nn.Module):
         ]
         return torch.cat(parts)
 
-    def labels(self, evidence: Evidence, objects: int) -> PseudoLabels:
-        """The labels of the pixels of so many objects."""
+    def labels(self, evidence: Evidence) -> PseudoLabels:
+        """The labels of the pixels of the boxes."""
         pseudo = self.sim.PSEUDO_MASKS
         masks = evidence.semantic, evidence.instance
         bounds = pseudo.POSITIVE, pseudo.NEGATIVE, pseudo.CONFIDENT
-        return pseudo_labels(*masks, evidence.pixels, objects, pseudo.ALPHA, *bounds)
+        return pseudo_labels(*masks, evidence.pixels, evidence.positive.quality, pseudo.ALPHA, *bounds)
 
     def _instance(
         self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: Matcher
@@ -262,7 +276,7 @@ def pseudo_labels(
     semantic: Tensor,
     instance: Tensor,
     pixels: BoxPixels,
-    objects: int,
+    quality: Tensor,
     alpha: float,
     positive: tuple[float, float],
     negative: float,
@@ -273,18 +287,18 @@ def pseudo_labels(
     Args:
         semantic, instance: (P,) M_S and M_I at the pixels of the boxes.
         pixels: the P pixels, one object's after the other's.
-        objects: T.
+        quality: (T,) of the objects' masks, see ``PseudoLabels``.
         alpha: weight of the semantic mask.
         positive: least and largest value of the adaptive t_pos.
         negative: t_neg.
         confident: the M_I above which a pixel counts for the rank that t_pos is taken at.
     """
     blend = alpha * semantic + (1 - alpha) * instance
-    thresholds = positive_thresholds(blend, instance, pixels.target, objects, positive, confident)
+    thresholds = positive_thresholds(blend, instance, pixels.target, len(quality), positive, confident)
     threshold = thresholds[pixels.target]
 
     def label(mask: Tensor) -> Tensor:
         undecided = torch.full_like(pixels.target, IGNORED)
         return torch.where(mask >= threshold, 1, torch.where(mask < negative, 0, undecided))
 
-    return PseudoLabels(label(blend), label(semantic), blend, instance, pixels)
+    return PseudoLabels(label(blend), label(semantic), blend, instance, pixels, quality)

@@ -23,6 +23,7 @@ def teacher_terms(cfg: CfgNode) -> list[str]:
         "PAIRWISE.FEATURE_AFFINITY": sim.PAIRWISE.ENABLED and sim.PAIRWISE.FEATURE_AFFINITY,
         "PSEUDO_SEMANTIC": sim.PSEUDO_SEMANTIC.ENABLED,
         "SELF_CORRECTION": sim.SELF_CORRECTION.ENABLED,
+        "GATED_MASKS": sim.GATED_MASKS.ENABLED,
         "COPY_PASTE": sim.COPY_PASTE.ENABLED,
     }
     terms = [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
