@@ -166,7 +166,7 @@ def same_attention(layers: Layers, images: Tensor) -> Iterator[dict[str, int]]:
         for layer, stride in zip(layers[:-1], itertools.cycle((32, 16, 8)), strict=False)
     )
 
-    def attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
+    def attention_mask(embedding: Tensor, features: Tensor, _: Tensor | None) -> Tensor:
         mask = next(masks)
         counts["pixels"] += mask.numel()
         counts["different"] += int((own(embedding, features) != mask).sum())

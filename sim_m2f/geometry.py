@@ -33,9 +33,9 @@ def projection_boxes(along_x: Tensor, along_y: Tensor) -> Tensor:
 
 def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Areas of intersection and union of xyxy boxes, broadcast over the leading dimensions."""
-    corners = torch.cat([torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])], -1)
-    overlap = _area(corners)
-    return overlap, _area(a) + _area(b) - overlap
+    overlap = _area(torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:]))
+    areas = [_area(boxes[..., :2], boxes[..., 2:]) for boxes in (a, b)]
+    return overlap, areas[0] + areas[1] - overlap
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
@@ -47,11 +47,9 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU of xyxy boxes, broadcast (https://arxiv.org/abs/1902.09630)."""
     overlap, union = overlap_and_union(a, b)
-    hull = _area(
-        torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1)
-    )
+    hull = _area(torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:]))
     return overlap / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
 
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+def _area(first: Tensor, last: Tensor) -> Tensor:
+    return (last - first).clamp(min=0).prod(-1)

@@ -23,7 +23,7 @@ from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Outputs, Prompts
+from sim_m2f.structures import Outputs, Prompts, Size
 from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
@@ -134,7 +134,7 @@ class Segmenter(nn.Module):
         padded_size = (-(-side // divisor) * divisor for side in size)
         padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
         if boxes is not None:
-            return self._masks_of(padded, *self._given(boxes, labels), size, original, colors)
+            return self._masks_of(padded, boxes, labels, size, original, colors)
         (best,) = instances(self._outputs(padded), [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
         kept = best["scores"] >= threshold
         return self._named(
@@ -151,29 +151,19 @@ class Segmenter(nn.Module):
         names = [self.class_names[label] for label in labels.tolist()]
         return Instances(labels, scores, boxes, masks, names)
 
-    def _given(self, boxes: Any, labels: Any) -> tuple[Tensor, Tensor]:
-        """Boxes (N, 4) and labels (N,) of a call, checked, on the network's device."""
+    def _masks_of(
+        self, images: Tensor, boxes: Any, labels: Any, size: Size, original: Size, colors: bool
+    ) -> Instances:
+        """The masks of boxes in pixels of the original image, from its input (1, 3, H, W)."""
         if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:
-            raise UserError(
-                "this network knows no boxes; leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
-            )
+            advice = "leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
+            raise UserError(f"this network knows no boxes; {advice}")
         boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
         classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         if len(labels) != len(boxes) or not ((labels >= 0) & (labels < classes)).all():
             raise UserError(f"{len(boxes)} boxes need as many labels from 0 to {classes - 1}")
-        return boxes.to(self.pixels.mean.device), labels.to(self.pixels.mean.device)
-
-    def _masks_of(
-        self,
-        images: Tensor,
-        boxes: Tensor,
-        labels: Tensor,
-        size: tuple[int, int],
-        original: tuple[int, int],
-        colors: bool,
-    ) -> Instances:
-        """The masks of boxes (N, 4) in pixels of the original image, from its input (1, 3, H, W)."""
+        boxes, labels = boxes.to(images.device), labels.to(images.device)
         scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
         resized = boxes * boxes.new_tensor([*scale, *scale])
         shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)

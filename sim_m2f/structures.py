@@ -7,6 +7,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from typing_extensions import NotRequired  # of Python 3.11; PyTorch brings it
 
+Size = tuple[int, int]  # height and width, in pixels
+
 
 class LayerOutputs(TypedDict):
     """Predictions after one decoder layer.
@@ -108,7 +110,7 @@ class Sample(TypedDict):
     valid: Tensor
     masks: NotRequired[Tensor]
     image_id: int
-    original_size: tuple[int, int]
+    original_size: Size
 
 
 class Batch(TypedDict):
@@ -124,8 +126,8 @@ class Batch(TypedDict):
     images: Tensor
     targets: list[Target]
     image_ids: list[int]
-    image_sizes: list[tuple[int, int]]
-    original_sizes: list[tuple[int, int]]
+    image_sizes: list[Size]
+    original_sizes: list[Size]
 
 
 class Detections(TypedDict):

@@ -161,7 +161,7 @@ from sim_m2f.engine.evaluator import evaluate
 accelerator = Accelerator(cpu=True)
 cfg = coloured_cfg(Path(sys.argv[1]))
 loader = eval_loader(cfg, eval_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
-metrics = evaluate(ColourNetwork(), loader, sys.argv[2], accelerator=accelerator, top_k=3)
+metrics = evaluate(ColourNetwork(), loader, Path(sys.argv[2]), accelerator=accelerator, top_k=3)
 Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}").write_text(repr(metrics))
 """
 

@@ -8,7 +8,7 @@ import torch
 
 import sim_m2f
 from sim_m2f.errors import UserError
-from sim_m2f.modeling.mask_decoder import FAR, _attention_in_box
+from sim_m2f.modeling.mask_decoder import FAR, _attention_mask
 from sim_m2f.modeling.prompts import box_sines, pixels_in_boxes
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Prompts
@@ -100,12 +100,12 @@ def test_the_first_layer_looks_into_the_box_alone(networks):
     decoder.transformer_ffn_layers = decoder.transformer_ffn_layers[:1]
     encoded = [torch.randn(1, 32, side, side) for side in (4, 8, 16)]
     features, prompts = torch.randn(1, 32, 32, 32), prompts_of([[16.0, 0.0, 48.0, 32.0]])
-    _, (before,) = decoder(encoded, features, prompts=prompts)
+    _, (before,) = decoder(encoded, features, True, prompts)
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[:2, 1:3] = True
     for changed, same in ((~inside, True), (inside, False)):
         others = [torch.where(changed, torch.randn(1, 32, 4, 4), encoded[0]), *encoded[1:]]
-        _, (after,) = decoder(others, features, prompts=prompts)
+        _, (after,) = decoder(others, features, True, prompts)
         assert torch.equal(before["pred_logits"], after["pred_logits"]) == same
 
 
@@ -115,11 +115,10 @@ def test_later_layers_look_at_the_mask_within_the_box():
     embedding[0, 0] = 0  # a mask of logits 0: all of the box
     box[1, 2] = False
     box[1, 2, (embedding[1, 2] @ features[1]).argmin()] = True  # no pixel of the mask in the box
-    allowed = _attention_in_box(embedding, features, box)
+    allowed = _attention_mask(embedding, features, box)
     for b, q in itertools.product(range(2), range(3)):
         mask = [box[b, q, p].item() and float(embedding[b, q] @ features[b, :, p]) >= 0 for p in range(12)]
         assert allowed[b, q].tolist() == (mask if any(mask) else box[b, q].tolist())
-    assert _attention_in_box(None, features, box) is box
 
 
 def test_pixels_of_a_box_are_those_with_their_centre_in_it():

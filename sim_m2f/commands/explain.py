@@ -1,6 +1,7 @@
 """Draw how a checkpoint gets from the boxes of some images to their pseudo masks."""
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the run's config.yaml")
     parser.add_argument("--num-images", "--pictures", type=int, default=4, metavar="N", help="images (4)")
     parser.add_argument("--folder", type=Path, help=f"where to write (default: OUTPUT_DIR/{FOLDER})")
-    overrides = (
-        "overrides: MODEL.WEIGHTS is the checkpoint (the last one in OUTPUT_DIR), DATASETS.TRAIN* the data"
-    )
+    weights, data = "MODEL.WEIGHTS is the checkpoint (the last one in OUTPUT_DIR)", "DATASETS.TRAIN* the data"
+    overrides = f"overrides: {weights}, {data}"
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=overrides)
 
 
@@ -58,9 +58,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
     criterion = _criterion(cfg, state, path).to(accelerator.device)
-    student, teacher = (
-        build_model(cfg).to(accelerator.device).to(memory_format=torch.channels_last) for _ in range(2)
-    )
+    student = build_model(cfg).to(accelerator.device).to(memory_format=torch.channels_last)
+    teacher = copy.deepcopy(student)
     load_weights(student, state["model"], path)
     load_weights(teacher, teacher_weights(state) or state["model"], path)
     step = state.get("iteration", 0)
@@ -69,9 +68,6 @@ def run(args: argparse.Namespace) -> int:
     page = Page(
         title="How the method sees its boxes",
         subtitle=f"{path}, after {step:,} steps.",
-        metrics={},
-        class_names=[],
-        examples=[],
         evolutions=read_method(folder),
         config=cfg.dump(),
     )

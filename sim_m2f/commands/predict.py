@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
-from sim_m2f.report.drawing import PALETTE, Shape, draw, write_png
+from sim_m2f.report.drawing import Shape, colours, draw, write_png
 from sim_m2f.segmenter import Instances, from_pretrained
 from sim_m2f.structures import Detections
 
@@ -94,9 +94,8 @@ def _names(files: list[Path], given: list[Path]) -> list[str]:
 
 def _draw(file: Path, detected: Instances, path: Path) -> None:
     masks = detected.masks.cpu().numpy()
-    shapes = [
-        Shape(PALETTE[label % len(PALETTE)], f"{detected.names[i]} {detected.scores[i]:.2f}", mask=masks[i])
-        for i, label in enumerate(detected.labels.tolist())
-    ]
+    texts = [f"{name} {score:.2f}" for name, score in zip(detected.names, detected.scores, strict=True)]
+    worn = colours(detected.labels.tolist())
+    shapes = [Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)]
     with Image.open(file) as stored:
         write_png(path, draw(ImageOps.exif_transpose(stored), shapes, SIDE))

@@ -46,8 +46,7 @@ def build_trainer(cfg: CfgNode, resume: bool = False) -> Trainer:
     Raises:
         UserError: see ``Trainer``.
     """
-    metrics = Metrics()
-    hooks = [metrics, MethodFigures(metrics), Checkpoints(), Evaluation(metrics), RunPage()]
+    hooks = Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage()
     return Trainer(cfg, hooks, resume)
 
 

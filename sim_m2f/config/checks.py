@@ -1,11 +1,13 @@
 """Every check of a configuration that names and types cannot make; the limits stand in ``limits.yaml``."""
 
-from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_beside
+from pathlib import Path
+
+from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_yaml
 from sim_m2f.config.node import CfgNode, value_of
 from sim_m2f.errors import UserError
 
 _FAR = 1.25  # factor between extents that positions learned from one of them do not bridge
-_LIMITS = read_beside("limits.yaml")
+_LIMITS = read_yaml(Path(__file__).with_name("limits.yaml"))
 
 
 def validate(cfg: CfgNode) -> None:
@@ -56,10 +58,9 @@ def extent_warning(cfg: CfgNode) -> str:
     low, high = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
     if low <= _FAR and high >= 1 / _FAR:
         return ""
-    return (
-        f"INPUT.MIN_SCALE {low} and MAX_SCALE {high}: training shows images {low} to {high} times as large "
-        "as its crop, tests show them whole; masks will be out of place; let the scales enclose 1"
-    )
+    fault = f"training shows images {low} to {high} times as large as its crop, tests show them whole"
+    advice = "masks will be out of place; let the scales enclose 1"
+    return f"INPUT.MIN_SCALE {low} and MAX_SCALE {high}: {fault}; {advice}"
 
 
 def without_effect(cfg: CfgNode) -> list[str]:

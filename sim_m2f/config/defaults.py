@@ -6,28 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fvcore.common.config import CfgNode as FvcoreNode
 
 from sim_m2f.config.node import CfgNode, leaf_keys
 
 
-def read_beside(name: str) -> dict[str, Any]:
-    """The content of a YAML file beside this one."""
-    return yaml.safe_load((Path(__file__).parent / name).read_text(encoding="utf-8"))
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The content of a YAML file that comes with the package."""
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
-def _add(node: CfgNode, values: Mapping[str, Any]) -> None:
+def add_keys(node: FvcoreNode, values: Mapping[str, Any]) -> None:
     """Give a node new keys; texts such as "(1, 2)" become tuples, as they do in files of one's own."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            _add(node.setdefault(key, CfgNode()), value)
+            add_keys(node.setdefault(key, type(node)()), value)
         else:
             node[key] = CfgNode._decode_cfg_value(value)
 
 
-_IGNORED = read_beside("without_effect.yaml")
+_IGNORED = read_yaml(Path(__file__).with_name("without_effect.yaml"))
 _DEFAULTS = CfgNode()
-_add(_DEFAULTS, read_beside("defaults.yaml"))
-_add(_DEFAULTS, _IGNORED)
+add_keys(_DEFAULTS, read_yaml(Path(__file__).with_suffix(".yaml")))
+add_keys(_DEFAULTS, _IGNORED)
 WITHOUT_EFFECT = tuple(leaf_keys(_IGNORED))
 
 

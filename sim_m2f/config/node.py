@@ -62,7 +62,8 @@ class CfgNode(FvcoreNode):
             self._merge(nested, "command line")
 
     def _merge(self, values: Mapping[str, Any], source: str) -> None:
-        _assign(self, _checked(values, self, self, "", source))
+        for group, key, value in list(_checked(values, self, self, "", source)):  # all of them, or none
+            setattr(group, key, value)
 
 
 def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -77,31 +78,25 @@ def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 
 def _checked(
-    values: Mapping[str, Any], defaults: CfgNode, root: CfgNode, prefix: str, source: str
-) -> dict[str, Any]:
-    """The values with the types of the defaults; raises UserError for an unknown key or a wrong type."""
-    checked = {}
+    values: Mapping[str, Any], group: CfgNode, root: CfgNode, prefix: str, source: str
+) -> Iterator[tuple[CfgNode, str, Any]]:
+    """Every group, key and value with the type of its default.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type.
+    """
     for key, value in values.items():
         path = f"{prefix}{key}"
-        if key not in defaults:
+        if key not in group:
             raise UserError(f"{source}: unknown key {path}; did you mean {_nearest(path, root)}?")
-        default = defaults[key]
+        default = group[key]
         if isinstance(default, CfgNode):
             if not isinstance(value, Mapping):
                 first = f"{path}.{next(iter(default))}"
                 raise UserError(f"{source}: {path} is a group of keys; did you mean {first}?")
-            checked[key] = _checked(value, default, root, f"{path}.", source)
+            yield from _checked(value, default, root, f"{path}.", source)
         else:
-            checked[key] = _coerced(value, default, path, source)
-    return checked
-
-
-def _assign(node: CfgNode, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            _assign(node[key], value)
-        else:
-            setattr(node, key, value)
+            yield group, key, _coerced(value, default, path, source)
 
 
 def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
@@ -112,15 +107,11 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
         decoded = float(decoded)
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
         elements = [decoded] if isinstance(decoded, str) else decoded
-        decoded = type(default)(
-            _coerced(element, default[0], f"{path}[{index}]", source)
-            for index, element in enumerate(elements)
-        )
+        numbered = enumerate(elements)
+        decoded = type(default)(_coerced(item, default[0], f"{path}[{i}]", source) for i, item in numbered)
     if default is not None and type(decoded) is not type(default):
-        raise UserError(
-            f"{source}: {path} takes a {type(default).__name__} such as {default!r}, not {value!r} "
-            f"({type(decoded).__name__})"
-        )
+        expected, found = type(default).__name__, type(decoded).__name__
+        raise UserError(f"{source}: {path} takes a {expected} such as {default!r}, not {value!r} ({found})")
     return decoded
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 from sim_m2f.config import CfgNode
 from sim_m2f.structures import Annotated
@@ -28,21 +27,15 @@ class LargeScaleJitter(v2.ScaleJitter):
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
 
-class CropToFit(v2.Transform):
-    """Crop to at most ``size`` x ``size`` pixels at a random place; boxes are clipped."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
+class CropToFit(v2.RandomCrop):
+    """Crop to at most ``size`` pixels at a random place, without padding; boxes are clipped."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = v2.query_size(flat_inputs)
-        top = int(torch.randint(max(height - self.size, 0) + 1, ()))
-        left = int(torch.randint(max(width - self.size, 0) + 1, ()))
-        return {"top": top, "left": left, "height": min(height, self.size), "width": min(width, self.size)}
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return F.crop(inpt, **params)
+        old = v2.query_size(flat_inputs)
+        height, width = map(min, old, self.size)
+        top, left = (int(torch.randint(a - b + 1, ())) for a, b in zip(old, (height, width), strict=True))
+        place = {"top": top, "left": left, "height": height, "width": width}
+        return {"needs_crop": True, "needs_pad": False, **place}
 
 
 class ResizeShortestEdge(v2.RandomShortestSize):

@@ -1,6 +1,6 @@
 """Where the data sets are: the names that DATASETS.TRAIN and DATASETS.TEST may hold, or any two paths.
 
-The names and folders of COCO are those of detectron2.
+The names are in ``catalog.yaml`` beside this file; those of COCO, and its folders, are detectron2's.
 """
 
 import difflib
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sim_m2f.config import CfgNode
+from sim_m2f.config.defaults import read_yaml
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.errors import UserError
 
@@ -22,19 +23,7 @@ class DatasetSource:
     image_root: Path
 
 
-# Name of each data set -> its folder, its JSON in annotations/ and its folder of images.
-KNOWN = {
-    "coco_2017_train": ("coco", "instances_train2017", "train2017"),
-    "coco_2017_val": ("coco", "instances_val2017", "val2017"),
-    "coco_2017_test-dev": ("coco", "image_info_test-dev2017", "test2017"),
-    "nuclei_train": ("nuclei", "train", "train"),
-    "nuclei_val": ("nuclei", "val", "val"),
-    **{f"people_{split}": ("people", split, "images") for split in ("train", "train_boxes_only", "val")},
-    **{f"pennfudan_{split}": ("pennfudan", split, "images") for split in ("train", "val")},
-    **{f"coco_more_{split}": ("coco_more", split, "images") for split in ("train", "val")},
-    "shapes_train": ("shapes", "train", "train"),
-    "shapes_val": ("shapes", "val", "val"),
-}
+KNOWN = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def find_source(name: str) -> DatasetSource:

@@ -19,6 +19,7 @@ from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError
 from sim_m2f.files import read_json
 
+WHERE_FROM = "check DATASETS.* and $DETECTRON2_DATASETS"
 MAX_LINES = 20  # problems that one error tells one by one
 TOLERANCE = 1.0  # a box may reach this many pixels beyond its image; it is clipped
 
@@ -99,7 +100,7 @@ def load_json(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not JSON, or is not such an object.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file; check DATASETS.* and $DETECTRON2_DATASETS")
+        raise UserError(f"{path}: no such file; {WHERE_FROM}")
     content = read_json(path)
     for key in ("images", "categories", *(["annotations"] if "annotations" in content else [])):
         if not isinstance(content.get(key), list):
@@ -162,9 +163,7 @@ class _Reader:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
         root = self.source.image_root
         if not root.is_dir():
-            self.problems.append(
-                f"{root}: no such folder of images; check DATASETS.* and $DETECTRON2_DATASETS"
-            )
+            self.problems.append(f"{root}: no such folder of images; {WHERE_FROM}")
             return
         listed: dict[Path, dict[str, bool]] = {}
         for image in images:
@@ -190,14 +189,12 @@ class _Reader:
         return [
             ImageRecord(
                 **{key: image[key] for key in RECORDS["images"][1]},
-                boxes=np.array([box for _, box in targets[number]], np.float64).reshape(-1, 4),
-                labels=np.array([labels[item["category_id"]] for item, _ in targets[number]], np.int64),
-                annotation_ids=[item["id"] for item, _ in targets[number]],
-                segmentations=[item["segmentation"] for item, _ in targets[number]]
-                if self.read_masks
-                else None,
+                boxes=np.array([box for _, box in own], np.float64).reshape(-1, 4),
+                labels=np.array([labels[item["category_id"]] for item, _ in own], np.int64),
+                annotation_ids=[item["id"] for item, _ in own],
+                segmentations=[item["segmentation"] for item, _ in own] if self.read_masks else None,
             )
-            for number, image in images.items()
+            for image, own in zip(images.values(), targets.values(), strict=True)
         ]
 
     def target_box(self, item: Record, image: Record | None, labels: dict[int, int]) -> list[float] | None:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation, train_augmentation
@@ -21,7 +21,7 @@ class TrainDataset(Dataset[Sample]):
 
     Item ``n`` is sample n of the sequence: epochs follow each other, each a permutation of the images that
     have an object (the others are left out, as in detectron2). Image and augmentation depend on (SEED, n)
-    alone, so that neither workers nor ranks nor resuming change what is seen. Items are ``network_input``'s.
+    alone, so that neither workers nor ranks nor resuming change what is seen. Items are ``SampleReader``'s.
 
     Raises:
         UserError: no image has an object.
@@ -32,37 +32,49 @@ class TrainDataset(Dataset[Sample]):
         if not self.images:
             files = ", ".join(str(part.annotations_file) for part in data)
             raise UserError(f"{files}: no object to train on (crowds, empty boxes aside); give another JSON")
-        self.cfg, self.pixels, self.augment = cfg, Pixels(cfg), train_augmentation(cfg)
+        self.seed, self.read = cfg.SEED, SampleReader(cfg, train_augmentation(cfg))
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
     def __getitem__(self, number: int) -> Sample:
         epoch, position = divmod(number, len(self.images))
         if epoch != self.epoch:
-            self.order = np.random.default_rng([self.cfg.SEED, epoch]).permutation(len(self.images))
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
             self.epoch = epoch
-        data, record = self.images[self.order[position]]
-        sample = read_sample(data, record, self.cfg.INPUT.BOTTOM_ROWS)
-        seed = int(np.random.SeedSequence([self.cfg.SEED, number]).generate_state(1, np.uint64)[0])
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for good
-            sample = self.augment(sample)
-        return network_input(self.pixels, record, sample)
+            return self.read(*self.images[self.order[position]])
 
 
 class EvalDataset(Dataset[Sample]):
     """The images of one data set in the order of its JSON, resized for testing. Masks are never read."""
 
     def __init__(self, cfg: CfgNode, data: CocoData) -> None:
-        self.cfg, self.data = cfg, data
-        self.pixels, self.augment = Pixels(cfg), eval_augmentation(cfg)
+        self.data, self.read = data, SampleReader(cfg, eval_augmentation(cfg))
 
     def __len__(self) -> int:
         return len(self.data.images)
 
     def __getitem__(self, index: int) -> Sample:
-        record = self.data.images[index]
-        sample = self.augment(read_sample(self.data, record, self.cfg.INPUT.BOTTOM_ROWS))
-        return network_input(self.pixels, record, sample)
+        return self.read(self.data, self.data.images[index])
+
+
+class SampleReader:
+    """Reads an image with its objects, augments both, and gives what ``loader.collate`` takes."""
+
+    def __init__(self, cfg: CfgNode, augmentation: v2.Transform) -> None:
+        self.pixels, self.bottom_rows = Pixels(cfg), cfg.INPUT.BOTTOM_ROWS
+        self.augment = v2.Compose([augmentation, v2.ToPureTensor()])
+
+    def __call__(self, data: CocoData, record: ImageRecord) -> Sample:
+        """
+        Raises:
+            UserError: the image or a segmentation cannot be decoded.
+        """
+        sample = self.augment(read_sample(data, record, self.bottom_rows))
+        masks = {name: sample[name].bool() for name in ("valid", "masks") if name in sample}
+        image, size = self.pixels.normalise(sample["image"]), (record.height, record.width)
+        return sample | masks | {"image": image, "image_id": record.id, "original_size": size}
 
 
 def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annotated:
@@ -100,18 +112,3 @@ def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
     except ValueError as error:
         where = f"{data.annotations_file}: annotation id {record.annotation_ids[index]}"
         raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error
-
-
-def network_input(pixels: Pixels, record: ImageRecord, sample: Annotated) -> Sample:
-    """What ``loader.collate`` takes: plain tensors, the image normalised."""
-    network_sample: Sample = {
-        "image": pixels.normalise(sample["image"].as_subclass(Tensor)),
-        "boxes": sample["boxes"].as_subclass(Tensor),
-        "labels": sample["labels"],
-        "valid": sample["valid"].as_subclass(Tensor).bool(),
-        "image_id": record.id,
-        "original_size": (record.height, record.width),
-    }
-    if "masks" in sample:
-        network_sample["masks"] = sample["masks"].as_subclass(Tensor).bool()
-    return network_sample

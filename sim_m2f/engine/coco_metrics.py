@@ -5,7 +5,6 @@ what the same detections would score if nothing had been learned beyond the box.
 """
 
 import contextlib
-import io
 import itertools
 import json
 import math
@@ -104,11 +103,8 @@ def format_tables(metrics: dict[str, float], class_names: list[str]) -> str:
     blocks = 3 if len(classes) > FOLD_CLASSES_ABOVE else 1
     length = math.ceil(len(classes) / blocks)
     folded = [list(itertools.chain(*classes[row::length])) for row in range(length)]
-    tables = [
-        _table([TITLE, "AP", "AP50", "AP75", "S", "M", "L"], summary),
-        _table(["class", *(KINDS[kind] for kind in kinds)] * blocks, folded),
-    ]
-    return "\n\n".join(tables)
+    by_class = _table(["class", *(KINDS[kind] for kind in kinds)] * blocks, folded)
+    return _table([TITLE, "AP", "AP50", "AP75", "S", "M", "L"], summary) + "\n\n" + by_class
 
 
 def _table(headers: list[str], rows: list[list[str]]) -> str:
@@ -138,7 +134,7 @@ def index(dataset: dict[str, Any]) -> COCO:
     """An index over a data set in memory, without pycocotools' messages."""
     coco = COCO()
     coco.dataset = dataset
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         coco.createIndex()
     return coco
 
@@ -147,7 +143,7 @@ def _detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
     """What ``truth.loadRes`` makes of the results; it cannot take an empty list."""
     if not results:
         return index({**truth.dataset, "annotations": []})
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         return truth.loadRes(results)
 
 
@@ -155,7 +151,7 @@ def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) 
     # faster-coco-eval is faster but not equal: it leaves out the epsilon, and so its precision after a
     # class's first detection is 2e-16 higher (benchmarks/coco_eval.py).
     evaluation = COCOeval(truth, detections, iou_type)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(None):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

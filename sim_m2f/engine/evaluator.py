@@ -39,28 +39,17 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> di
         the metrics; before those of all but the first test set stand its name and "/".
     """
     metrics: dict[str, float] = {}
-    sources = eval_sources(cfg)
+    sources, folder, top_k = eval_sources(cfg), Path(cfg.OUTPUT_DIR), cfg.TEST.DETECTIONS_PER_IMAGE
     for source in sources:
         loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
         below = "" if source is sources[0] else f"{source.name}/"
-        scores = evaluate(
-            model,
-            loader,
-            Path(cfg.OUTPUT_DIR) / below,
-            accelerator=accelerator,
-            top_k=cfg.TEST.DETECTIONS_PER_IMAGE,
-        )
+        scores = evaluate(model, loader, folder / below, accelerator, top_k)
         metrics |= {f"{below}{name}": value for name, value in scores.items()}
     return metrics
 
 
 def evaluate(
-    model: nn.Module,
-    loader: Batches[EvalDataset],
-    output_dir: str | Path,
-    *,
-    accelerator: Accelerator,
-    top_k: int,
+    model: nn.Module, loader: Batches[EvalDataset], output_dir: Path, accelerator: Accelerator, top_k: int
 ) -> dict[str, float]:
     """Detect instances in every image of a test set and score them as COCO does.
 
@@ -84,10 +73,9 @@ def evaluate(
         ValueError: the detections do not fit the images or the classes, or an image came twice or never.
     """
     data = loader.dataset.data
-    output_dir = Path(output_dir)
     scored = data.has_annotations and accelerator.is_main_process
     truth = coco_metrics.load_truth(data.annotations_file) if scored else None
-    seen, results = _detect(model, loader, data.category_ids, accelerator, top_k)
+    seen, results = _detect(model, loader, accelerator, top_k)
     seen, results = gather_object(seen), gather_object(results)
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
@@ -103,11 +91,7 @@ def evaluate(
 
 
 def _detect(
-    model: nn.Module,
-    loader: Batches[EvalDataset],
-    category_ids: list[int],
-    accelerator: Accelerator,
-    top_k: int,
+    model: nn.Module, loader: Batches[EvalDataset], accelerator: Accelerator, top_k: int
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """This rank's image ids and detections."""
     # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
@@ -125,7 +109,7 @@ def _detect(
             detections = postprocess.instances(outputs, *sizes, top_k)
             for image_id, instances in zip(batch["image_ids"], detections, strict=True):
                 seen.append(image_id)
-                results += encode(image_id, instances, category_ids)
+                results += encode(image_id, instances, loader.dataset.data.category_ids)
     return seen, results
 
 
@@ -146,10 +130,9 @@ def encode(image_id: int, instances: Detections, category_ids: list[int]) -> lis
     """
     masks, scores, labels = instances["masks"], instances["scores"].tolist(), instances["labels"].tolist()
     if not all(math.isfinite(score) for score in scores):
-        raise UserError(
-            f"image {image_id}: a score is not a finite number: broken weights, or training has diverged; "
-            "start from an earlier checkpoint or lower SOLVER.BASE_LR"
-        )
+        fault = "a score is not a finite number: broken weights, or training has diverged"
+        advice = "start from an earlier checkpoint or lower SOLVER.BASE_LR"
+        raise UserError(f"image {image_id}: {fault}; {advice}")
     encoded = encode_masks(masks.cpu().numpy())
     return [
         {
@@ -178,9 +161,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _in_order(results: list[dict[str, Any]], seen: list[int], image_ids: list[int]) -> list[dict[str, Any]]:
     """The detections in the order of the images, so that the file is the same for any number of ranks."""
     if sorted(seen) != sorted(image_ids):
-        raise ValueError(
-            f"evaluation saw {len(seen)} images ({len(set(seen))} different) of {len(image_ids)}"
-        )
+        different = len(set(seen))
+        raise ValueError(f"evaluation saw {len(seen)} images ({different} different) of {len(image_ids)}")
     place = {image_id: index for index, image_id in enumerate(image_ids)}
     return sorted(results, key=lambda entry: place[entry["image_id"]])
 

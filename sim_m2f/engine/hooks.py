@@ -17,25 +17,21 @@ class Metrics(Hook):
 
     def before_train(self, trainer: Trainer) -> None:
         self.average, self.warned = LossAverage(), False
-        self.logger: MetricsLogger | None = None
         if trainer.accelerator.is_main_process:
             write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
-            self.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
+            trainer.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         self.average.add(losses, trainer.observed)
         if not trainer.due(trainer.cfg.SOLVER.LOG_PERIOD):
             return
         means = self.average.take()
-        if self.logger:
-            memory = memory_gib(trainer.accelerator.device)
-            rest: dict[str, float] = {
-                "lr": float(max(trainer.scheduler.get_last_lr())),
-                "steps_per_second": trainer.bar.format_dict["rate"] or 0.0,
-                "memory_gib": memory,
-            }
-            self.logger.write(trainer.iteration - 1, {**means, **rest})
-            trainer.bar.set_postfix_str(f"loss {means['total_loss']:.3f}, {memory:.1f} GiB")
+        if trainer.logger:
+            means["lr"] = float(max(trainer.scheduler.get_last_lr()))
+            means["steps_per_second"] = trainer.bar.format_dict["rate"] or 0.0
+            means["memory_gib"] = memory_gib(trainer.accelerator.device)
+            trainer.logger.write(trainer.iteration - 1, means)
+            trainer.bar.set_postfix_str(f"loss {means['total_loss']:.3f}, {means['memory_gib']:.1f} GiB")
             self._warn_of_outlines(trainer, means["mask_fill"], means["mask_solidity"])
 
     def _warn_of_outlines(self, trainer: Trainer, fill: float, solidity: float) -> None:
@@ -46,10 +42,8 @@ class Metrics(Hook):
             sim = trainer.cfg.MODEL.SIM
             unguarded = sim.SUPERVISION == "box" and not sim.FILL_GUARD.ENABLED
             advice = "; set MODEL.SIM.FILL_GUARD.ENABLED True" if unguarded else ""
-            tqdm.write(
-                f"step {trainer.iteration}: masks are outlines: they fill {fill:.0%} of their boxes and "
-                f"{solidity:.0%} of their own extent{advice}"
-            )
+            shares = f"they fill {fill:.0%} of their boxes and {solidity:.0%} of their own extent"
+            tqdm.write(f"step {trainer.iteration}: masks are outlines: {shares}{advice}")
 
 
 class Checkpoints(Hook):
@@ -63,14 +57,11 @@ class Checkpoints(Hook):
 class Evaluation(Hook):
     """Scores the test sets every TEST.EVAL_PERIOD steps and at the end."""
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:
             self.after_train(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         scores = trainer.evaluate()
-        if self.metrics.logger:
-            self.metrics.logger.write(trainer.iteration - 1, scores)
+        if trainer.logger:
+            trainer.logger.write(trainer.iteration - 1, scores)

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.files import write_file
@@ -108,10 +107,3 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process(os.getpid()).memory_info().rss / 2**30
-
-
-def progress_bar(start: int, total: int, shown: bool) -> tqdm:
-    """A bar over the steps of a run with rate and time left."""
-    return tqdm(
-        initial=start, total=total, desc="training", unit="step", disable=not shown, dynamic_ncols=True
-    )

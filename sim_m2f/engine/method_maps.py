@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation
-from sim_m2f.data.dataset import TrainDataset, network_input, read_sample
+from sim_m2f.data.dataset import SampleReader, TrainDataset
 from sim_m2f.data.loader import collate
 from sim_m2f.engine.evaluator import evaluation_mode
-from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Batch, Outputs, Prompts
+from sim_m2f.structures import Batch, Outputs, Prompts, Size
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.pseudo_masks import positive_thresholds
@@ -82,12 +81,11 @@ class MethodView:
     """
 
     def __init__(self, cfg: CfgNode, dataset: TrainDataset, number: int, accelerator: Accelerator) -> None:
-        self.accelerator, self.pixels = accelerator, Pixels(cfg)
+        read, divisor = SampleReader(cfg, eval_augmentation(cfg)), cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        self.accelerator, self.pixels = accelerator, read.pixels
         self.images: list[tuple[str, list[str], Batch]] = []  # file name, names of all classes, batch of one
-        augment, divisor = eval_augmentation(cfg), cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         for data, image in dataset.images[:number]:
-            sample = augment(read_sample(data, image, cfg.INPUT.BOTTOM_ROWS))
-            batch = collate([network_input(self.pixels, image, sample)], divisor=divisor)
+            batch = collate([read(data, image)], divisor=divisor)
             self.images.append((image.file_name, data.class_names, batch))
 
     @torch.no_grad()
@@ -116,9 +114,7 @@ class MethodView:
             return network(images, prompts=prompts)
 
 
-def _pseudo_masks(
-    criterion: SIMCriterion, outputs: Outputs, objects: Targets, size: tuple[int, int]
-) -> dict[str, Any]:
+def _pseudo_masks(criterion: SIMCriterion, outputs: Outputs, objects: Targets, size: Size) -> dict[str, Any]:
     """The teacher's share of ``MethodMaps``, from its outputs for an image of this size."""
     (layers, matcher), pseudo = criterion.teacher_layers(outputs), criterion.pseudo_masks
     evidence = pseudo.evidence(layers, outputs["mask_features"], objects, matcher)

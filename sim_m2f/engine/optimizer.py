@@ -20,8 +20,7 @@ def parameter_groups(model: nn.Module, cfg: CfgNode) -> list[dict]:
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad:
                 continue
-            factor = solver.BACKBONE_MULTIPLIER if module_name.startswith("backbone") else 1.0
-            rate = solver.BASE_LR * factor
+            rate = solver.BASE_LR * (solver.BACKBONE_MULTIPLIER if module_name.startswith("backbone") else 1)
             decay = solver.WEIGHT_DECAY
             if isinstance(module, NORMS):
                 decay = solver.WEIGHT_DECAY_NORM

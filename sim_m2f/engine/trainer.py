@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
+from tqdm import tqdm
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.loader import train_loader
 from sim_m2f.distributed import gather_on_first_rank, max_over_ranks
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
-from sim_m2f.engine.logging import progress_bar
+from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError
@@ -45,6 +46,7 @@ class Trainer:
 
     Attributes:
         observed: what the last step saw beside its losses: ``mask_shapes``.
+        logger: what the hook ``Metrics`` opens on the first rank, for all hooks.
 
     Args:
         cfg: the configuration.
@@ -58,6 +60,7 @@ class Trainer:
     def __init__(self, cfg: CfgNode, hooks: Sequence[Hook] = (), resume: bool = False) -> None:
         self.cfg, self.hooks = cfg, hooks
         self.output_dir = Path(cfg.OUTPUT_DIR)
+        self.logger: MetricsLogger | None = None
         self.accelerator = build_accelerator(cfg)
         model = build_model(cfg).to(memory_format=torch.channels_last)
         self.checkpoint = checkpoints.last_checkpoint(self.output_dir) if resume else None
@@ -84,7 +87,10 @@ class Trainer:
         self.loader = train_loader(self.cfg, self.iteration, *ranks)
         for hook in self.hooks:
             hook.before_train(self)
-        self.bar = progress_bar(self.iteration, total, accelerator.is_main_process)
+        start, hidden = self.iteration, not accelerator.is_main_process
+        self.bar = tqdm(
+            None, "training", total, unit="step", initial=start, disable=hidden, dynamic_ncols=True
+        )
         with self.bar, StopSignal() as stop:
             batches = iter(self.loader)
             while self.iteration < total and not self._agreed(stop):
@@ -150,9 +156,8 @@ class Trainer:
             return
         final = self.iteration == self.cfg.SOLVER.MAX_ITER
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
-        checkpoints.replace_checkpoint(
-            path, state, None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
-        )
+        previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
+        checkpoints.replace_checkpoint(path, state, previous)
         self.checkpoint = path
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
@@ -174,11 +179,8 @@ class Trainer:
     def _parts(self) -> dict[str, Any]:
         """What is saved beside the network, by its name in a checkpoint."""
         parts = {"criterion": self.criterion, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return (
-            parts
-            | ({"teacher": self.teacher} if self.teacher else {})
-            | ({"scaler": self.accelerator.scaler} if self.accelerator.scaler else {})
-        )
+        optional = {"teacher": self.teacher, "scaler": self.accelerator.scaler}
+        return parts | {name: part for name, part in optional.items() if part}
 
     def _state(self) -> dict[str, Any]:
         bank = send_to_device(self.copy_paste.bank.state_dict(), "cpu") if self.copy_paste else None

@@ -24,7 +24,8 @@ except ImportError as error:
     source = "https://github.com/facebookresearch/detectron2"
     raise ImportError(f"{__name__} needs detectron2; install it from {source}") from error
 
-from sim_m2f.config import CfgNode, check_choices, get_cfg
+from sim_m2f.config import check_choices, get_cfg
+from sim_m2f.config.defaults import add_keys
 from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
@@ -42,16 +43,8 @@ def add_sim_config(cfg: Detectron2Cfg) -> None:
     Keys that both have get this project's default, as in Mask2Former's own files; MODEL.DEVICE stays.
     """
     device = cfg.MODEL.DEVICE
-    _add(cfg, get_cfg())
+    add_keys(cfg, get_cfg())
     cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = device, "SIMMask2Former"
-
-
-def _add(cfg: Detectron2Cfg, defaults: CfgNode) -> None:
-    for key, value in defaults.items():
-        if isinstance(value, CfgNode):
-            _add(cfg.setdefault(key, Detectron2Cfg()), value)
-        else:
-            cfg[key] = value
 
 
 @META_ARCH_REGISTRY.register()
@@ -95,10 +88,8 @@ class SIMMask2Former(nn.Module):
             self.criterion.update(matched)
             return losses
         sizes = [(height, width) for height, width in images.image_sizes]
-        originals = [
-            (item.get("height", height), item.get("width", width))
-            for item, (height, width) in zip(batch, sizes, strict=True)
-        ]
+        asked = [{"height": h, "width": w, **item} for item, (h, w) in zip(batch, sizes, strict=True)]
+        originals = [(item["height"], item["width"]) for item in asked]
         outputs = self.network(images.tensor, auxiliary=False)
         detections = instances(outputs, sizes, originals, self.cfg.TEST.DETECTIONS_PER_IMAGE)
         return [{"instances": _as_instances(*each)} for each in zip(detections, originals, strict=True)]

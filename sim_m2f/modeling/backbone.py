@@ -1,6 +1,5 @@
 """Backbones: timm's models as feature pyramids of strides 4, 8, 16 and 32."""
 
-from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -18,13 +17,9 @@ from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
+SWIN_KEYS = ("PATCH_SIZE", "EMBED_DIM", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE", "MLP_RATIO", "DROP_PATH_RATE")
 LEARNING_NORMS = (nn.GroupNorm, nn.LayerNorm)  # those without statistics
-NORMS: dict[str, Callable[..., nn.Module]] = {
-    "FrozenBN": nn.BatchNorm2d,
-    "BN": nn.BatchNorm2d,
-    "SyncBN": nn.SyncBatchNorm,
-    "GN": GroupNorm,
-}
+NORMS: dict[str, type[nn.Module]] = {"SyncBN": nn.SyncBatchNorm, "GN": GroupNorm}  # all others: BatchNorm2d
 
 
 class TimmBackbone(nn.Module):
@@ -81,9 +76,8 @@ class SwinBackbone(TimmBackbone):
     """Swin with a layer norm on each of its four outputs, as detection networks use it."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            "swin_tiny_patch4_window7_224", dynamic_img_size=True, always_partition=True, **options
-        )
+        name = "swin_tiny_patch4_window7_224"  # whatever its size: the options say that
+        super().__init__(name, dynamic_img_size=True, always_partition=True, **options)
         for block in self.body.modules():
             if isinstance(block, SwinTransformerBlock):
                 block.__class__ = PaddedSwinBlock
@@ -97,47 +91,33 @@ class SwinBackbone(TimmBackbone):
 
 def build_backbone(cfg: CfgNode) -> TimmBackbone:
     """The backbone that MODEL.BACKBONE, MODEL.RESNETS and MODEL.SWIN describe."""
-    backbone = _backbone(cfg)
+    name = cfg.MODEL.BACKBONE.NAME
+    if name == "build_resnet_backbone":
+        backbone = _resnet(cfg)
+    elif name == "D2SwinTransformer":
+        backbone = SwinBackbone(**{key.lower(): cfg.MODEL.SWIN[key] for key in SWIN_KEYS})
+    else:
+        backbone = TimmBackbone(name)
     if cfg.MODEL.BACKBONE.FREEZE_NORMS:
-        freeze_norms(backbone)
+        _freeze_batch_norms(backbone.body)
+        for module in backbone.modules():
+            if isinstance(module, LEARNING_NORMS):
+                module.requires_grad_(False)
     return backbone
 
 
-def _backbone(cfg: CfgNode) -> TimmBackbone:
-    name = cfg.MODEL.BACKBONE.NAME
-    if name == "build_resnet_backbone":
-        return _resnet(cfg)
-    if name == "D2SwinTransformer":
-        swin = cfg.MODEL.SWIN
-        return SwinBackbone(
-            patch_size=swin.PATCH_SIZE,
-            embed_dim=swin.EMBED_DIM,
-            depths=tuple(swin.DEPTHS),
-            num_heads=tuple(swin.NUM_HEADS),
-            window_size=swin.WINDOW_SIZE,
-            mlp_ratio=swin.MLP_RATIO,
-            drop_path_rate=swin.DROP_PATH_RATE,
-        )
-    return TimmBackbone(name)
-
-
-def freeze_norms(backbone: TimmBackbone) -> None:
-    """Let no norm of the backbone change: batch norms keep their statistics, and no norm's weights learn."""
-    freeze_batch_norm_2d(backbone.body)
-    fold_frozen_norms(backbone.body)
-    for module in backbone.modules():
-        if isinstance(module, LEARNING_NORMS):
-            module.requires_grad_(False)
+def _freeze_batch_norms(body: nn.Module) -> None:
+    freeze_batch_norm_2d(body)
+    fold_frozen_norms(body)
 
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:
     norm, depth = cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.DEPTH
     width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS // (1 if depth in BASIC_DEPTHS else 4)
     channels = tuple(width * 2**stage for stage in range(4))
-    backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS[norm], channels=channels)
+    backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS.get(norm, nn.BatchNorm2d), channels=channels)
     if norm == "FrozenBN":
-        freeze_batch_norm_2d(backbone.body)
-        fold_frozen_norms(backbone.body)
+        _freeze_batch_norms(backbone.body)
     if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         _stride_in_1x1(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]

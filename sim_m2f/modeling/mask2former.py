@@ -7,23 +7,7 @@ from sim_m2f.config import CfgNode, validate
 from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.mask_decoder import MaskDecoder
 from sim_m2f.modeling.pixel_decoder import PixelDecoder
-from sim_m2f.structures import LayerOutputs, Outputs, Prompts
-
-
-class MaskFormerHead(nn.Module):
-    """Pixel decoder and mask decoder under the names of the published checkpoints."""
-
-    def __init__(self, cfg: CfgNode, channels: dict[str, int]) -> None:
-        super().__init__()
-        self.pixel_decoder = PixelDecoder(cfg, channels)
-        self.predictor = MaskDecoder(cfg)
-
-    def forward(
-        self, features: dict[str, Tensor], auxiliary: bool = True, prompts: Prompts | None = None
-    ) -> tuple[list[LayerOutputs], list[LayerOutputs], Tensor]:
-        """The predictions of the learned and of the prompted queries, and the mask features."""
-        encoded, mask_features = self.pixel_decoder(features)
-        return *self.predictor(encoded, mask_features, auxiliary, prompts), mask_features
+from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts
 
 
 class Mask2Former(nn.Module):
@@ -46,24 +30,22 @@ class Mask2Former(nn.Module):
         super().__init__()
         self.pixel_std = list(cfg.MODEL.PIXEL_STD)  # of its images; weights for others are converted
         self.backbone = build_backbone(cfg)
-        self.sem_seg_head = MaskFormerHead(cfg, self.backbone.channels)
+        pixel_decoder = PixelDecoder(cfg, self.backbone.channels)
+        self.sem_seg_head = nn.ModuleDict({"pixel_decoder": pixel_decoder, "predictor": MaskDecoder(cfg)})
 
     def forward(self, images: Tensor, auxiliary: bool = True, prompts: Prompts | None = None) -> Outputs:
-        predictions, prompted, mask_features = self.sem_seg_head(self.backbone(images), auxiliary, prompts)
-        last = predictions[-1]
-        outputs: Outputs = {
-            "pred_logits": last["pred_logits"],
-            "pred_masks": last["pred_masks"],
-            "mask_features": mask_features,
-            "aux_outputs": predictions[:-1],
-        }
+        pixel_decoder, predictor = self.sem_seg_head.values()
+        encoded, mask_features = pixel_decoder(self.backbone(images))
+        predictions, prompted = predictor(encoded, mask_features, auxiliary, prompts)
+        outputs: Outputs = {**_last(predictions), "mask_features": mask_features}
         if prompts:
-            outputs["prompted"] = {
-                "pred_logits": prompted[-1]["pred_logits"],
-                "pred_masks": prompted[-1]["pred_masks"],
-                "aux_outputs": prompted[:-1],
-            }
+            outputs["prompted"] = _last(prompted)
         return outputs
+
+
+def _last(layers: list[LayerOutputs]) -> Prompted:
+    """The predictions of the last layer, with those of the earlier ones."""
+    return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
 def build_model(cfg: CfgNode) -> Mask2Former:

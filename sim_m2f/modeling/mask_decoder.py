@@ -5,7 +5,7 @@ Parameter names are those of the published checkpoints (``sem_seg_head.predictor
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +19,17 @@ from sim_m2f.structures import LayerOutputs, Prompts
 FAR = -10.0  # logit of a prompted mask where it cannot be
 
 
-class Attention(nn.Module):
-    """Multi-head attention with the parameters of nn.MultiheadAttention; all heads share one mask."""
+class Attention(nn.MultiheadAttention):
+    """nn.MultiheadAttention, batch first, all of whose heads share one mask."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
+    ) -> Tensor:
         """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
+        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
         q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for x, weight, bias in zip(
-                (query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True
-            )
+            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, (weight, bias) in zip((query, key, value), projections, strict=True)
         )
         mask = None if allowed is None else allowed[:, None]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -116,12 +108,14 @@ class _Maps:
         memories, keys: per level (B, h * w, width), without and with positions.
         coarse: per level (B, MASK_DIM, h * w), the mask features in its size.
         features: (B, MASK_DIM, h, w) the mask features, stride 4.
+        boxes: per level, the pixels (B, Q, h * w) that a query may look at; all of them where absent.
     """
 
     memories: list[Tensor]
     keys: list[Tensor]
     coarse: list[Tensor]
     features: Tensor
+    boxes: list[Tensor] | None = None
 
 
 class MaskDecoder(nn.Module):
@@ -132,17 +126,11 @@ class MaskDecoder(nn.Module):
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         decoder, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
-        width, heads, pre_norm = decoder.HIDDEN_DIM, decoder.NHEADS, decoder.PRE_NORM
-        layers = decoder.DEC_LAYERS - 1
-        self.transformer_self_attention_layers = nn.ModuleList(
-            SelfAttentionLayer(width, heads, pre_norm) for _ in range(layers)
-        )
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            CrossAttentionLayer(width, heads, pre_norm) for _ in range(layers)
-        )
-        self.transformer_ffn_layers = nn.ModuleList(
-            FFNLayer(width, decoder.DIM_FEEDFORWARD, pre_norm) for _ in range(layers)
-        )
+        width, pre_norm, depth = decoder.HIDDEN_DIM, decoder.PRE_NORM, range(decoder.DEC_LAYERS - 1)
+        sizes, ffn_sizes = (width, decoder.NHEADS, pre_norm), (width, decoder.DIM_FEEDFORWARD, pre_norm)
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(*sizes) for _ in depth)
+        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(*sizes) for _ in depth)
+        self.transformer_ffn_layers = nn.ModuleList(FFNLayer(*ffn_sizes) for _ in depth)
         self.decoder_norm = nn.LayerNorm(width)
         self.query_feat = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
         self.query_embed = nn.Embedding(decoder.NUM_OBJECT_QUERIES, width)
@@ -159,11 +147,7 @@ class MaskDecoder(nn.Module):
             self.box_noise = cfg.MODEL.SIM.PROMPTS.BOX_NOISE
 
     def forward(
-        self,
-        encoded: list[Tensor],
-        mask_features: Tensor,
-        auxiliary: bool = True,
-        prompts: Prompts | None = None,
+        self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool, prompts: Prompts | None
     ) -> tuple[list[LayerOutputs], list[LayerOutputs]]:
         """
         Args:
@@ -196,49 +180,32 @@ class MaskDecoder(nn.Module):
         own = torch.eye(prompts.labels.shape[1], dtype=torch.bool, device=prompts.labels.device)[None]
         # before the first layer all prompts of a class are one and the same query
         query, positions = self.prompts(prompts)
-        predictions = self._decoded(query, positions, maps, auxiliary, boxes, own)[int(auxiliary) :]
+        predictions = self._decoded(query, positions, replace(maps, boxes=boxes), auxiliary, own)
         height, width = maps.features.shape[-2:]
-        near = pixels_in_boxes(grown(prompts.boxes, self.box_noise), height, width).unflatten(
-            2, (height, width)
-        )
+        near = pixels_in_boxes(grown(prompts.boxes, self.box_noise), height, width)
+        far = ~near.unflatten(2, (height, width))
         for layer in predictions:
-            layer["pred_masks"] = layer["pred_masks"].masked_fill(~near, FAR)
-        return predictions
+            layer["pred_masks"] = layer["pred_masks"].masked_fill(far, FAR)
+        return predictions[int(auxiliary) :]
 
     def _decoded(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        maps: _Maps,
-        auxiliary: bool,
-        boxes: list[Tensor] | None = None,
-        visible: Tensor | None = None,
+        self, query: Tensor, positions: Tensor, maps: _Maps, auxiliary: bool, visible: Tensor | None = None
     ) -> list[LayerOutputs]:
         """The predictions of queries (B, Q, width) at their positions.
 
-        Args:
-            boxes: per level, the pixels (B, Q, h * w) that a query may look at; all if there are none.
-            visible: (1, Q, Q) bool, the queries that each of them sees; all if there are none.
+        ``visible`` (1, Q, Q) bool are the queries that each of them sees, all if there are none.
         """
         predictions: list[LayerOutputs] = []
-        for i, (cross, self_attention, ffn) in enumerate(
-            zip(
-                self.transformer_cross_attention_layers,
-                self.transformer_self_attention_layers,
-                self.transformer_ffn_layers,
-                strict=True,
-            )
-        ):
+        for i, ffn in enumerate(self.transformer_ffn_layers):
             normed, embedding = self._embedded(query)
             if auxiliary:
                 predictions.append(self._prediction(normed, embedding, maps.features))
             level = i % self.levels
-            if boxes is None:
-                allowed = _attention_mask(embedding, maps.coarse[level])
-            else:
-                allowed = _attention_in_box(embedding if i else None, maps.coarse[level], boxes[level])
-            query = cross(query, positions, maps.memories[level], maps.keys[level], allowed)
-            query = ffn(self_attention(query, positions, visible))
+            box = maps.boxes[level] if maps.boxes else None
+            allowed = box if maps.boxes and i == 0 else _attention_mask(embedding, maps.coarse[level], box)
+            memory, key = maps.memories[level], maps.keys[level]
+            query = self.transformer_cross_attention_layers[i](query, positions, memory, key, allowed)
+            query = ffn(self.transformer_self_attention_layers[i](query, positions, visible))
         return [*predictions, self._prediction(*self._embedded(query), maps.features)]
 
     def _memories(self, encoded: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -267,17 +234,10 @@ def _resized(mask_features: Tensor, size: torch.Size) -> Tensor:
 
 
 @torch.no_grad()
-def _attention_mask(embedding: Tensor, features: Tensor) -> Tensor:
-    """(B, Q, h * w) bool: the pixels of the mask; everything for a query whose mask is empty."""
+def _attention_mask(embedding: Tensor, features: Tensor, box: Tensor | None = None) -> Tensor:
+    """(B, Q, h * w) bool: the pixels of the mask, in the box if there is one; all where the mask has none."""
     logits = embedding @ features
-    empty = logits.amax(dim=-1, keepdim=True) < 0
-    return (logits >= 0) | empty
-
-
-@torch.no_grad()
-def _attention_in_box(embedding: Tensor | None, features: Tensor, box: Tensor) -> Tensor:
-    """(B, Q, h * w) bool: the pixels of the mask in the box; all of the box where there are none."""
-    if embedding is None:
-        return box
-    mask = (embedding @ features >= 0) & box
+    if box is None:
+        return (logits >= 0) | (logits.amax(dim=-1, keepdim=True) < 0)
+    mask = (logits >= 0) & box
     return torch.where(mask.any(dim=-1, keepdim=True), mask, box)

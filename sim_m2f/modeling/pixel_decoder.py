@@ -43,8 +43,8 @@ class EncoderLayer(nn.Module):
         self.linear2 = PixelLinear(hidden, width)
         self.norm2 = nn.LayerNorm(width)
         self.dropout = nn.Dropout(cfg.MODEL.MASK_FORMER.DROPOUT)
-        for parameter in (self.linear1.weight, self.linear2.weight):
-            nn.init.xavier_uniform_(parameter)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, source: Tensor, positions: Tensor, reference: Tensor, shapes: Shapes) -> Tensor:
         attended = self.self_attn(source + positions, reference, source, shapes)
@@ -58,30 +58,16 @@ class EncoderLayer(nn.Module):
         return self.norm2(source + self.dropout(self.linear2(hidden)))
 
 
-class Encoder(nn.Module):
-    """A stack of encoder layers over all levels at once."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        layers = cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS
-        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(layers))
-
-    def forward(self, source: Tensor, positions: Tensor, shapes: Shapes) -> Tensor:
-        reference = _pixel_centres(shapes, source.device)
-        for layer in self.layers:
-            source = layer(source, positions, reference, shapes)
-        return source
-
-
 class Transformer(nn.Module):
-    """The encoder and an embedding per level."""
+    """A stack of encoder layers over all levels at once, and an embedding per level."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         head = cfg.MODEL.SEM_SEG_HEAD
         levels = len(head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES)
         self.level_embed = nn.Parameter(torch.randn(levels, head.CONVS_DIM))
-        self.encoder = Encoder(cfg)
+        layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(head.TRANSFORMER_ENC_LAYERS))
+        self.encoder = nn.ModuleDict({"layers": layers})
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """(B, width, h, w) per level in, the same out."""
@@ -90,11 +76,12 @@ class Transformer(nn.Module):
         source = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
         places = [sine_positions(*shape, width, source.device) for shape in shapes]
         positions = torch.cat([place + self.level_embed[i] for i, place in enumerate(places)], dim=1)
-        encoded = self.encoder(source, positions, shapes).split([h * w for h, w in shapes], dim=1)
-        return [
-            level.unflatten(1, shape).permute(0, 3, 1, 2)
-            for level, shape in zip(encoded, shapes, strict=True)
-        ]
+        reference = _pixel_centres(shapes, source.device)
+        for layer in self.encoder["layers"].children():
+            source = layer(source, positions, reference, shapes)
+        encoded = source.split([h * w for h, w in shapes], dim=1)
+        maps = [level.unflatten(1, shape) for level, shape in zip(encoded, shapes, strict=True)]
+        return [level.permute(0, 3, 1, 2) for level in maps]
 
 
 def _pixel_centres(shapes: Shapes, device: torch.device) -> Tensor:
@@ -120,9 +107,8 @@ class PixelDecoder(nn.Module):
         for projection in projections:
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        self.input_proj = nn.ModuleList(
-            nn.Sequential(projection, nn.GroupNorm(32, width)) for projection in projections
-        )
+        normed = (nn.Sequential(projection, nn.GroupNorm(32, width)) for projection in projections)
+        self.input_proj = nn.ModuleList(normed)
         self.transformer = Transformer(cfg)
         self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)
         self.layer_1 = ConvNorm(width, width, 3)
@@ -131,12 +117,8 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)  # type: ignore[arg-type]
 
     def forward(self, features: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-        projected = [
-            projection(features[name])
-            for projection, name in zip(self.input_proj, self.encoded_features, strict=True)
-        ]
-        encoded = self.transformer(projected)
+        inputs = zip(self.input_proj, self.encoded_features, strict=True)
+        encoded = self.transformer([projection(features[name]) for projection, name in inputs])
         fine = self.adapter_1(features[self.fine_feature])
-        coarse = F.interpolate(encoded[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
-        fine += coarse
+        fine += F.interpolate(encoded[-1], size=fine.shape[-2:], mode="bilinear", align_corners=False)
         return encoded, self.mask_features(F.relu_(self.layer_1(fine)))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.geometry import extent
-from sim_m2f.structures import Detections, LayerOutputs
+from sim_m2f.structures import Detections, LayerOutputs, Size
 
 STRIDE = 4
 CHUNK = 4  # masks that are brought to full size together
@@ -13,10 +13,7 @@ CHUNK = 4  # masks that are brought to full size together
 
 @torch.no_grad()
 def instances(
-    outputs: LayerOutputs,
-    image_sizes: list[tuple[int, int]],
-    original_sizes: list[tuple[int, int]],
-    top_k: int,
+    outputs: LayerOutputs, image_sizes: list[Size], original_sizes: list[Size], top_k: int
 ) -> list[Detections]:
     """The best (query, class) pairs of every image with their masks at the image's own size.
 
@@ -47,7 +44,7 @@ def instances(
 
 @torch.no_grad()
 def masks_in_boxes(
-    logits: Tensor, boxes: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]
+    logits: Tensor, boxes: Tensor, image_size: Size, original_size: Size
 ) -> tuple[Tensor, Tensor]:
     """The masks of given boxes at the image's own size, without what lies outside of their boxes.
 
@@ -67,9 +64,7 @@ def masks_in_boxes(
     return masks & in_rows[:, :, None] & in_columns[:, None, :], scores
 
 
-def _full_size(
-    logits: Tensor, image_size: tuple[int, int], original_size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _full_size(logits: Tensor, image_size: Size, original_size: Size) -> tuple[Tensor, Tensor, Tensor]:
     """Masks (K, H0, W0) of logits (K, h, w) at stride 4, their boxes, the mean probability of their pixels.
 
     A few masks at a time, so that their logits at full size stay in the caches.

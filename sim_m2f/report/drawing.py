@@ -4,7 +4,7 @@ By matplotlib: torchvision's drawing has no contours, and lets texts cover each 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Shape:
     def extent(self) -> Sequence[float]:
         """The box, else the one around the mask, xyxy; zeros for an empty mask."""
         return mask_extents(torch.from_numpy(self.mask)).tolist() if self.box is None else self.box
+
+
+def colours(places: Iterable[int]) -> list[str]:
+    """The colour of each object, by its place in the palette."""
+    return [PALETTE[place % len(PALETTE)] for place in places]
 
 
 def draw(image: Image.Image, shapes: Sequence[Shape], side: int) -> Image.Image:
@@ -127,8 +132,7 @@ def panel_grid(
 
 def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
     """Text ``distance`` pixels above the left end of a panel."""
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(text, (0, 1), (0, distance + 5), fontsize=size, **place, **style)
+    axes.annotate(text, (0, 1), (0, distance + 5), "axes fraction", "offset points", size=size, **style)
 
 
 def write_png(path: Path, image: Image.Image) -> None:

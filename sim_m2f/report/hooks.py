@@ -4,7 +4,6 @@ from torch import Tensor
 
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
-from sim_m2f.engine.hooks import Metrics
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.report.method_figures import FOLDER, drop_later_steps, write_method
@@ -19,9 +18,7 @@ class MethodFigures(Hook):
     Only on the first rank, and where there are pseudo masks to see. Nothing that training uses changes.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics = metrics
-        self.view: MethodView | None = None
+    view: MethodView | None = None
 
     def before_train(self, trainer: Trainer) -> None:
         show = trainer.cfg.MODEL.SIM.SHOW
@@ -37,10 +34,10 @@ class MethodFigures(Hook):
             return
         assert isinstance(trainer.criterion, SIMCriterion)
         assert trainer.teacher
-        assert self.metrics.logger
+        assert trainer.logger
         maps = self.view.maps(trainer.model, trainer.teacher.network, trainer.criterion)
         for name, figure in write_method(trainer.output_dir / FOLDER, trainer.iteration, maps):
-            self.metrics.logger.write_image(trainer.iteration - 1, f"{FOLDER}/{name}", figure)
+            trainer.logger.write_image(trainer.iteration - 1, f"{FOLDER}/{name}", figure)
 
 
 class RunPage(Hook):

@@ -96,7 +96,7 @@ def whole_figure(maps: MethodMaps, step: int) -> Figure:
     width, height = _size(window, SIDE)
     columns = [(*title, max(width, OBJECT_SIDE)) for title in TITLES.items()]
     figure, axes = _titled_grid(maps, step, columns, [height])
-    _show_panels(axes[0], maps, object_colours(maps), maps.classes, window)
+    _show_panels(axes[0], maps, drawing.colours(range(len(maps.boxes))), maps.classes, window)
     return figure
 
 
@@ -109,16 +109,11 @@ def object_figure(maps: MethodMaps, step: int) -> Figure:
     heights = [2 * (_size(window, MASK_SIDE)[1] + SMALL_LINE) for window in windows]
     figure, axes = _titled_grid(maps, step, columns, heights, LINE)
     for row, index, window in zip(axes, chosen, windows, strict=True):
-        own, colour = maps.only(index), object_colours(maps)[index]
+        own, (colour,) = maps.only(index), drawing.colours([index])
         drawing.write_above(row[0], _caption(own), bbox={"facecolor": colour, "edgecolor": "none", "pad": 2})
         _show_panels(np.delete(row, 2), own, [colour], [""], window)
         _show_positives(row[2], own, window)
     return figure
-
-
-def object_colours(maps: MethodMaps) -> list[str]:
-    """The colour of each object."""
-    return [drawing.PALETTE[index % len(drawing.PALETTE)] for index in range(len(maps.boxes))]
 
 
 def heat_cells(maps: np.ndarray) -> np.ndarray:
@@ -197,10 +192,8 @@ def _size(window: Sequence[int], side: int) -> tuple[int, int]:
 def _caption(own: MethodMaps) -> str:
     labels = own.labels[own.labels != OUTSIDE]
     positive, ignored = ((labels == value).mean() for value in (1, IGNORED))
-    return (
-        f"{own.classes[0]}: positive from M = {own.thresholds[0]:.2f} on; "
-        f"{positive:.0%} of the box positive, {ignored:.0%} ignored"
-    )
+    shares = f"{positive:.0%} of the box positive, {ignored:.0%} ignored"
+    return f"{own.classes[0]}: positive from M = {own.thresholds[0]:.2f} on; {shares}"
 
 
 def _titled_grid(
@@ -223,7 +216,7 @@ def _titled_grid(
     for each, (title, note, _) in zip(axes[0], columns, strict=True):
         drawing.write_above(each, title, above + SMALL_LINE, weight="bold")
         drawing.write_above(each, note, above, SMALL, color=drawing.SOFT)
-    _draw_legend(figure, object_colours(maps)[:OBJECTS])
+    _draw_legend(figure, drawing.colours(range(min(OBJECTS, len(maps.boxes)))))
     return figure, axes
 
 

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -11,7 +11,6 @@ from PIL import Image
 
 from sim_m2f.engine.coco_metrics import KINDS, SUMMARY
 
-MOST_PREDICTIONS = 16  # that are named under an image
 COLUMNS = dict(zip(SUMMARY, ("AP", "AP50", "AP75", "small", "medium", "large"), strict=True))
 
 
@@ -43,9 +42,9 @@ class Page:
 
     title: str
     subtitle: str
-    metrics: Mapping[str, float | None]
-    class_names: Sequence[str]
-    examples: Sequence[Example]
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    class_names: Sequence[str] = ()
+    examples: Sequence[Example] = ()
     curves: tuple[Image.Image, Image.Image] | None = None
     evolutions: Sequence[Evolution] = ()
     config: str = ""
@@ -57,24 +56,9 @@ def render(page: Page) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "embedded": _embedded}
-    return environment.get_template("page.html.j2").render(
-        page=page,
-        kinds={kind: name for kind, name in KINDS.items() if f"{kind}/AP" in page.metrics},
-        columns=COLUMNS,
-        ratio=_ratio,
-        most_predictions=MOST_PREDICTIONS,
-    )
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
-
-
-def _ratio(metrics: Mapping[str, float | None], column: str) -> str:
-    """How many times the masks' AP is that of the filled boxes."""
-    masks, filled = metrics.get(f"segm/{column}"), metrics.get(f"boxfill/{column}")
-    return "–" if masks is None or not filled else f"{masks / filled:.2f}×"
+    environment.filters["embedded"] = _embedded
+    kinds = {kind: name for kind, name in KINDS.items() if f"{kind}/AP" in page.metrics}
+    return environment.get_template("page.html.j2").render(page=page, kinds=kinds, columns=COLUMNS)
 
 
 def _embedded(image: Image.Image, kind: str = "jpeg") -> str:

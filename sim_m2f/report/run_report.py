@@ -1,6 +1,5 @@
 """The page of a run, with its contact sheet and loss curves, from the files that the run left."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
 from sim_m2f.files import read_json, write_file
 from sim_m2f.report.curves import draw_curves
-from sim_m2f.report.drawing import PALETTE, Shape, contact_sheet, draw, write_png
+from sim_m2f.report.drawing import Shape, colours, contact_sheet, draw, write_png
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
@@ -122,20 +121,20 @@ def _example(
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]
     matches = match_boxes([entry["bbox"] for entry in predictions], [item["bbox"] for item in objects])
-    colours, worn = _colours(range(len(objects))), _colours(matches)
+    own, worn = colours(range(len(objects))), colours(matches)
     texts = [f"{names.get(entry['category_id'], '')} {entry['score']:.2f}".strip() for entry in predictions]
     shapes = {}
     if truth is not None:
         boxes = _xyxy([item["bbox"] for item in objects]).tolist()
         labels = [names.get(item["category_id"], "") for item in objects]
-        shapes["annotated boxes"] = list(map(Shape, colours, labels, boxes))
+        shapes["annotated boxes"] = list(map(Shape, own, labels, boxes))
     masks = [mask_utils.decode(entry["segmentation"]).astype(bool) for entry in predictions]
     shapes[f"predicted masks (score ≥ {min_score:g})"] = [
         Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)
     ]
     if truth is not None and coco_metrics.has_masks(truth):
         masks = [truth.annToMask(item).astype(bool) for item in objects]
-        shapes["true masks"] = [Shape(colour, mask=mask) for colour, mask in zip(colours, masks, strict=True)]
+        shapes["true masks"] = [Shape(colour, mask=mask) for colour, mask in zip(own, masks, strict=True)]
     panels = {title: draw(pixels, drawn, PANEL_SIDE) for title, drawn in shapes.items()}
     return Example(image.file_name, panels, list(zip(worn, texts, strict=True)))
 
@@ -158,7 +157,3 @@ def match_boxes(predicted: list[list[float]], annotated: list[list[float]]) -> l
 
 def _xyxy(boxes: list[list[float]]) -> torch.Tensor:
     return box_convert(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), "xywh", "xyxy")
-
-
-def _colours(places: Iterable[int]) -> list[str]:
-    return [PALETTE[place % len(PALETTE)] for place in places]

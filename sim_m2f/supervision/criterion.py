@@ -108,8 +108,8 @@ class SIMCriterion(Criterion):
         losses = {
             "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
         }
-        given = dict.fromkeys(LABELLED, matched.supervision.labels)
-        given["COLOR_MODEL"] = matched.supervision.colors
+        made = matched.supervision
+        given: dict[str, object] = {**dict.fromkeys(LABELLED, made.labels), "COLOR_MODEL": made.colors}
         for name, (group, term) in TERMS.items():
             keys = self.sim[group]
             weight = term_weight(keys, self.step, self.max_iter)

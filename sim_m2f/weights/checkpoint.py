@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, file)
         except RuntimeError as error:
-            advice = "free space or choose another OUTPUT_DIR"
+            advice = "free space or choose another folder"
             raise UserError(f"{path}: cannot be written ({error}); {advice}") from error
 
 
@@ -78,11 +78,9 @@ def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = F
         if isinstance(state, dict) and state.get("use_teacher"):
             state = teacher_weights(state)
         report = load_into(network, state, str(source))
-    if complete and not report.complete:
-        unfilled = [*report.reshaped, *report.missing]
-        fault = (
-            f"{len(unfilled)} weights of the network are missing or of another shape, such as {unfilled[0]}"
-        )
+    if complete and report.unfilled:
+        number, example = len(report.unfilled), report.unfilled[0]
+        fault = f"{number} weights of the network are missing or of another shape, such as {example}"
         raise UserError(f"{source}: {fault}; check MODEL.* and NUM_CLASSES")
     if is_first_rank():
         print(report)

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
-from sim_m2f.files import atomic_write, write_file
+from sim_m2f.files import write_file
+from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.weights.detectron2 import detectron2_checkpoint
 from sim_m2f.weights.folder import TrainedNetwork, write_folder
 from sim_m2f.weights.onnx import onnx_bytes
@@ -25,18 +24,14 @@ def export(trained: TrainedNetwork, format_name: str, output: Path) -> None:
     Raises:
         UserError: the format does not have such a network, or the path cannot be written.
     """
-    weights = {  # no other format than ours has a place for prompts
-        name: weight.cpu()
-        for name, weight in trained.network.state_dict().items()
-        if not name.startswith(PROMPTS)
-    }
+    # no other format than ours has a place for prompts
+    own = trained.network.state_dict()
+    weights = {name: weight.cpu() for name, weight in own.items() if not name.startswith(PROMPTS)}
     if format_name == "safetensors":
         write_folder(output, trained)
     elif format_name == "transformers":
         write_transformers(output, weights, trained.cfg, trained.class_names)
     elif format_name == "detectron2":
-        checkpoint = detectron2_checkpoint(weights, trained.cfg)
-        with atomic_write(output, "wb") as file:
-            torch.save(checkpoint, file)
+        save_checkpoint(output, detectron2_checkpoint(weights, trained.cfg))
     else:
         write_file(output, onnx_bytes(trained.network.eval()))

@@ -98,16 +98,10 @@ def write_folder(folder: Path, trained: TrainedNetwork) -> None:
 
 def model_card(trained: TrainedNetwork) -> str:
     """README.md of the folder: what the network is, what it was measured to do, and how to use it."""
-    model = trained.cfg.MODEL
-    backbones = {
-        "build_resnet_backbone": f"ResNet-{model.RESNETS.DEPTH}",
-        "D2SwinTransformer": f"Swin, {model.SWIN.EMBED_DIM} channels",
-    }
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
     return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
-        supervision=model.SIM.SUPERVISION,
+        model=trained.cfg.MODEL,
         millions=sum(parameter.numel() for parameter in trained.network.parameters()) / 1e6,
-        backbone=backbones.get(model.BACKBONE.NAME, model.BACKBONE.NAME),
         class_names=trained.class_names,
         metrics={name: trained.metrics[name] for name in SHOWN if trained.metrics.get(name) is not None},
     )

@@ -48,22 +48,24 @@ class LoadReport:
     notes: list[str]
 
     @property
+    def unfilled(self) -> list[str]:
+        """The weights of the network that were not loaded."""
+        return [*self.reshaped, *self.missing]
+
+    @property
     def complete(self) -> bool:
         """Whether every weight of the network was loaded."""
-        return not self.missing and not self.reshaped
+        return not self.unfilled
 
     def __str__(self) -> str:
-        heads = {name: shapes for name, shapes in self.reshaped.items() if name.startswith(CLASS_HEAD)}
-        rows = {
-            "loaded": self.loaded,
-            "missing": self.missing,
-            "wrong shape": [name for name in self.reshaped if name not in heads],
-            "re-initialised": [
-                f"{name} for {ours[0] - 1} classes, the file has {theirs[0] - 1}"
-                for name, (theirs, ours) in heads.items()
-            ],
-            "skipped": self.skipped,
-        }
+        rows = {"loaded": self.loaded, "missing": self.missing, "wrong shape": [], "re-initialised": []}
+        for name, (theirs, ours) in self.reshaped.items():
+            if name.startswith(CLASS_HEAD):
+                classes = f"{ours[0] - 1} classes, the file has {theirs[0] - 1}"
+                rows["re-initialised"].append(f"{name} for {classes}")
+            else:
+                rows["wrong shape"].append(name)
+        rows["skipped"] = self.skipped
         lines = [f"{row:<15}{len(names):>5}  {_summary(names)}" for row, names in rows.items() if names]
         return "\n  ".join([f"Weights: {self.source}, {self.origin}", *lines, *self.notes])
 
@@ -143,19 +145,17 @@ def _check(report: LoadReport, own: Mapping[str, Tensor], naming: Naming) -> Non
         example = f"; it has {report.skipped[0]}, for instance" if report.skipped else ""
         advice = "take a checkpoint of Mask2Former or of its backbone"
         raise UserError(f"{report.source}: has nothing in common with this network{example}; {advice}")
-    unfilled = [*report.reshaped, *report.missing]
+    unfilled = report.unfilled
     backbone = [name for name in unfilled if name.startswith(BODY)]
     kinds = {NUMBER.sub("#", theirs) for name in own if name.startswith(BODY) for theirs in naming(name)}
     surplus = [name for name in report.skipped if NUMBER.sub("#", name) in kinds]
     if backbone or surplus:
-        raise UserError(
-            f"{report.source}: of another backbone: {len(backbone)} weights do not fit, {len(surplus)} are "
-            f"too many (such as {(backbone or surplus)[0]}); check MODEL.BACKBONE, MODEL.RESNETS, MODEL.SWIN"
-        )
+        numbers = f"{len(backbone)} weights do not fit, {len(surplus)} are too many"
+        example, advice = (backbone or surplus)[0], "check MODEL.BACKBONE, MODEL.RESNETS, MODEL.SWIN"
+        raise UserError(f"{report.source}: of another backbone: {numbers} (such as {example}); {advice}")
     head = [name for name in own if name.startswith(HEAD)]
     different = [name for name in unfilled if name.startswith(HEAD) and not name.startswith(CLASS_HEAD)]
     if set(head) - set(report.missing) and len(different) > len(head) / 2:
-        raise UserError(
-            f"{report.source}: of another network: {len(different)} of {len(head)} weights of the head do "
-            f"not fit (such as {different[0]}); check MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER"
-        )
+        fault = f"{len(different)} of {len(head)} weights of the head do not fit (such as {different[0]})"
+        advice = "check MODEL.SEM_SEG_HEAD and MODEL.MASK_FORMER"
+        raise UserError(f"{report.source}: of another network: {fault}; {advice}")

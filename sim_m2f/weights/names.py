@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
+
+from sim_m2f.config.defaults import read_yaml
 
 Naming = Callable[[str], tuple[str, ...]]
 
 BODY = "backbone.body."  # what timm calls by its own names
 _SUM = re.compile(r"\{(\d+)([+-]\d+)\}")
 _PARTS = re.compile(r"\[(\S+?)\]")
-_NAMINGS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_NAMINGS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _names(naming: str, name: str) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from sim_m2f.weights.download import download
 HUB, DETECTRON2 = "hf://", "detectron2://"
 DETECTRON2_ADDRESS = "https://dl.fbaipublicfiles.com/detectron2/"
 # Names of the weights in a folder, the preferred one first: those of transformers, which are ours too.
-IN_FOLDERS = [
-    name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
-]
+NAMES = ("model.safetensors", "pytorch_model.bin")
+IN_FOLDERS = [name + end for name in NAMES for end in ("", ".index.json")]
 CHECKPOINTS = (".pth", ".pkl", ".safetensors")
 LAST_CHECKPOINT = "last_checkpoint"
 

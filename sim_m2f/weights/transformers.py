@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor
 
 from sim_m2f.config import CfgNode, get_cfg, value_of
+from sim_m2f.config.defaults import read_yaml
 from sim_m2f.errors import UserError
-from sim_m2f.files import atomic_write
+from sim_m2f.files import write_file
 from sim_m2f.weights.names import to_names, transformers_names
 from sim_m2f.weights.swin import relative_position_indices
 
-_KEYS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_KEYS = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def _theirs(cfg: CfgNode, kind: str = "") -> dict[str, Any]:
@@ -61,11 +61,9 @@ def _backbone_config(cfg: CfgNode) -> dict[str, Any]:
         return _theirs(cfg, "SWIN_")
     blocks = _KEYS["RESNET_BLOCKS"]
     if name != "build_resnet_backbone" or resnet.NORM == "GN" or resnet.DEPTH not in blocks:
-        raise UserError(
-            f"MODEL.BACKBONE.NAME {name} (MODEL.RESNETS.DEPTH {resnet.DEPTH}, NORM {resnet.NORM}): "
-            f"transformers has Swin, and ResNets of {', '.join(map(str, blocks))} layers with batch norm; "
-            "export to safetensors or onnx"
-        )
+        wanted = f"MODEL.BACKBONE.NAME {name} (MODEL.RESNETS.DEPTH {resnet.DEPTH}, NORM {resnet.NORM})"
+        known = f"Swin, and ResNets of {', '.join(map(str, blocks))} layers with batch norm"
+        raise UserError(f"{wanted}: transformers has {known}; export to safetensors or onnx")
     return {
         **_theirs(cfg, "RESNET_"),
         "hidden_sizes": [resnet.RES2_OUT_CHANNELS * 2**stage for stage in range(4)],
@@ -167,13 +165,8 @@ def write_transformers(
     Raises:
         UserError: transformers has no such network, or the folder cannot be written to.
     """
-    contents = {
-        "config.json": transformers_config(cfg, class_names),
-        "preprocessor_config.json": image_processor_config(cfg),
-    }
-    for name, content in contents.items():
-        with atomic_write(folder / name) as file:
-            json.dump(content, file, indent=2)
+    config, processor = transformers_config(cfg, class_names), image_processor_config(cfg)
     renamed = {name: weight.contiguous() for name, weight in transformers_weights(weights, cfg).items()}
-    with atomic_write(folder / "model.safetensors", "wb") as file:
-        file.write(save(renamed, metadata={"format": "pt"}))
+    write_file(folder / "config.json", json.dumps(config, indent=2))
+    write_file(folder / "preprocessor_config.json", json.dumps(processor, indent=2))
+    write_file(folder / "model.safetensors", save(renamed, metadata={"format": "pt"}))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.weights.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPickleError, read_pickle
 
 WEIGHTS = re.compile(rb"(?s)(?P<torch>PK\x03\x04)|(?P<pickle>\x80)|(?P<safetensors>.{4}\0{4}\{)")
@@ -41,14 +41,13 @@ def read_weight_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
     except Exception as error:  # damaged files raise errors of every kind
-        reason = str(error) or type(error).__name__
-        problem = (
-            f"damaged or cut short ({reason.splitlines()[0][:120]}); download it again or take another file"
-        )
-        forbidden = re.search(r"(?s)Weights only.*?(?:GLOBAL|class|function)\s+([\w.]+)", reason)
+        forbidden = re.search(r"(?s)Weights only.*?(?:GLOBAL|class|function)\s+([\w.]+)", str(error))
         if forbidden or isinstance(error, ForbiddenPickleError):
-            name = forbidden[1] if forbidden else reason
+            name = forbidden[1] if forbidden else error
             problem = f"not loaded: it asks to run {name}, which no file of weights needs"
+        else:
+            reason = first_line(error)[:120]
+            problem = f"damaged or cut short ({reason}); download it again or take another file"
         raise UserError(f"{path}: {problem}") from error
 
 
