@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,10 @@ OVERRIDES = {
     "mask.yaml": "MODEL: {SIM: {SUPERVISION: mask}}\n",
     "broken.yaml": "MODEL: {SEM_SEG_HEAD: {NUM_CLASSES: 3}}\n",
 }
+REAL_ROWS = [
+    *("projection", "boxinst", "feature_affinity", "pseudo_semantic", "self_correction", "mask_weighting"),
+    *("sim", "gate", "prompts", "best", "mask"),
+]
 SWITCHES = {  # the one that each row turns on
     "1_projection": None,
     "2_pairwise": "PAIRWISE.ENABLED",
@@ -135,6 +140,26 @@ def test_rows_by_name_and_path(workshop):
         ablate.find_rows(["absent.yaml"])
     with pytest.raises(UserError, match="two rows"):
         ablate.find_rows(["pairwise", "2_pairwise"])
+
+
+def test_a_folder_stands_for_its_files(tmp_path):
+    names = [row.name for row in ablate.find_rows(["configs/real/rows"])]
+    assert [re.sub(r"^\d+_", "", name) for name in names] == REAL_ROWS
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.yaml").write_text("SEED: 1\n")
+    assert [row.name for row in ablate.find_rows([str(tmp_path), "pairwise"])] == ["a", "b", "2_pairwise"]
+
+
+def test_rows_of_real_images_add_up_to_their_configurations():
+    """The rows best, sim, boxinst and mask are what the configurations of these names train."""
+    for name, config in {"best": "boxes", "sim": "sim", "boxinst": "boxinst", "mask": "mask"}.items():
+        (file,) = (ROOT / "configs/real/rows").glob(f"*_{name}.yaml")
+        row, whole = get_cfg(), get_cfg()
+        row.merge_from_file(ROOT / "configs/people/base.yaml")
+        row.merge_from_file(file)
+        whole.merge_from_file(ROOT / f"configs/people/{config}.yaml")
+        row.OUTPUT_DIR = whole.OUTPUT_DIR
+        assert row == whole
 
 
 @pytest.mark.parametrize(
@@ -356,6 +381,17 @@ def test_mean_and_range_over_the_seeds(tmp_path):
     markdown = (tmp_path / "ablation.md").read_text()
     assert "| 31.0 (28.0..34.0) |" in markdown
     assert "- row/seed3 failed: why" in markdown
+
+
+def test_rows_are_compared_with_mask_supervision(tmp_path):
+    results = results_of("boxes", [[10.0, 30.0], [14.0, 33.0]]) + results_of("11_mask", [[10.0, 42.0]])
+    results += results_of("nothing", [[0.0, 0.0]])
+    rows = [Row(name, "", Path()) for name in ("boxes", "11_mask", "nothing")]
+    write_tables(tmp_path, "sim-m2f ablate", rows, results, [])
+    lines = [line.split("|") for line in (tmp_path / "ablation.md").read_text().splitlines() if "|" in line]
+    place = lines[0].index(" AP / mask's ")
+    assert [line[place].strip() for line in lines[2:]] == ["0.75", "1.00", "0.00"]
+    assert lines[0][place + 1] == " AP75 / mask's "
 
 
 def test_unknown_scores_and_single_seeds_are_shown_as_such(tmp_path):

@@ -5,6 +5,7 @@ A row is a YAML file of overrides of one base configuration. What is finished is
 
 import argparse
 import difflib
+import itertools
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from sim_m2f.commands.train import configuration
 from sim_m2f.config import CfgNode
-from sim_m2f.config.shipped import shipped_configs
+from sim_m2f.config.shipped import find_config, shipped_configs
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.engine import coco_metrics
@@ -30,7 +31,7 @@ KEY = re.compile(r"[A-Z][A-Z0-9_.]*")  # a key of the configuration; no row and 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="what all rows start from")
-    rows = "rows of configs/ablation by name, or YAML files of overrides (all of configs/ablation)"
+    rows = "rows of configs/ablation by name, YAML files of overrides, or a folder of them (configs/ablation)"
     parser.add_argument("--variants", nargs="+", default=[], metavar="ROW", help=rows)
     parser.add_argument("--seeds", nargs="+", default=["0", "1"], metavar="N", help="seeds of each row (0 1)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (OUTPUT_DIR/ablation)")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_rows(names: Sequence[str]) -> list[Row]:
-    """Rows by the name of a file in configs/ablation (its number may be left out) or by a YAML file's path.
+    """Rows by the name of a file in configs/ablation (its number may be left out), or by a path.
 
     Args:
         names: as on the command line; none stands for all of configs/ablation.
@@ -71,7 +72,7 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     own = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
     known = own | {re.sub(r"^\d+_", "", name): file for name, file in own.items()}
     rows: dict[str, Row] = {}
-    for name in names or own:
+    for name in itertools.chain.from_iterable(map(_of_folder, names or [str(ROWS)])):
         file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
         if file is None:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -83,6 +84,12 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     if not rows:
         raise UserError(f"{ROWS}: no rows here; give YAML files of overrides with --variants")
     return list(rows.values())
+
+
+def _of_folder(name: str) -> list[str]:
+    """The YAML files of a folder, in the order of their names; any other name as it is."""
+    folder = find_config(name)
+    return sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else [name]
 
 
 def plan(base: CfgNode, rows: Sequence[Row], seeds: Sequence[int], folder: Path) -> list[Run]:

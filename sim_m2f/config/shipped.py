@@ -12,13 +12,13 @@ def shipped_configs() -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """The file of a path; ``configs/...`` that does not exist here is the one that came with the package.
+    """The file or folder of a path; ``configs/...`` that is not here is the one that came with the package.
 
     Returns:
-        the path as it is where there is no such file either.
+        the path as it is where there is no such one either.
     """
     path = Path(name)
     if path.parts[:1] != ("configs",) or path.exists():
         return path
     shipped = shipped_configs().joinpath(*path.parts[1:])
-    return shipped if shipped.is_file() else path
+    return shipped if shipped.exists() else path

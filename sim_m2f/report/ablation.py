@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from sim_m2f.files import atomic_write, write_file
 from sim_m2f.report.drawing import rendered, write_png
 
 SCORES = {"segm/AP": "AP", "segm/AP50": "AP50", "segm/AP75": "AP75", "boxfill/AP": "box fill AP"}
+MASK_ROW = r"(\d+_)?mask"  # what the others are compared with
 PLOT_FILE = "ap_over_steps.png"
 # Okabe and Ito's colours, which the colour-blind can tell apart, with grey instead of the pale yellow.
 COLOURS = ("#999999", "#e69f00", "#56b4e9", "#009e73", "#0072b2", "#cc79a7", "#d55e00", "#000000")
@@ -183,12 +185,21 @@ def _write_csv(file: IO[str], groups: Groups) -> None:
 
 def _markdown(folder: Path, command: str, groups: Groups, failures: Sequence[str]) -> str:
     headings, table = _headings(groups), []
+    masks = next((group for row, group in groups if re.fullmatch(MASK_ROW, row.name)), [])
     for row, group in groups:
         pages = [f"[{result.seed}]({os.path.relpath(result.page, folder)})" for result in group]
         cells = [_cell(_values(group, name)) for name in headings]
-        table.append([row.name, row.title, str(group[0].steps), *cells, " ".join(pages)])
+        shares = [_share(group, masks, key) for key in ("segm/AP", "segm/AP75")] if masks else []
+        table.append([row.name, row.title, str(group[0].steps), *cells, *shares, " ".join(pages)])
+    headings += ["AP / mask's", "AP75 / mask's"] if masks else []
     content = {"command": command, "headings": headings, "table": table, "failures": failures}
     return TEMPLATE.render(**content, plot=PLOT_FILE)
+
+
+def _share(group: Sequence[Result], masks: Sequence[Result], key: str) -> str:
+    """The mean score as a share of that of mask supervision."""
+    mean, whole = (fmean(result.scores[key] for result in results) for results in (group, masks))
+    return f"{mean / whole:.2f}" if whole > 0 and not math.isnan(mean) else "–"
 
 
 def _cell(values: Sequence[float]) -> str:
