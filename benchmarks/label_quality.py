@@ -1,0 +1,175 @@
+"""Masks for true boxes: how good they are without learning, and those of a trained network.
+
+    python benchmarks/label_quality.py people --run output/people_boxes
+
+For the boxes of a set's validation images, mean IoU with the true masks and their AP, with the box as only
+knowledge: the filled box, the ellipse in it, GrabCut (OpenCV, five iterations), the colour model from an
+ellipse; and with --run the network's masks of these boxes, without and with the colours. All are clipped to
+the boxes. AP counts each box once, best fitting masks first, so it needs no scores of a detector. Writes
+benchmarks/results/labels_<set>.json.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from real import RESULTS, box_masks, trained
+from torch import Tensor
+from tqdm import tqdm
+
+from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.config.shipped import find_config
+from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
+from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.image import read_image
+from sim_m2f.data.loader import eval_loader
+from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.engine import coco_metrics
+from sim_m2f.modeling import Mask2Former
+from sim_m2f.modeling.postprocess import masks_in_boxes
+from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Batch
+from sim_m2f.supervision.color_model import FINER, corrected, corrected_masks
+from sim_m2f.supervision.targets import STRIDE, flatten_targets
+
+GRABCUT_ITERATIONS = 5
+
+
+def corners(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """Columns and rows whose pixels have their centres in a box xyxy; at least one of each."""
+    x0, y0 = (max(0, round(value)) for value in box[:2])
+    x1, y1 = min(width, round(box[2])), min(height, round(box[3]))
+    return min(x0, width - 1), min(y0, height - 1), max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+def filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the box."""
+    mask = np.zeros(image.shape[:2], bool)
+    x0, y0, x1, y1 = corners(box, *mask.shape)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def ellipse(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the ellipse that touches the sides of the box."""
+    y, x = np.indices(image.shape[:2]) + 0.5
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    inside = ((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2 < 1
+    return inside & filled(image, box)
+
+
+def grabcut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(H, W) bool: OpenCV's GrabCut from the box; the box where it finds nothing."""
+    import cv2
+
+    x0, y0, x1, y1 = corners(box, *image.shape[:2])
+    mask, models = np.zeros(image.shape[:2], np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
+    cv2.setRNGSeed(0)
+    if x1 - x0 < image.shape[1] or y1 - y0 < image.shape[0]:  # else there is no surrounding
+        rectangle = (x0, y0, x1 - x0, y1 - y0)
+        cv2.grabCut(
+            image[..., ::-1].copy(), mask, rectangle, *models, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_RECT
+        )
+    found = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
+    return found if found.any() else filled(image, box)
+
+
+def of_network(
+    cfg: CfgNode, network: Mask2Former | None, batch: Batch, image: ImageRecord
+) -> dict[str, Tensor]:
+    """By row, the masks (N, H, W) that need the network's input: the colours alone, and the network's."""
+    boxes, size, original = (
+        torch.from_numpy(image.boxes).float(),
+        batch["image_sizes"][0],
+        batch["original_sizes"][0],
+    )
+    rgb, keys = Pixels(cfg).undo(batch["images"]), cfg.MODEL.SIM.COLOR_MODEL
+    given = batch["targets"][0]["boxes"]
+    finer = FINER * size[0], FINER * size[1]
+    height, width = (side // STRIDE for side in rgb.shape[-2:])
+    targets = flatten_targets(batch["targets"], (height, width), rgb.device)
+    valid = torch.zeros(1, height, width, dtype=torch.bool)
+    valid[:, : size[0] // STRIDE, : size[1] // STRIDE] = True
+    first = corrected(torch.zeros(len(boxes), height, width), rgb, valid, targets, keys, prior=1.0)
+    masks = {"colours": masks_in_boxes(first - 0.5, boxes, finer, original)[0]}
+    if network:
+        logits = box_masks(cfg, network, batch["images"], batch["targets"])
+        fine = corrected_masks(logits, rgb[0], given, size, keys)
+        masks["network"] = masks_in_boxes(logits, boxes, size, original)[0]
+        masks["network, colours"] = masks_in_boxes(fine, boxes, finer, original)[0]
+    return masks
+
+
+def labelled(
+    cfg: CfgNode, network: Mask2Former | None, truth: CocoData
+) -> Iterator[tuple[ImageRecord, dict[str, np.ndarray]]]:
+    """Every image with boxes, and by row its masks (N, H, W)."""
+    batches = eval_loader(cfg, eval_sources(cfg)[0])
+    for batch, image in zip(tqdm(batches, disable=None), truth.images, strict=True):
+        if not len(image.labels):
+            continue
+        pixels = read_image(truth.image_root / image.file_name)
+        masks = {
+            function.__name__: np.stack([function(pixels, box) for box in image.boxes])
+            for function in (filled, ellipse, grabcut)
+        }
+        with torch.no_grad():
+            found = of_network(cfg, network, batch, image)
+        yield image, masks | {row: each.numpy() for row, each in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("set", help="people, pennfudan, nuclei or coco_more")
+    parser.add_argument("--run", type=Path, help="folder of a run, for the rows of the network")
+    args = parser.parse_args()
+    cfg, network = get_cfg(), None
+    cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
+    if args.run:
+        cfg, network = trained(args.run)
+    truth = read_coco(eval_sources(cfg)[0], read_masks=True)
+    scored = coco_metrics.load_truth(truth.annotations_file)
+    ious: dict[str, list[float]] = defaultdict(list)
+    results: dict[str, list[dict]] = defaultdict(list)
+    for image, rows in labelled(cfg, network, truth):
+        for row, masks in rows.items():
+            encoded = encode_masks(masks)
+            for index, (mask, rle) in enumerate(zip(masks, encoded, strict=True)):
+                true = read_mask(truth, image, index).astype(bool)
+                ious[row].append(float((mask & true).sum() / max((mask | true).sum(), 1)))
+                category = truth.category_ids[int(image.labels[index])]
+                found = {"image_id": image.id, "category_id": category, "segmentation": rle}
+                results[row].append({**found, "bbox": [0, 0, 1, 1], "score": fit(mask, image.boxes[index])})
+    table = [
+        {
+            "row": row,
+            **({"seed": cfg.SEED, "steps": cfg.SOLVER.MAX_ITER} if row.startswith("network") else {}),
+            "objects": len(values),
+            "mIoU": round(100 * float(np.mean(values)), 2),
+            "above 0.75": round(100 * float(np.mean(np.array(values) > 0.75)), 1),
+            "AP": round(coco_metrics.score(scored, results[row])["segm/AP"], 2),
+        }
+        for row, values in ious.items()
+    ]
+    path = RESULTS / f"labels_{args.set}.json"
+    path.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in table) + "\n]\n")
+    print(path.read_text())
+
+
+def fit(mask: np.ndarray, box: np.ndarray) -> float:
+    """IoU of the box around a mask and a box xyxy."""
+    if not mask.any():
+        return 0.0
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    own = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
+    overlap = np.maximum(np.minimum(own[2:], box[2:]) - np.maximum(own[:2], box[:2]), 0).prod()
+    return float(overlap / ((own[2:] - own[:2]).prod() + (box[2:] - box[:2]).prod() - overlap))
+
+
+if __name__ == "__main__":
+    main()
