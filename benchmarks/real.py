@@ -6,15 +6,19 @@ Adds a row per run folder to benchmarks/results/real_<set>.json, in place of one
 and settings. "label/mIoU" is the mean IoU, in percent, of true masks and the network's masks for the true
 boxes of the validation images, clipped to the boxes: of prompted queries, or without prompts of the queries
 matched to the boxes; "label/mIoU colors" that of the same masks corrected by colour. With --settings the rows
-are exploratory and carry that text.
+are exploratory and carry that text. Without runs, prints the file as a table of means, smallest and largest
+values of the seeds, with shares of the row "mask", and draws docs/real_<set>.png.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +40,7 @@ from sim_m2f.weights.checkpoint import load_checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 SCORES = ("segm/AP", "segm/AP75", "boxfill/AP")
+LABELS = ("label/mIoU", "label/mIoU colors")
 
 
 def trained(run: Path) -> tuple[CfgNode, Mask2Former]:
@@ -103,10 +108,71 @@ def measure(row: str, run: Path, settings: str) -> dict[str, str | float]:
     }
 
 
+def cell(values: Sequence[float]) -> str:
+    """Mean, and smallest and largest of several."""
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{spread}"
+
+
+def groups(rows: Sequence[dict]) -> dict[tuple[str, str, int], list[dict]]:
+    """The rows of each kind, with its name, settings and steps, the shortest and worst first."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for row in rows:
+        found.setdefault((row["row"], row.get("settings", ""), row["steps"]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: (item[0][2], fmean(r["segm/AP"] for r in item[1]))))
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """A Markdown table; shares are those of the means of the row "mask" with as many steps."""
+    headings = (
+        "row",
+        "steps",
+        "seeds",
+        "AP",
+        "AP75",
+        "AP / mask's",
+        "AP75 / mask's",
+        "label mIoU",
+        "with colours",
+    )
+    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
+    found = groups(rows)
+    for (name, settings, steps), group in found.items():
+        columns = {key: [row[key] for row in group if key in row] for key in (*SCORES, *LABELS)}
+        masks = found.get(("mask", "", steps), [])
+        shares = [
+            f"{fmean(columns[key]) / fmean(row[key] for row in masks):.2f}" if masks else ""
+            for key in ("segm/AP", "segm/AP75")
+        ]
+        labels = [cell(columns[key]) if columns[key] else "" for key in LABELS]
+        scores = cell(columns["segm/AP"]), cell(columns["segm/AP75"])
+        title = f"{name}, {settings}" if settings else name
+        print(f"| {' | '.join([title, str(steps), str(len(group)), *scores, *shares, *labels])} |")
+
+
+def draw(name: str, rows: Sequence[dict], file: Path) -> None:
+    """Bars of the means, a dot per seed: AP and AP75 of the rows that have no special settings."""
+    found = {key: group for key, group in groups(rows).items() if not key[1]}
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(found)), dpi=150, layout="constrained")
+    for place, (key, title) in enumerate({"segm/AP": "mask AP", "segm/AP75": "mask AP75"}.items()):
+        axes = figure.add_subplot(1, 2, place + 1, xlabel=title)
+        for height, group in enumerate(found.values()):
+            values = [row[key] for row in group]
+            axes.barh(
+                height, fmean(values), color="#000000" if group[0]["row"] == "mask" else "#56b4e9", alpha=0.6
+            )
+            axes.plot(values, [height] * len(values), "o", color="#d55e00", markersize=4)
+        names = [f"{row} ({steps} steps)" for row, _, steps in found]
+        axes.set_yticks(range(len(found)), names if not place else [""] * len(found))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{name}: mean, and each seed", fontsize=10, x=0.01, ha="left")
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", help="name of the set, for the results file")
-    parser.add_argument("runs", nargs="+", metavar="ROW=FOLDER", help="name of a row, and a run's folder")
+    parser.add_argument("runs", nargs="*", metavar="ROW=FOLDER", help="name of a row, and a run's folder")
     parser.add_argument("--settings", default="", help="what is special about an exploratory row")
     args = parser.parse_args()
     path = RESULTS / f"real_{args.set}.json"
@@ -118,6 +184,9 @@ def main() -> None:
         rows = [old for old in rows if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
         path.write_text("[\n" + ",\n".join(f" {json.dumps(entry)}" for entry in rows) + "\n]\n")
         print(json.dumps(row), file=sys.stderr)
+    if not args.runs:
+        print_table(rows)
+        draw(args.set, rows, RESULTS.parents[1] / f"docs/real_{args.set}.png")
 
 
 if __name__ == "__main__":

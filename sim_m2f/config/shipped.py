@@ -18,7 +18,7 @@ def find_config(name: str | Path) -> Path:
         the path as it is where there is no such one either.
     """
     path = Path(name)
-    if path.parts[:1] != ("configs",) or path.exists():
+    if path.parts[:1] != ("configs",) or len(path.parts) == 1 or path.exists():
         return path
     shipped = shipped_configs().joinpath(*path.parts[1:])
     return shipped if shipped.exists() else path
