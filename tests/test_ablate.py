@@ -40,7 +40,7 @@ OVERRIDES = {
 }
 REAL_ROWS = [
     *("projection", "boxinst", "feature_affinity", "pseudo_semantic", "self_correction", "mask_weighting"),
-    *("sim", "gate", "prompts", "colors", "best", "mask"),
+    *("sim", "level_set", "gate", "prompts", "colors", "best", "mask"),
 ]
 SWITCHES = {  # the one that each row turns on
     "1_projection": None,

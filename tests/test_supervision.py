@@ -12,6 +12,7 @@ from skimage.color import rgb2lab
 import sim_m2f
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
 from sim_m2f.supervision.box_fill import box_fill_loss
+from sim_m2f.supervision.level_set import level_set, region_energy
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision, fill_deficit
 from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.pairwise import SameLabel, pairwise_loss
@@ -340,3 +341,40 @@ def test_the_fill_guard_fades_only_when_told_to(fade, step, share):
     nothing = torch.zeros(2, 1, dtype=torch.int64)
     match = Match(nothing, nothing == 0)
     assert MatchedBoxes(objects, match, masks, supervision).deficit.eq(share).all()
+
+
+def test_level_set_energy_is_the_variance_that_two_regions_leave():
+    boxes = [[4.0, 8.0, 24.0, 28.0], [12.0, 0.0, 32.0, 16.0]]
+    objects = flatten_targets(make_targets(boxes), (8, 8), torch.device("cpu"))
+    pixels = box_pixels(objects)
+    masks = torch.rand(3, len(pixels.x), dtype=torch.float64, requires_grad=True)
+    values = torch.randn(len(pixels.x), 2, dtype=torch.float64)
+    energy = region_energy(masks, values, pixels, 2)
+    for layer, t in itertools.product(range(3), range(2)):
+        own = (pixels.target == t).nonzero().flatten().tolist()
+        p, v = masks[layer].detach().numpy()[own], values.numpy()[own]
+        regions = sum((w[:, None] * (v - np.average(v, 0, w)) ** 2).sum() for w in (p, 1 - p))
+        assert energy[layer, t].item() == pytest.approx(regions / ((v - v.mean(0)) ** 2).sum(), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda m: region_energy(m, values, pixels, 2), masks)
+    split = (values[:, 0] > 0).double()
+    alike = torch.stack([split, -split], dim=1)
+    assert region_energy(split[None], alike, pixels, 2).abs().max() < 1e-9
+    assert region_energy(torch.full_like(split, 0.3)[None], values, pixels, 2).min() > 1 - 1e-9
+
+
+def test_level_set_loss_is_the_energy_of_colours_per_object():
+    image = torch.rand(1, 3, 32, 32) * 255
+    objects = flatten_targets(make_targets([[4.0, 8.0, 24.0, 28.0]]), (8, 8), torch.device("cpu"))
+    pixels, masks = box_pixels(objects), torch.randn(2, 1, 8, 8)
+    sim, features = sim_m2f.get_cfg().MODEL.SIM, torch.randn(1, 4, 8, 8)
+    match = Match(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[True], [False]]))
+    lab = rgb_to_lab(torch.nn.functional.avg_pool2d(image, 4) / 255)
+    inside = masks[:, pixels.target, pixels.y, pixels.x].sigmoid()
+    energies = [
+        region_energy(inside, maps[0, :, pixels.y, pixels.x].T, pixels, 1)[0, 0].item()
+        for maps in (lab, features)
+    ]
+    for sim.LEVEL_SET.FEATURES, expected in ((False, energies[0]), (True, sum(energies))):
+        supervision = Supervision(sim, (8, 3.0, 0.75), 0, 1, image, torch.zeros(0), features, None, None)
+        loss = level_set(MatchedBoxes(objects, match, masks, supervision))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)

@@ -20,6 +20,7 @@ from sim_m2f.supervision.color_term import color_model
 from sim_m2f.supervision.fill_guard import fill_guard
 from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
+from sim_m2f.supervision.level_set import level_set
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision, matched_masks
 from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, mask_projections
@@ -39,6 +40,7 @@ TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
     "loss_fill_guard": ("FILL_GUARD", fill_guard),
     "loss_pseudo_semantic": ("PSEUDO_SEMANTIC", pseudo_semantic),
     "loss_self_correction": ("SELF_CORRECTION", self_correction),
+    "loss_level_set": ("LEVEL_SET", level_set),
     "loss_gated_masks": ("GATED_MASKS", gated_masks),
     "loss_color_model": ("COLOR_MODEL", color_model),
     "loss_copy_paste": ("COPY_PASTE", copy_paste),
