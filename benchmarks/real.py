@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("set", help="name of the set, for the results file")
     parser.add_argument("runs", nargs="*", metavar="ROW=FOLDER", help="name of a row, and a run's folder")
     parser.add_argument("--settings", default="", help="what is special about an exploratory row")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     path = RESULTS / f"real_{args.set}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     for pair in args.runs:

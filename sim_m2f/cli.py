@@ -3,6 +3,8 @@
 import argparse
 import ast
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -27,24 +29,40 @@ def main(arguments: list[str] | None = None) -> int:
             try:
                 module = importlib.import_module(f"sim_m2f.commands.{name}")
             except ModuleNotFoundError as error:
-                print(f"error: the package {error.name} is missing; see 'sim-m2f doctor'", file=sys.stderr)
-                return 2
+                return _missing(error)
             module.add_arguments(command)
     parsed = parser.parse_args(arguments)
     return guarded(module, parsed)
 
 
+def _missing(error: ModuleNotFoundError) -> int:
+    print(f"error: the package {error.name} is missing; see 'sim-m2f doctor'", file=sys.stderr)
+    return 2
+
+
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
-    """Run a command; a mistake of the user becomes lines on standard error and exit status 2."""
+    """Run a command; a mistake of the user becomes lines on standard error and exit status 2.
+
+    So does a missing package. Output that nobody reads any more (``doctor | head -1``) ends it silently.
+    """
     torch = sys.modules.get("torch")  # what works without it is not to wait for it
     if torch and not torch.cuda.is_available():
         keep_freed_memory()
     try:
-        return module.run(parsed)
+        status = module.run(parsed)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "sim_m2f").startswith("sim_m2f"):
+            raise
+        return _missing(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would flush into it
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -67,6 +68,24 @@ def test_other_commands_name_it_too(name):
     done = run("train", "--help", hidden=name)
     assert done.returncode == 2
     assert done.stderr == f"error: the package {name} is missing; see 'sim-m2f doctor'\n"
+
+
+def test_a_package_that_a_command_misses_while_it_runs_is_named(tmp_path):
+    done = run("export", str(tmp_path), "--format", "safetensors", "--output", "out", hidden="safetensors")
+    assert done.returncode == 2
+    assert done.stderr == "error: the package safetensors is missing; see 'sim-m2f doctor'\n"
+
+
+def test_nobody_has_to_read_to_the_end():
+    """The reader closes the pipe before the command has written anything."""
+    command = [sys.executable, "-c", HIDE, "", "doctor"]
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "ops")])}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **path}
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
 
 
 @pytest.fixture
