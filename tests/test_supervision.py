@@ -12,6 +12,7 @@ from skimage.color import rgb2lab
 import sim_m2f
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
 from sim_m2f.supervision.box_fill import box_fill_loss
+from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.level_set import level_set, region_energy
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision, fill_deficit
 from sim_m2f.supervision.matcher import BoxMatcher, Match
@@ -378,3 +379,26 @@ def test_level_set_loss_is_the_energy_of_colours_per_object():
         supervision = Supervision(sim, (8, 3.0, 0.75), 0, 1, image, torch.zeros(0), features, None, None)
         loss = level_set(MatchedBoxes(objects, match, masks, supervision))
         assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_batch_without_objects_costs_no_loss_but_that_of_classes():
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1, "MODEL.SIM.SUPERVISION", "box"])
+    for group in TERMS.values():
+        keys = cfg.MODEL.SIM[group[0]]
+        keys.ENABLED, keys.START, keys.WARMUP = True, 0.0, 0.0
+    cfg.MODEL.SIM.PAIRWISE.FEATURE_AFFINITY = cfg.MODEL.SIM.TEACHER.ENABLED = True
+
+    def outputs() -> dict:
+        logits, masks = torch.zeros(2, 3, 2), torch.randn(2, 3, 16, 16, requires_grad=True)
+        return {
+            **{"pred_logits": logits.requires_grad_(), "pred_masks": masks, "aux_outputs": []},
+            "mask_features": torch.randn(2, cfg.MODEL.SEM_SEG_HEAD.MASK_DIM, 16, 16),
+        }
+
+    student = outputs()
+    losses, _ = build_criterion(cfg)(student, make_targets([], []), torch.randn(2, 3, 64, 64), outputs())
+    assert {name for name, loss in losses.items() if loss != 0} == {"loss_ce"}
+    assert losses.keys() >= {name for name in TERMS if name != "loss_box_fill"}
+    sum(losses.values()).backward()
+    assert student["pred_masks"].grad is None or not student["pred_masks"].grad.any()

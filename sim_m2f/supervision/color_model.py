@@ -57,7 +57,7 @@ def color_labels(
         prior: share of an ellipse in the boxes that the first masks are made of, beside the logits.
     """
     fine = corrected(logits, images, valid, targets, keys, prior)
-    masks = F.avg_pool2d(fine[None], FINER)[0]
+    masks = F.avg_pool2d(fine[:, None], FINER)[:, 0]
     projections = mask_projections([_logits(masks)[None]])
     return ColorLabels(masks, iou(projection_boxes(*projections)[0, 0], targets.relative_boxes))
 
@@ -101,7 +101,7 @@ def corrected(
     targets = replace(
         targets, ranges=FINER * targets.ranges, size=(FINER * targets.size[0], FINER * targets.size[1])
     )
-    logits = F.interpolate(logits[None].float(), scale_factor=FINER, mode="bilinear")[0]
+    logits = F.interpolate(logits[:, None].float(), scale_factor=FINER, mode="bilinear")[:, 0]
     valid = valid.repeat_interleave(FINER, 1).repeat_interleave(FINER, 2)
     pixels = box_pixels(targets, _margins(targets, keys.MARGIN))
     image, place = targets.image_index[pixels.target], (pixels.target, pixels.y, pixels.x)
