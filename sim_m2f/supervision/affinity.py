@@ -23,6 +23,11 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
 
 
+def lab_at(images: Tensor, stride: int) -> Tensor:
+    """CIELAB (B, 3, H / stride, W / stride) of RGB images (B, 3, H, W) of 0..255, averaged over pixels."""
+    return rgb_to_lab((F.avg_pool2d(images.float(), stride) / 255).clamp(0, 1))
+
+
 @functools.cache
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """RGB_TO_XYZ and WHITE_D65 (3, 1, 1), copied to a device once."""
@@ -45,7 +50,7 @@ def color_affinity(images: Tensor, dilation: int) -> Tensor:
     Returns:
         (B, 4, h, w), 0 where the neighbour lies outside; the order is that of ``neighbour_offsets``.
     """
-    lab = rgb_to_lab((F.avg_pool2d(images.float(), STRIDE) / 255).clamp(0, 1))
+    lab = lab_at(images, STRIDE)
     distance = [(lab - _shifted(lab, offset)).norm(dim=1) for offset in neighbour_offsets(dilation)]
     inside = edge_mask(torch.ones_like(lab[:, 0], dtype=torch.bool), dilation)
     return torch.exp(-torch.stack(distance, dim=1) / 2) * inside

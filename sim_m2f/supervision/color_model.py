@@ -4,7 +4,7 @@ Two colour histograms per object, of its mask and of the rest of its box and the
 (https://dl.acm.org/doi/10.1145/1015706.1015720). That every pixel is drawn to the region that explains its
 colour better is region competition, a level-set energy with densities where Box2Mask
 (https://arxiv.org/abs/2212.01579) has means. Neighbours of like colour then draw each other to one side, by
-mean-field steps of a conditional random field (https://arxiv.org/abs/1210.5644) with edges of three lengths
+mean-field steps of a conditional random field (https://arxiv.org/abs/1210.5644) with edges of two lengths
 in place of all pairs. Nothing is learned but the masks.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import Target
-from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
 from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
@@ -109,7 +109,7 @@ def corrected(
     inside = boxes[place] > 0
     covered = torch.zeros_like(valid, dtype=boxes.dtype).index_add(0, targets.image_index, boxes) > 0
     counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x])
-    lab = rgb_to_lab((F.avg_pool2d(images.float(), STRIDE // FINER) / 255).clamp(0, 1))
+    lab = lab_at(images, STRIDE // FINER)
     colors = lab[image, :, pixels.y, pixels.x]
     bins = color_bins(colors, counts, pixels.target, len(targets))
     edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)

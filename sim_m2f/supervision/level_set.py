@@ -1,10 +1,9 @@
 """Level set: a mask splits its box into two regions, each of one colour (BoxLevelSet, https://arxiv.org/abs/2207.09055)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, box_pixels
 
@@ -18,7 +17,7 @@ def level_set(matched: MatchedBoxes) -> Tensor:
     supervision, objects = matched.supervision, matched.objects
     pixels = box_pixels(objects)
     image = objects.image_index[pixels.target]
-    maps = [rgb_to_lab((F.avg_pool2d(supervision.images.float(), STRIDE) / 255).clamp(0, 1))]
+    maps = [lab_at(supervision.images, STRIDE)]
     if supervision.sim.LEVEL_SET.FEATURES and supervision.teacher_features is not None:
         maps.append(supervision.teacher_features.float())
     masks = matched.masks[:, pixels.target, pixels.y, pixels.x].sigmoid()
