@@ -30,6 +30,7 @@ from sim_m2f.data.image import read_image
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
+from sim_m2f.geometry import iou, mask_extents
 from sim_m2f.modeling import Mask2Former
 from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.pixels import Pixels
@@ -83,11 +84,8 @@ def of_network(
     cfg: CfgNode, network: Mask2Former | None, batch: Batch, image: ImageRecord
 ) -> dict[str, Tensor]:
     """By row, the masks (N, H, W) that need the network's input: the colours alone, and the network's."""
-    boxes, size, original = (
-        torch.from_numpy(image.boxes).float(),
-        batch["image_sizes"][0],
-        batch["original_sizes"][0],
-    )
+    boxes = torch.from_numpy(image.boxes).float()
+    size, original = batch["image_sizes"][0], batch["original_sizes"][0]
     rgb, keys = Pixels(cfg).undo(batch["images"]), cfg.MODEL.SIM.COLOR_MODEL
     given = batch["targets"][0]["boxes"]
     finer = FINER * size[0], FINER * size[1]
@@ -163,12 +161,7 @@ def main() -> None:
 
 def fit(mask: np.ndarray, box: np.ndarray) -> float:
     """IoU of the box around a mask and a box xyxy."""
-    if not mask.any():
-        return 0.0
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    own = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], float)
-    overlap = np.maximum(np.minimum(own[2:], box[2:]) - np.maximum(own[:2], box[:2]), 0).prod()
-    return float(overlap / ((own[2:] - own[:2]).prod() + (box[2:] - box[:2]).prod() - overlap))
+    return float(iou(mask_extents(torch.from_numpy(mask)).double(), torch.from_numpy(box)))
 
 
 if __name__ == "__main__":
