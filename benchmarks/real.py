@@ -49,7 +49,8 @@ def trained(run: Path) -> tuple[CfgNode, Mask2Former]:
     cfg.merge_from_file(run / "config.yaml")
     network = build_model(cfg)
     load_checkpoint(network, run / "model_final.pth", complete=True)
-    return cfg, network.eval()
+    on_gpu = torch.cuda.is_available() and cfg.MODEL.DEVICE != "cpu"
+    return cfg, network.eval().to("cuda" if on_gpu else "cpu")
 
 
 @torch.no_grad()
@@ -71,20 +72,22 @@ def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
     source = eval_sources(cfg)[0]
     truth = read_coco(source, read_masks=True)
     batches = eval_loader(cfg, source)
-    normalised = Pixels(cfg)
+    device = next(network.parameters()).device
+    normalised = Pixels(cfg).to(device)
     ious = []
     for batch, image in zip(tqdm(batches, "label", leave=False, disable=None), truth.images, strict=True):
         if not len(image.labels):
             continue
-        logits = box_masks(cfg, network, batch["images"], batch["targets"])
+        images = batch["images"].to(device)
+        logits = box_masks(cfg, network, images, batch["targets"])
         given, size = batch["targets"][0]["boxes"], batch["image_sizes"][0]
-        pixels = normalised.undo(batch["images"][0])
+        pixels = normalised.undo(images[0])
         corrected = corrected_masks(logits, pixels, given, size, cfg.MODEL.SIM.COLOR_MODEL)
-        boxes, original = torch.from_numpy(image.boxes).float(), batch["original_sizes"][0]
+        boxes, original = torch.from_numpy(image.boxes).float().to(device), batch["original_sizes"][0]
         masks, _ = masks_in_boxes(logits, boxes, size, original)
         fine, _ = masks_in_boxes(corrected, boxes, (FINER * size[0], FINER * size[1]), original)
         for index, pair in enumerate(torch.stack([masks, fine], dim=1)):
-            true = torch.from_numpy(read_mask(truth, image, index)).bool()
+            true = torch.from_numpy(read_mask(truth, image, index)).bool().to(device)
             ious.append((pair & true).sum((1, 2)) / (pair | true).sum((1, 2)).clamp(min=1))
     return torch.stack(ious, dim=1)
 
@@ -95,6 +98,7 @@ def measure(row: str, run: Path, settings: str) -> dict[str, str | float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = [line for line in lines if "segm/AP" in line][-1]
     seconds = (run / "model_final.pth").stat().st_mtime - (run / "config.yaml").stat().st_mtime
+    device = torch.cuda.get_device_name() if next(network.parameters()).is_cuda else "CPU"
     network_only, corrected = (100 * label_ious(cfg, network).mean(1)).tolist()
     return {
         "row": row,
@@ -102,10 +106,20 @@ def measure(row: str, run: Path, settings: str) -> dict[str, str | float]:
         "seed": cfg.SEED,
         "steps": cfg.SOLVER.MAX_ITER,
         "minutes": round(seconds / 60, 1),
+        "device": device,
         **{name: round(scores[name], 2) for name in SCORES},
         "label/mIoU": round(network_only, 2),
         "label/mIoU colors": round(corrected, 2),
     }
+
+
+def store(path: Path, row: dict[str, str | float]) -> None:
+    """Put a row into a results file, in place of one of the same row, settings, seed and steps."""
+    key = ("row", "settings", "seed", "steps")
+    rows = json.loads(path.read_text()) if path.exists() else []
+    rows = [old for old in rows if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(f" {json.dumps(entry)}" for entry in rows) + "\n]\n")
 
 
 def cell(values: Sequence[float]) -> str:
@@ -176,15 +190,13 @@ def main() -> None:
     parser.add_argument("--settings", default="", help="what is special about an exploratory row")
     args = parser.parse_intermixed_args()
     path = RESULTS / f"real_{args.set}.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
     for pair in args.runs:
         name, _, folder = pair.partition("=")
         row = measure(name, Path(folder), args.settings)
-        key = ("row", "settings", "seed", "steps")
-        rows = [old for old in rows if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
-        path.write_text("[\n" + ",\n".join(f" {json.dumps(entry)}" for entry in rows) + "\n]\n")
+        store(path, row)
         print(json.dumps(row), file=sys.stderr)
     if not args.runs:
+        rows = json.loads(path.read_text())
         print_table(rows)
         draw(args.set, rows, RESULTS.parents[1] / f"docs/real_{args.set}.png")
 

@@ -1,0 +1,134 @@
+"""Trains the rows of the ablation on real images, several runs at a time, and collects them.
+
+    python benchmarks/real_runs.py people pennfudan --rows boxinst best mask --jobs 2
+
+A row is configs/real/rows/*_<row>.yaml, or a YAML file of one's own, on configs/<set>/base.yaml. What real.py
+measures of every finished run goes into benchmarks/results/real_<set>.json, or into --results. Folders, logs
+and checkpoints are below --output. KEY VALUE pairs after --opts change all runs. Processes share their
+imports and run with one thread each, on the GPU where there is one.
+"""
+
+import argparse
+import gc
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from real import RESULTS, measure, store
+from tqdm import tqdm
+
+from sim_m2f.commands.train import build_trainer
+from sim_m2f.config import CfgNode, get_cfg, validate
+from sim_m2f.config.shipped import shipped_configs
+from sim_m2f.errors import UserError
+
+REAL = shipped_configs() / "real" / "rows"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a row of a set, from a seed."""
+
+    set: str
+    row: str
+    seed: int
+    cfg: CfgNode
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.OUTPUT_DIR)
+
+
+def configuration(name: str, row: str, seed: int, args: argparse.Namespace) -> CfgNode:
+    """The base of the set, changed by the row, then by the command line."""
+    cfg = get_cfg()
+    cfg.merge_from_file(shipped_configs() / name / "base.yaml")
+    cfg.merge_from_file(row if row.endswith(".yaml") else next(REAL.glob(f"*_{row}.yaml"), row))
+    if args.weights:  # a file of timm's names that was converted for pixels of -1 to 1
+        half = [127.5] * 3
+        cfg.merge_from_list(
+            ["MODEL.WEIGHTS", args.weights, "MODEL.PIXEL_MEAN", str(half), "MODEL.PIXEL_STD", str(half)]
+        )
+    folder = args.output / name / Path(row).stem / f"{args.steps}_{seed}"
+    cfg.merge_from_list(["SEED", str(seed), "SOLVER.MAX_ITER", str(args.steps), "OUTPUT_DIR", str(folder)])
+    cfg.merge_from_list(args.opts)
+    validate(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[str, dict] | None]") -> None:
+    """Train and measure, in a process of its own, which writes to the log in the run's folder."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = (job.folder / "log.txt").open("a", buffering=1)
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    try:
+        build_trainer(job.cfg).train()
+        queue.put((job.set, measure(job.row, job.folder, "")))
+    except (Exception, SystemExit):
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def run_all(jobs: list[Job], args: argparse.Namespace) -> int:
+    """Run all, ``args.jobs`` at a time; returns how many failed."""
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    waiting, running, failed = list(reversed(jobs)), dict[BaseProcess, Job](), 0
+    gc.freeze()
+    with tqdm(total=len(jobs), unit="run", mininterval=0) as bar:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                job = waiting.pop()
+                process = fork.Process(target=run_job, args=(job, queue))
+                process.start()
+                running[process] = job
+            time.sleep(0.2)
+            for process in [process for process in running if not process.is_alive()]:
+                job = running.pop(process)
+                while not queue.empty():
+                    name, row = queue.get()
+                    store(args.results / f"real_{name}.json", row)
+                if process.exitcode:
+                    failed += 1
+                    bar.write(f"{job.folder}: failed, see log.txt there")
+                bar.update()
+    return failed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="+", metavar="SET", help="people, pennfudan, nuclei or coco_more")
+    parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--weights", default="", metavar="FILE", help="pretrained backbone, else timm's")
+    parser.add_argument("--output", type=Path, default=Path("output/real"), metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
+    args = parser.parse_args()
+    jobs = [
+        Job(name, Path(row).stem, seed, configuration(name, row, seed, args))
+        for seed in args.seeds
+        for name in args.sets
+        for row in args.rows
+    ]
+    return min(run_all(jobs, args), 1)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
