@@ -29,6 +29,7 @@ from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.modeling import Mask2Former, build_model
 from sim_m2f.modeling.postprocess import masks_in_boxes
+from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Target
 from sim_m2f.supervision.base import stacked_logits
@@ -58,8 +59,8 @@ def box_masks(cfg: CfgNode, network: Mask2Former, images: Tensor, targets: list[
     """(N, h, w): the mask logits of one image's N annotated boxes."""
     if cfg.MODEL.SIM.PROMPTS.ENABLED:
         prompts = annotated_prompts(targets, images.shape[-2:], images.device)
-        return network(images, auxiliary=False, prompts=prompts)["prompted"]["pred_masks"][0]
-    outputs = network(images, auxiliary=False)
+        return tiled(network, images, cfg.TEST.TILE, prompts)["prompted"]["pred_masks"][0]
+    outputs = tiled(network, images, cfg.TEST.TILE)
     objects = flatten_targets(targets, outputs["pred_masks"].shape[-2:], images.device)
     keys = cfg.MODEL.SIM.MATCHER
     matcher = BoxMatcher(keys.CLASS_WEIGHT, keys.PROJECTION_WEIGHT, keys.BOX_WEIGHT)

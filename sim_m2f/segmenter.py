@@ -22,8 +22,9 @@ from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Outputs, Prompts, Size
+from sim_m2f.structures import Predictions, Prompts, Size
 from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
@@ -141,9 +142,9 @@ class Segmenter(nn.Module):
             best["labels"][kept], best["scores"][kept], best["boxes"][kept], best["masks"][kept]
         )
 
-    def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Outputs:
+    def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Predictions:
         training = self.network.training
-        outputs = self.network.eval()(images, auxiliary=False, prompts=prompts)
+        outputs = tiled(self.network.eval(), images, self.cfg.TEST.TILE, prompts)
         self.network.train(training)
         return outputs
 

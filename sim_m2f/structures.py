@@ -56,6 +56,12 @@ class Outputs(LayerOutputs):
     prompted: NotRequired[Prompted]
 
 
+class Predictions(LayerOutputs):
+    """The last layer's predictions for one image, and those of the queries of given boxes."""
+
+    prompted: NotRequired[LayerOutputs]
+
+
 class Target(TypedDict):
     """The N objects of one image, as the criteria take them.
 

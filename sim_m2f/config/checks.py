@@ -52,14 +52,16 @@ def check_choices(cfg: CfgNode) -> None:
 def extent_warning(cfg: CfgNode) -> str:
     """One line where tests see far more or less of an image than training does, else "".
 
-    Learned positions are shares of what the network sees: tests show whole images, training crops of
-    INPUT.IMAGE_SIZE of images INPUT.MIN_SCALE to MAX_SCALE times as large.
+    Learned positions are shares of what the network sees: tests show whole images, or tiles of TEST.TILE of
+    them, training crops of INPUT.IMAGE_SIZE of images INPUT.MIN_SCALE to MAX_SCALE times as large.
     """
-    low, high = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
-    if low <= _FAR and high >= 1 / _FAR:
+    low, high, tile = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, cfg.TEST.TILE
+    tests = max(cfg.INPUT.MIN_SIZE_TEST / tile, 1.0) if tile else 1.0
+    if low <= _FAR * tests and high >= tests / _FAR:
         return ""
-    fault = f"training shows images {low} to {high} times as large as its crop, tests show them whole"
-    advice = "masks will be out of place; let the scales enclose 1"
+    shown = f"images {tests:.3g} times as large as a tile" if tile else "them whole"
+    fault = f"training shows images {low} to {high} times as large as its crop, tests show {shown}"
+    advice = f"masks will be out of place; let the scales enclose {tests:.3g}"
     return f"INPUT.MIN_SCALE {low} and MAX_SCALE {high}: {fault}; {advice}"
 
 

@@ -24,6 +24,7 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.modeling import postprocess
+from sim_m2f.modeling.tiles import tiled
 from sim_m2f.structures import Detections
 
 RESULTS_FILE = "inference/coco_instances_results.json"
@@ -39,17 +40,23 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> di
         the metrics; before those of all but the first test set stand its name and "/".
     """
     metrics: dict[str, float] = {}
-    sources, folder, top_k = eval_sources(cfg), Path(cfg.OUTPUT_DIR), cfg.TEST.DETECTIONS_PER_IMAGE
+    sources, folder = eval_sources(cfg), Path(cfg.OUTPUT_DIR)
     for source in sources:
         loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
         below = "" if source is sources[0] else f"{source.name}/"
-        scores = evaluate(model, loader, folder / below, accelerator, top_k)
+        kept = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.TILE
+        scores = evaluate(model, loader, folder / below, accelerator, *kept)
         metrics |= {f"{below}{name}": value for name, value in scores.items()}
     return metrics
 
 
 def evaluate(
-    model: nn.Module, loader: Batches[EvalDataset], output_dir: Path, accelerator: Accelerator, top_k: int
+    model: nn.Module,
+    loader: Batches[EvalDataset],
+    output_dir: Path,
+    accelerator: Accelerator,
+    top_k: int,
+    tile: int = 0,
 ) -> dict[str, float]:
     """Detect instances in every image of a test set and score them as COCO does.
 
@@ -63,6 +70,7 @@ def evaluate(
         output_dir: folder of the run.
         accelerator: device, precision and ranks.
         top_k: most detections per image.
+        tile: side in pixels of the tiles that a larger image is seen as; 0 sees it whole.
 
     Returns:
         on every rank, the metrics of ``coco_metrics.score``; empty when the data have no annotations.
@@ -75,7 +83,7 @@ def evaluate(
     data = loader.dataset.data
     scored = data.has_annotations and accelerator.is_main_process
     truth = coco_metrics.load_truth(data.annotations_file) if scored else None
-    seen, results = _detect(model, loader, accelerator, top_k)
+    seen, results = _detect(model, loader, accelerator, top_k, tile)
     seen, results = gather_object(seen), gather_object(results)
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
@@ -91,7 +99,7 @@ def evaluate(
 
 
 def _detect(
-    model: nn.Module, loader: Batches[EvalDataset], accelerator: Accelerator, top_k: int
+    model: nn.Module, loader: Batches[EvalDataset], accelerator: Accelerator, top_k: int, tile: int
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """This rank's image ids and detections."""
     # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
@@ -104,7 +112,7 @@ def _detect(
         for batch in progress:
             with accelerator.autocast():
                 images = batch["images"].to(accelerator.device, non_blocking=True)
-                outputs = network(images, auxiliary=False)
+                outputs = tiled(network, images, tile)
             sizes = batch["image_sizes"], batch["original_sizes"]
             detections = postprocess.instances(outputs, *sizes, top_k)
             for image_id, instances in zip(batch["image_ids"], detections, strict=True):

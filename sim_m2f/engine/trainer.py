@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.loader import train_loader
+from sim_m2f.data.student_colors import student_colors
 from sim_m2f.distributed import gather_on_first_rank, max_over_ranks
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
@@ -19,6 +20,7 @@ from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion
 from sim_m2f.supervision.copy_paste import build_copy_paste
@@ -70,6 +72,7 @@ class Trainer:
         elif cfg.MODEL.WEIGHTS:
             checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS)
         device = self.accelerator.device
+        self.pixels = Pixels(cfg).to(device)
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
         self.teacher = build_teacher(cfg, model, device)
@@ -119,7 +122,7 @@ class Trainer:
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
         prompts = self.criterion.student_prompts(targets, images)
-        outputs = self.model(images, prompts=prompts)
+        outputs = self.model(self._seen_by_student(images), prompts=prompts)
         losses, matched = self.criterion(outputs, targets, images, self._teacher_outputs(images, targets))
         self.criterion.update(matched)
         self.observed = mask_shapes(matched)
@@ -159,6 +162,10 @@ class Trainer:
         previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
         checkpoints.replace_checkpoint(path, state, previous)
         self.checkpoint = path
+
+    def _seen_by_student(self, images: Tensor) -> Tensor:
+        share = self.cfg.INPUT.STUDENT_COLORS
+        return student_colors(images, self.pixels, share) if share else images
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""

@@ -84,11 +84,20 @@ class CopyPaste:
         return paste(images, targets, self.bank, self.keys.PROBABILITY, self.keys.OBJECTS, self.jitter)
 
     def remember(self, images: Tensor, matched: Matched) -> None:
-        """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice."""
-        labels = matched.supervision.labels if isinstance(matched, MatchedBoxes) else None
-        if labels is not None:
-            masks, scores = labels.masks(matched.objects)
-            self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
+        """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice.
+
+        Masks corrected by colour are preferred where they are made.
+        """
+        if not isinstance(matched, MatchedBoxes):
+            return
+        made = matched.supervision
+        if made.colors is not None:
+            masks, scores = made.colors.masks > 0.5, made.colors.quality
+        elif made.labels is not None:
+            masks, scores = made.labels.masks(matched.objects)
+        else:
+            return
+        self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
 
 
 def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:

@@ -24,7 +24,7 @@ def teacher_terms(cfg: CfgNode) -> list[str]:
         "PSEUDO_SEMANTIC": sim.PSEUDO_SEMANTIC.ENABLED,
         "SELF_CORRECTION": sim.SELF_CORRECTION.ENABLED,
         "GATED_MASKS": sim.GATED_MASKS.ENABLED,
-        "COPY_PASTE": sim.COPY_PASTE.ENABLED,
+        "COPY_PASTE": sim.COPY_PASTE.ENABLED and not sim.COLOR_MODEL.ENABLED,
     }
     terms = [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
     needed_by = [*terms, *(["TEST.USE_TEACHER"] if cfg.TEST.get("USE_TEACHER") else [])]

@@ -1,0 +1,140 @@
+"""A large image seen as overlapping tiles, whose objects are put together again.
+
+For images of many small objects, as of nuclei: a tile shows as few of them as a training crop does.
+"""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sim_m2f.modeling.postprocess import STRIDE
+from sim_m2f.structures import LayerOutputs, Outputs, Predictions, Prompts
+
+OVERLAP = 0.25  # least share of a tile that its neighbour sees too: objects up to this size are whole in one
+BATCH = 8  # tiles that the network sees together
+OUTSIDE = -10.0  # mask logit outside of the tile
+LEAST_SCORE = 0.02  # of a query that counts
+MOST = 400  # queries of an image
+DUPLICATE = 0.5  # share of the smaller of two masks of different tiles from which on they are one object
+
+
+def tiled(
+    network: Callable[..., Outputs], images: Tensor, tile: int, prompts: Prompts | None = None
+) -> Predictions:
+    """The last layer's outputs for one image, tile by tile where it is larger than one.
+
+    Of two masks from different tiles that cover each other, one stays: one that its tile does not cut, before
+    one that it does; else that of the higher score. A prompted box goes to the tile in whose middle it lies.
+
+    Args:
+        network: ``Mask2Former``.
+        images: (1, 3, H, W), as the network takes it.
+        tile: side of a tile in pixels, a multiple of 32; 0 takes every image as a whole.
+        prompts: boxes whose masks are wanted, in shares of the whole image.
+
+    Returns:
+        "pred_logits" (1, K, C+1), "pred_masks" (1, K, H/4, W/4), and with prompts "prompted", the same of the
+        N boxes; K is as large as it has to be, at least 1. The network's own outputs where there is one tile.
+    """
+    height, width = images.shape[-2:]
+    if not tile or max(height, width) <= tile:
+        return cast(Predictions, network(images, auxiliary=False, prompts=prompts))
+    corners = tile_corners(height, width, tile)
+    sides = min(tile, height), min(tile, width)
+    crops = torch.cat([images[..., y : y + sides[0], x : x + sides[1]] for y, x in corners.tolist()])
+    corners = corners.to(images.device)
+    placed = _tile_of_boxes(prompts, corners, sides, (height, width)) if prompts else None
+    parts: list[Outputs] = []
+    for start in range(0, len(crops), BATCH):
+        part = slice(start, start + BATCH)
+        own = Prompts(placed[0].boxes[part], placed[0].labels[part]) if placed else None
+        parts.append(network(crops[part], auxiliary=False, prompts=own))
+    logits = torch.cat([part["pred_logits"].float() for part in parts])
+    masks = torch.cat([part["pred_masks"].float() for part in parts])
+    canvas = height // STRIDE, width // STRIDE
+    outputs: Predictions = {**_joined(logits, masks, corners // STRIDE, canvas)}
+    if placed:
+        tiles, places = placed[1]
+        logits = torch.cat([part["prompted"]["pred_logits"].float() for part in parts])[tiles, places]
+        masks = torch.cat([part["prompted"]["pred_masks"].float() for part in parts])[tiles, places]
+        full = _on_canvas(masks, corners[tiles] // STRIDE, canvas)
+        outputs["prompted"] = {"pred_logits": logits[None], "pred_masks": full[None]}
+    return outputs
+
+
+def tile_corners(height: int, width: int, tile: int) -> Tensor:
+    """(n, 2) int64: top and left of the tiles, evenly spread, multiples of 4 pixels."""
+    lines = []
+    for length in (height, width):
+        free = max(length - tile, 0)
+        count = 1 + -int(-free // (tile * (1 - OVERLAP)))
+        lines.append((torch.linspace(0, free, count) / STRIDE).round().long() * STRIDE)
+    return torch.cartesian_prod(*lines)
+
+
+def _tile_of_boxes(
+    prompts: Prompts, corners: Tensor, sides: tuple[int, int], size: tuple[int, int]
+) -> tuple[Prompts, tuple[Tensor, Tensor]]:
+    """The boxes as prompts of the tiles, and for each box its tile and its place among the tile's prompts."""
+    (height, width), boxes = size, prompts.boxes[0]
+    pixels = boxes * boxes.new_tensor([width, height, width, height])
+    side = boxes.new_tensor(sides).flip(0)
+    origin = corners.flip(1).to(boxes)
+    middle = (pixels[:, :2] + pixels[:, 2:]) / 2
+    tiles = ((middle[:, None] - origin - side / 2) / side).abs().amax(-1).argmin(1)
+    chosen = tiles[:, None] == torch.arange(len(corners), device=tiles.device)
+    places = chosen.cumsum(0)[torch.arange(len(tiles)), tiles] - 1
+    most = max(int(chosen.sum(0).max()) if len(boxes) else 0, 1)
+    own = boxes.new_zeros(len(corners), most, 4)
+    labels = prompts.labels.new_zeros(len(corners), most)
+    own[tiles, places] = ((pixels - origin[tiles].repeat(1, 2)) / side.repeat(2)).clamp(0, 1)
+    labels[tiles, places] = prompts.labels[0]
+    return Prompts(own, labels), (tiles, places)
+
+
+def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, int]) -> LayerOutputs:
+    """The queries of all tiles, those that show one object reduced to one.
+
+    Args:
+        logits: (n, Q, C+1) of n tiles.
+        masks: (n, Q, h, w) logits.
+        corners: (n, 2) top and left of the tiles in pixels of the masks.
+        canvas: height and width of the whole.
+    """
+    inside = masks > 0
+    area = inside.sum((2, 3))
+    confidence = (masks.sigmoid() * inside).sum((2, 3)) / area.clamp(min=1)
+    score = logits.softmax(-1)[..., :-1].amax(-1) * confidence
+    rank = score - _cut(inside, corners, canvas).float()
+    rank = rank.masked_fill((score < LEAST_SCORE) | (area == 0), -2.0).flatten()
+    order = rank.argsort(descending=True)[: max(1, min(MOST, int((rank > -2).sum())))]
+    tiles, queries = order // masks.shape[1], order % masks.shape[1]
+    full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
+    flat, areas = (full > 0).flatten(1).float(), area[tiles, queries]
+    smaller = torch.minimum(areas[:, None], areas)
+    same = (flat @ flat.T > DUPLICATE * smaller)
+    kept = torch.ones(len(order), dtype=torch.bool)
+    for index, duplicates in enumerate(same.cpu()):
+        if kept[index]:
+            kept[index + 1 :] &= ~duplicates[index + 1 :]
+    kept = kept.to(full.device)
+    return {"pred_logits": logits[tiles, queries][kept][None], "pred_masks": full[kept][None]}
+
+
+def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """(n, Q) bool: whether a mask reaches a border of its tile that is none of the image."""
+    ends = corners + corners.new_tensor(inside.shape[-2:])
+    inner = torch.stack([corners > 0, ends < ends.new_tensor(canvas)], dim=-1)[:, None]  # (n, 1, axis, side)
+    rows, columns = inside[..., [0, -1], :].any(-1), inside[..., [0, -1]].any(-2)
+    return (torch.stack([rows, columns], dim=-2) & inner).flatten(2).any(-1)
+
+
+def _on_canvas(masks: Tensor, corners: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """(K, *canvas): mask logits (K, h, w) at their corners (K, 2), ``OUTSIDE`` elsewhere."""
+    full = masks.new_full((len(masks), *canvas), OUTSIDE)
+    height, width = masks.shape[-2:]
+    for (y, x), mask, own in zip(corners.tolist(), masks, full, strict=True):
+        own[y : y + height, x : x + width] = mask
+    return full
