@@ -10,9 +10,13 @@ import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
 
-from sim_m2f.supervision.copy_paste import Jitter, paste
+from sim_m2f.supervision.color_model import ColorLabels
+from sim_m2f.supervision.copy_paste import Jitter, build_copy_paste, paste
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision
+from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.paste_bank import PasteBank
 from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.teacher import teacher_terms
 
 HEIGHT, WIDTH = 32, 64
 CPU = torch.device("cpu")
@@ -418,3 +422,20 @@ def test_jitter_scales_an_object_around_its_box(scale):
         expected = resampled(bank.images[0, channel].double().numpy(), 1)
         np.testing.assert_allclose(new_image[0, channel].numpy()[inside], expected[inside], atol=1e-4)
     assert (new_image[0].numpy()[:, ~inside] == 99).all()
+
+
+def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
+    sim = small_cfg.MODEL.SIM
+    sim.SUPERVISION, sim.COPY_PASTE.ENABLED, sim.COLOR_MODEL.ENABLED = "box", True, True
+    assert teacher_terms(small_cfg) == []
+    copying = build_copy_paste(small_cfg, CPU)
+    images = random_images(1)
+    objects = flatten_targets([make_target([[0, 0, 32, 32], [32, 0, 64, 32]])], (8, 16), CPU)
+    masks = torch.rand(2, 8, 16)
+    colors = ColorLabels(masks, torch.tensor([0.9, 0.4]))
+    valid = torch.ones(1, 8, 16, dtype=torch.bool)
+    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors)
+    match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
+    copying.remember(images, MatchedBoxes(objects, match, torch.zeros(1, 2, 8, 16), made))
+    assert torch.equal(copying.bank.masks, masks > 0.5)
+    assert torch.equal(copying.bank.scores, colors.quality)
