@@ -74,7 +74,7 @@ def build(args: argparse.Namespace) -> list[Command]:
     agreement = script("msda_agreement.py", "--device", args.device, "--output", args.out / "build.json")
     commands = [operator, agreement]
     if find_spec("pytest") and find_spec("hypothesis"):
-        flags = ["-q", "--noconftest", "-p", "no:cacheprovider", "-m", "not slow"]
+        flags = ["--noconftest", "-p", "no:cacheprovider", "-m", "not slow"]
         storage = {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis"}  # not in the tree
         commands.append(Command([sys.executable, "-m", "pytest", *flags, *TESTS], storage))
     return commands

@@ -353,6 +353,18 @@ def table(entry: dict) -> str:
     return "\n".join(lines)
 
 
+def summary(cases: list[dict]) -> str:
+    """Of the operator as the network calls it, in all cases."""
+    found = [case["results"][FUSED] for case in cases]
+    parts = []
+    for direction in ("forward", "backward"):
+        for key, form in (("speedup", ".1f"), ("bandwidth_share", ".0%")):
+            numbers = [result[name] for result in found if (name := f"{direction}_{key}") in result]
+            if numbers:
+                parts.append(f"{direction} {key} {min(numbers):{form}} to {max(numbers):{form}}")
+    return f"{FUSED}: {', '.join(parts)}"
+
+
 COLUMNS = {"speedup": ".1f", "bandwidth_share": ".0%", "extra_mib": ".0f", "memory": ".1%"}  # with formats
 
 
@@ -417,6 +429,7 @@ def main() -> None:
                 report["cases"].append(entry)
                 print(table(entry), flush=True)
                 write(report, output)
+    print("\n" + summary(report["cases"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""A training step of Mask2Former itself, from a checkout of github.com/facebookresearch/Mask2Former."""
+"""A training step of Mask2Former itself, from a checkout of github.com/facebookresearch/Mask2Former.
+
+Its deformable attention is that of the module MultiScaleDeformableAttention, here ours: a difference between
+the steps is not the operator's.
+"""
 
 import sys
 from pathlib import Path

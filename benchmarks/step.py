@@ -135,7 +135,6 @@ class Measured:
     """
 
     def __init__(self, name: str, cfg: CfgNode, device: str, original: Path | None = None) -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)  # a process has one precision otherwise
         self.name, self.cfg, self.stopwatch = name, cfg, Stopwatch(device)
         middle = cfg.SOLVER.MAX_ITER // 2
         self.trainer = OriginalTrainer(original, cfg, device) if original else Trainer(cfg)
@@ -231,7 +230,7 @@ def waiting_lines(measured: Measured) -> dict[str, int]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """As Markdown, a column per result."""
+    """As Markdown, a column per result that has figures."""
     done = [result for result in results if "error" not in result]
     heads = [f"{r['configuration']}, {r['images']} x {r['pixels']}, {r['precision']}" for r in done]
     lines = [f"| milliseconds | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
@@ -241,9 +240,16 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(f"| {key} | {' | '.join(format(r[key], form) if key in r else '' for r in done)} |")
     for key in ("operator_calls", "launches", "synchronisations"):
         lines.append(f"| {key} | {' | '.join(str(r['trace'][key]) for r in done)} |")
-    return "\n".join(
-        lines + [f"{r['configuration']}, {r['case']}: {r['error']}" for r in results if "error" in r]
-    )
+    return "\n".join(lines)
+
+
+def line(result: dict[str, Any]) -> str:
+    """The shortest account of a row."""
+    name = Path(result["configuration"].split("+")[-1]).stem
+    if "error" in result:
+        return f"{name} {result['case']}: {result['error']}"
+    memory = f", {result['peak_gib']} GiB" if "peak_gib" in result else ""
+    return f"{name} {result['images']} {result['precision']}: {result['step_ms']:.0f} ms{memory}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -308,10 +314,12 @@ def main() -> None:
             report["results"] += measure_or_explain(group, args)
             if args.output:
                 write(report, args.output)
+            AcceleratorState._reset_state(reset_partial_state=True)  # else a process has one precision
             gc.collect()  # the trainer and its watched functions hold each other
             if args.device == "cuda":
                 torch.cuda.empty_cache()
     print(table(report["results"]))
+    print("; ".join(map(line, report["results"])))
     sys.exit(any("error" in result for result in report["results"]))
 
 
