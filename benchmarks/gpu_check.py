@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -64,9 +65,9 @@ class Command:
         return " ".join([*settings, *words]).replace(sys.executable, "python3")
 
 
-def script(name: str, *arguments: object, **environment: str) -> Command:
+def script(name: str, *arguments: object) -> Command:
     """A script of benchmarks/."""
-    return Command([sys.executable, str(BENCHMARKS / name), *map(str, arguments)], environment)
+    return Command([sys.executable, str(BENCHMARKS / name), *map(str, arguments)])
 
 
 def build(args: argparse.Namespace) -> list[Command]:
@@ -75,7 +76,7 @@ def build(args: argparse.Namespace) -> list[Command]:
     commands = [operator, agreement]
     if find_spec("pytest") and find_spec("hypothesis"):
         flags = ["--noconftest", "-p", "no:cacheprovider", "-m", "not slow"]
-        storage = {"HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis"}  # not in the tree
+        storage = {"HYPOTHESIS_STORAGE_DIRECTORY": f"{tempfile.gettempdir()}/hypothesis"}  # not in the tree
         commands.append(Command([sys.executable, "-m", "pytest", *flags, *TESTS], storage))
     return commands
 
@@ -228,6 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("out", "original", "weights"):  # commands run in the repository
         path = getattr(args, name)
         setattr(args, name, path.resolve() if path else None)
+    args.peer = [str(Path(name).resolve()) if name.endswith(".so") else name for name in args.peer]
     return args
 
 

@@ -403,7 +403,7 @@ def main() -> None:
     check(args.device)
     report = {
         "hardware": hardware.describe(),
-        "operator": msda.LOAD_ERROR or torch.ops.msda.build_info(),
+        "operator": torch.ops.msda.build_info(),
         "threads": args.threads,
         "load_average_before": os.getloadavg()[0],
         "bandwidth_gib_s": (bandwidth := device_bandwidth(args.device)) / 2**30,

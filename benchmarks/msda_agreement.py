@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import hardware
 import msda
+from msda import msda as operator
 
 ODD = ((7, 5), (4, 6), (1, 3))
 TOLERANCE = {
@@ -116,9 +117,13 @@ def difference(result: Tensor, expected: Tensor) -> float:
 def compare(call: Call, inputs: msda.Inputs, expected: tuple[Tensor, ...], kept: Tensor) -> dict[str, Any]:
     """What a call gives: differences of output and gradients, and whether all are within their tolerance."""
     torch.use_deterministic_algorithms(call.deterministic)
-    results = gradients(call.implementation, inputs)
-    again = gradients(call.implementation, inputs) if call.deterministic else results
-    torch.use_deterministic_algorithms(False)
+    try:
+        results = gradients(call.implementation, inputs)
+        again = gradients(call.implementation, inputs) if call.deterministic else results
+    except RuntimeError as error:
+        return {**call.describe(), "error": str(error), "ok": False}
+    finally:
+        torch.use_deterministic_algorithms(False)
     differences, within = {}, True
     for name, result, exact in zip(("output", "value", "points", "weights"), results, expected, strict=True):
         mask = kept if name == "points" else torch.ones(())
@@ -144,11 +149,18 @@ def check(device: str) -> None:
     """A quick look before a benchmark.
 
     Raises:
-        SystemExit: the operator is wrong.
+        SystemExit: the operator is wrong, or there is none for the device.
     """
+    require_kernel(device)
     for row in check_form(Form(), device):
         if not row["ok"]:
             raise SystemExit(f"the operator differs from float64 on {device}: {row}")
+
+
+def require_kernel(device: str) -> None:
+    """Raises SystemExit where plain PyTorch would serve instead of the compiled operator."""
+    if not operator.has_kernel(torch.device(device)):
+        raise SystemExit(operator.LOAD_ERROR or f"the operator was built without a kernel for {device}")
 
 
 def main() -> None:
@@ -157,21 +169,15 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="two types, nothing of a network's size")
     parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
-    if not msda.msda.has_kernel(torch.device(args.device)):
-        raise SystemExit(msda.msda.LOAD_ERROR or f"the operator was built without a kernel for {args.device}")
-    operator = torch.ops.msda.build_info()
-    report: dict[str, Any] = {"hardware": hardware.describe(), "operator": operator, "rows": []}
+    require_kernel(args.device)
+    build = torch.ops.msda.build_info()
+    report: dict[str, Any] = {"hardware": hardware.describe(), "operator": build, "rows": []}
     for form in FORMS:
         if args.small and form == NETWORK:
             continue
         rows = list(check_form(form, args.device, small=args.small or form == NETWORK))
         report["rows"] += rows
-        worst = max(
-            max(row["differences"].values()) / TOLERANCE[getattr(torch, row["dtype"])] for row in rows
-        )
-        print(
-            f"{form}: {sum(row['ok'] for row in rows)} of {len(rows)} agree, worst {worst:.1%} of tolerance"
-        )
+        print(f"{form}: {sum(row['ok'] for row in rows)} of {len(rows)} agree")
         for row in rows:
             if not row["ok"]:
                 print(f"  {row}")

@@ -35,6 +35,7 @@ from accelerate.state import AcceleratorState
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "ops")]
 import hardware  # noqa: E402
+import MultiScaleDeformableAttention as msda  # noqa: E402, N813
 import step_trace  # noqa: E402
 import synthetic_coco  # noqa: E402
 from msda import write  # noqa: E402
@@ -307,7 +308,9 @@ def measure_or_explain(group: list[Row], args: argparse.Namespace) -> list[dict[
 
 def main() -> None:
     args = parse_arguments()
-    report: dict[str, Any] = {"hardware": hardware.describe(), "command": sys.argv[1:], "results": []}
+    operator = msda.LOAD_ERROR or torch.ops.msda.build_info()
+    report: dict[str, Any] = {"hardware": hardware.describe(), "operator": operator, "command": sys.argv[1:]}
+    report["results"] = []
     with tempfile.TemporaryDirectory() as data:
         found = rows(args, Path(data))
         for group in [[row] for row in found] if args.device == "cuda" else [found]:

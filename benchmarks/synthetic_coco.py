@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ SIZE = (640, 480)  # width and height, COCO's most frequent
 CORNERS = 24
 
 
+@cache
 def write(folder: Path, classes: int, objects: int, images: int = 32) -> list[str]:
     """Write pictures with so many ellipses each; returns the keys and values that train on them."""
     random.seed(0)
