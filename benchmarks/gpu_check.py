@@ -47,6 +47,7 @@ NEEDED = {  # what has to be importable, by part
 NEEDED["trainings"] += NEEDED["step"]
 TESTS = [f"tests/test_ops_{name}.py" for name in ("operator", "registration", "random_shapes")]
 STEP_CONFIGS = ["configs/coco/sim_R50_bs16_50ep.yaml", "configs/coco/mask_R50_bs16_50ep.yaml"]
+SANITIZER_FOLDERS = ("bin", "compute-sanitizer")  # of the CUDA toolkit
 SHOWN_LINES = 25  # of the output of a command that failed
 
 
@@ -131,9 +132,12 @@ def sanitizer(args: argparse.Namespace) -> list[Command]:
 
 
 def find_sanitizer() -> str | None:
-    """Where ops/build.py looks for nvcc."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
+    """In the path and where ops/build.py looks for nvcc."""
+    homes = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
+    folders = [
+        os.environ.get("PATH", ""),
+        *(f"{home}/{name}" for home in homes for name in SANITIZER_FOLDERS),
+    ]
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 

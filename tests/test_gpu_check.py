@@ -155,7 +155,6 @@ def test_drawn_images_are_a_data_set(tmp_path):
 
 @pytest.mark.slow
 def test_a_step_is_the_sum_of_its_parts(tmp_path, monkeypatch):
-    monkeypatch.setenv("SIM_M2F_CACHE", str(tmp_path / "cache"))
     files = [f"{ROOT}/configs/shapes/{name}_R18.yaml+{SMALL_FILE}" for name in ("sim", "mask")]
     output = tmp_path / "step.json"
     options = ["--steps", "2", "--warmup", "1", "--case", "2:float32", "--output", str(output)]
