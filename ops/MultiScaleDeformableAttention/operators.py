@@ -143,13 +143,20 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _autocast(name: str, device_type: str):
-    """Under autocast value is lowered; locations and weights stay in float32, because small steps matter."""
+    """Under autocast value is lowered; a location or reference point is kept in float32, as small steps matter.
+
+    Offsets and logits are small numbers: where the network computed them in the lower precision, they stay in it.
+    """
     operator = getattr(torch.ops.msda, name)
+    wide = 1 if name == "ms_deform_attn_fused" else 2  # the first of the points, which are always in float32
 
     def rule(value, shapes, starts, *points):
         if value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(device_type))
-            points = [point.float() for point in points]
+            points = [
+                point if point.dtype == value.dtype and index >= wide else point.float()
+                for index, point in enumerate(points)
+            ]
         with torch.amp.autocast(device_type, enabled=False):
             return operator(value, shapes, starts, *points)
 
