@@ -2,7 +2,7 @@
 
     python benchmarks/msda_sass.py            writes benchmarks/results/msda_sass.json
 
-For Mask2Former's pixel decoder (3 levels x 4 points, 32 channels), in float32 and, with offsets and logits, in
+For Mask2Former's pixel decoder (3 levels x 4 points, 32 channels), in float32 and, offsets and logits too, in
 bfloat16: warp instructions for one query and head, registers, spilled bytes, shared memory of a block. A loop
 counts as often as it is run, everything else once, also where a branch jumps over it. It needs nvcc, and
 cuobjdump with nvdisasm, of the CUDA toolkit or of the package triton.
@@ -94,7 +94,7 @@ def run(*command: str) -> str:
 
 
 def instructions_of(text: str) -> list[tuple[int, str]]:
-    """Addresses and instructions of one function up to its last exit; what follows is for warps out of step."""
+    """Addresses and instructions of one function up to its last exit; beyond it wait warps out of step."""
     found = [(int(a, 16), t) for a, t in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S.*?)\s*;", text)]
     last = max(i for i, (_, words) in enumerate(found) if words.endswith("EXIT"))
     return found[: last + 1]
@@ -200,11 +200,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results += measure(nvcc, cuobjdump, capability, Path(folder))
     args.output.write_text(json.dumps(results, indent=1) + "\n")
-    print("| kernel | type | capability | instructions | registers | spilled bytes | shared bytes |")
-    print("|---|---|---|---|---|---|---|")
     for row in results:
-        cells = ("kernel", "dtype", "capability", "instructions", "registers", "spilled_bytes", "shared_bytes")
-        print(f"| {' | '.join(str(row[cell]) for cell in cells)} |")
+        print(", ".join(f"{name} {number}" for name, number in row.items()))
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ struct WarpPlace {
 };
 
 template <typename T, typename C, bool Fused>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) general_forward_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    general_forward_kernel(const __grid_constant__ Problem p) {
   using A = AccumulationOf<T>;
   extern __shared__ uint4 shared[];
   Level* levels = reinterpret_cast<Level*>(shared);
@@ -129,8 +130,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) general_fo
         A weight[4];
         corner_weights(sample.x, sample.y, sample.attention, weight);
 #pragma unroll
-        for (int corner = 0; corner < 4; ++corner)
-          total += weight[corner] * (sample.row[corner] >= 0 ? A(to_float(value[sample.row[corner] * stride])) : A(0));
+        for (int corner = 0; corner < 4; ++corner) {
+          const int row = sample.row[corner];
+          total += weight[corner] * (row >= 0 ? A(to_float(value[row * stride])) : A(0));
+        }
       }
     }
     static_cast<T*>(p.output)[place.pair * p.channels + channel] = From<T>::number(total);
@@ -163,7 +166,8 @@ __device__ __forceinline__ PointGradient<A> point_backward(const Problem& p, con
 
 // Gradients of locations and weights, and with `scatter` of value by atomic addition.
 template <typename T, typename C, bool Fused>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) general_backward_kernel(const __grid_constant__ Problem p, bool scatter) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    general_backward_kernel(const __grid_constant__ Problem p, bool scatter) {
   using A = AccumulationOf<T>;
   extern __shared__ uint4 shared[];
   Level* levels = reinterpret_cast<Level*>(shared);

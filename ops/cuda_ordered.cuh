@@ -47,7 +47,7 @@ struct OrderedLine {
     for (unsigned first = 0; first < candidates; first += kWarp) {
       const unsigned candidate = first + lane, query = candidate / points;
       Contribution own;
-      if (candidate < candidates) own = look_at(query, level.number * static_cast<int>(points) + static_cast<int>(candidate % points));
+      if (candidate < candidates) own = look_at(query, static_cast<int>(level.number * points + candidate % points));
       for (unsigned waiting = __ballot_sync(kAllLanes, own.x > -2); waiting != 0; waiting &= waiting - 1) {
         const int source = __ffs(waiting) - 1, x = __shfl_sync(kAllLanes, own.x, source);
         const A left = __shfl_sync(kAllLanes, own.left, source), right = __shfl_sync(kAllLanes, own.right, source);

@@ -44,25 +44,27 @@ struct SharedMemory {
 
 // Tile number `tile` of the queries. Where these are the pixels of the levels, one after the other, tiles are squares of
 // pixels, whose points share rows of value; otherwise they are runs of consecutive queries, a grid of 8 columns.
-__device__ __forceinline__ Tile find_tile(const Problem& p, const Level* level_of_point, int tile, int tiles, int rows) {
-  int64_t covered = 0, needed = 0;
+__device__ __forceinline__ Tile find_tile(const Problem& p, const Level* level_of_point, unsigned tile, unsigned tiles,
+                                          int rows) {
+  const int queries = static_cast<int>(p.queries), points = static_cast<int>(p.points);
+  const int levels = static_cast<int>(p.levels);
+  Tile found{0, 0, 0, 0, 0};  // of a spare block
+  unsigned covered = 0, numbered = 0;
   bool pixels = p.queries == p.keys;
-  for (int l = 0; l < p.levels; ++l) {
-    const Level level = level_of_point[l * p.points];
-    pixels &= level.start == covered;
-    covered += static_cast<int64_t>(level.height) * level.width;
-    needed += static_cast<int64_t>((level.height + rows - 1) / rows) * ((level.width + kTileWidth - 1) / kTileWidth);
+  for (int l = 0; l < levels; ++l) {
+    const Level level = level_of_point[l * points];
+    const unsigned columns = (level.width + kTileWidth - 1) / kTileWidth, lines = (level.height + rows - 1) / rows;
+    const unsigned own = tile - numbered;
+    if (own < columns * lines) {
+      const int y = own / columns * rows, x = own % columns * kTileWidth;
+      found = {level.start, level.height, level.width, y, x};
+    }
+    pixels &= static_cast<unsigned>(level.start) == covered;
+    covered += level.height * level.width;
+    numbered += columns * lines;
   }
-  if (!pixels || covered != p.queries || needed > tiles)
-    return {0, static_cast<int>((p.queries + kTileWidth - 1) / kTileWidth), kTileWidth, tile * rows, 0};
-  for (int l = 0; l < p.levels; ++l) {
-    const Level level = level_of_point[l * p.points];
-    const int columns = (level.width + kTileWidth - 1) / kTileWidth, lines = (level.height + rows - 1) / rows;
-    if (tile < columns * lines)
-      return {level.start, level.height, level.width, tile / columns * rows, tile % columns * kTileWidth};
-    tile -= columns * lines;
-  }
-  return {0, 0, 0, 0, 0};  // one of the spare blocks
+  if (pixels && covered == static_cast<unsigned>(queries) && numbered <= tiles) return found;
+  return {0, (queries + kTileWidth - 1) / kTileWidth, kTileWidth, static_cast<int>(tile) * rows, 0};
 }
 
 // The first warp fills the block's part of shared memory; ends with a barrier.

@@ -222,7 +222,7 @@ def test_fused_front_in_half_precision_is_the_rounded_exact_result(device, dtype
         assert ((result.double() - exact).abs() <= rounding).all()
 
 
-PIXELS = [  # shapes of levels whose pixels are the queries: whole tiles, cut ones, thin levels, levels without pixels
+PIXELS = [  # levels whose pixels are the queries: whole tiles, cut ones, thin levels and some without pixels
     ((8, 16), (4, 8), (2, 4)),
     ((13, 17), (7, 9), (3, 5)),
     ((1, 30), (0, 4), (11, 1), (5, 0), (9, 9)),
@@ -282,7 +282,7 @@ def test_few_and_many_points(device, points):
 @pytest.mark.parametrize("channels", [20, 32])
 @compiled
 def test_half_offsets_with_float32_reference_points(device, dtype, channels):
-    """As under autocast: the numbers are those of the same offsets and logits in float32, gradients rounded once."""
+    """As under autocast: the results are those of the same offsets and logits in float32."""
     problem = random_problem(channels=channels)
     value, reference, offsets, logits = fused_inputs(problem, (1, 3))
     offsets = (4 * offsets).round() / 4 + 1 / 8

@@ -143,22 +143,20 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _autocast(name: str, device_type: str):
-    """Under autocast value is lowered; a location or reference point is kept in float32, as small steps matter.
+    """Under autocast value is lowered; locations and weights are float32, because small steps matter.
 
-    Offsets and logits are small numbers: where the network computed them in the lower precision, they stay in it.
+    So are reference points; offsets and logits that a layer computed in the lower precision stay in it.
     """
     operator = getattr(torch.ops.msda, name)
-    wide = 1 if name == "ms_deform_attn_fused" else 2  # the first of the points, which are always in float32
+    fused = name == "ms_deform_attn_fused"
 
-    def rule(value, shapes, starts, *points):
+    def rule(value, shapes, starts, first, *others):
         if value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(device_type))
-            points = [
-                point if point.dtype == value.dtype and index >= wide else point.float()
-                for index, point in enumerate(points)
-            ]
+            first = first.float()
+            others = [other if fused and other.dtype == value.dtype else other.float() for other in others]
         with torch.amp.autocast(device_type, enabled=False):
-            return operator(value, shapes, starts, *points)
+            return operator(value, shapes, starts, first, *others)
 
     return rule
 
