@@ -42,6 +42,7 @@ DEFAULT_CASES = {
 STRIDES = (32, 16, 8)
 HEADS, CHANNELS, POINTS = 8, 32, 4
 OWN, FUSED, APART, GRID_SAMPLE = "sim-m2f", "sim-m2f, fused front", "sim-m2f, front apart", "grid_sample"
+LOWER = "sim-m2f, fused front, offsets and logits in value's type"  # as they come from layers under autocast
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
@@ -167,6 +168,7 @@ def implementation(name: str, inputs: Inputs) -> tuple[Step, Step]:
     known = {
         OWN: (own, plain_leaves),
         FUSED: (fused, fused_leaves),
+        LOWER: (fused, tuple(leaf.to(inputs.value.dtype) for leaf in fused_leaves)),
         APART: (apart, fused_leaves),
         GRID_SAMPLE: (formulation, plain_leaves),
         f"compiled {GRID_SAMPLE}": (torch.compile(formulation), plain_leaves),
@@ -384,6 +386,7 @@ def main() -> None:
     names = [
         OWN,
         FUSED,
+        LOWER,
         APART,
         GRID_SAMPLE,
         *([f"compiled {GRID_SAMPLE}"] if args.compile else []),
