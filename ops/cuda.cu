@@ -39,8 +39,8 @@ void launch(void (*kernel)(Arguments...), const Grid& grid, const Arguments&... 
 }
 
 Grid general_grid(const Problem& p, int64_t blocks, cudaStream_t stream) {
-  constexpr int64_t kMostLevels = 2048;
-  if (p.levels > kMostLevels) throw std::runtime_error("ms_deform_attn: spatial_shapes: more than 2048 levels");
+  constexpr int64_t kMostLevels = 4096;
+  if (p.levels > kMostLevels) throw std::runtime_error("ms_deform_attn: spatial_shapes: more than 4096 levels");
   if (p.heads * p.channels > kMostBlocks || p.queries * p.points > kMostBlocks || p.levels * p.points > kMostBlocks)
     throw std::runtime_error("ms_deform_attn: more than 2^31 - 1 channels, points, or queries x points of a level");
   if (blocks > kMostBlocks) throw std::runtime_error("ms_deform_attn: too many queries or heads");
@@ -52,27 +52,27 @@ Grid warp_per_pair(const Problem& p, cudaStream_t stream) {
   return general_grid(p, ceil_divide(p.batch * p.queries * p.heads, kThreads / kWarp), stream);
 }
 
-int forward_bytes(int lanes, int groups, int points, int) {
-  static_cast<void>(lanes);
+int forward_bytes(int groups, int points) {
   return SharedMemory::bytes_before_groups(points) + groups * forward_group_bytes(points);
 }
 
-int backward_bytes(int lanes, int groups, int points, int numbers) {
-  return SharedMemory::bytes_before_groups(points) + BackwardMemory{nullptr, points, groups, lanes * numbers}.bytes();
+int backward_bytes(int groups, int points, int channels) {
+  return SharedMemory::bytes_before_groups(points) + BackwardMemory{nullptr, points, groups, channels}.bytes();
 }
 
 // The grid of a vector kernel whose groups have `lanes` threads of `numbers` channels: tiles as high as threads and memory
-// allow; offsets in that memory fit 16 bits. None (no threads) where the kernel does not take the problem.
+// allow, of which bytes(groups, points) are needed. None (no threads) where the kernel does not take the problem.
 template <typename Bytes>
 Grid tiled_grid(const Problem& p, int lanes, int numbers, const Bytes& bytes, cudaStream_t stream) {
-  constexpr int kMostBytes = 64 * 1024;  // of shared memory; every card from compute capability 7.5 on has them
+  constexpr int kMostBytes = 64 * 1024;  // every card from compute capability 7.5 on has them; offsets fit 16 bits
+  constexpr int64_t kMostPoints = 1024;  // far beyond what fits this memory
   Grid grid{dim3(), 0, 0, stream};
   constexpr int64_t kMost = int64_t(1) << 30;  // packs of value in an image, rows, pairs: numbers of 32 bits
   if (p.channels % numbers != 0 || p.channels > lanes * numbers) return grid;
   if (p.keys * p.heads * (p.channels / numbers) > kMost || p.batch * p.keys * p.heads > kMost) return grid;
-  if (p.batch * p.queries * p.heads > kMost) return grid;
+  if (p.batch * p.queries * p.heads > kMost || p.samples() > kMostPoints) return grid;
   for (int rows = kTileHeight; rows > 0; rows /= 2) {
-    const int groups = rows * kTileWidth, shared_bytes = bytes(lanes, groups, static_cast<int>(p.samples()), numbers);
+    const int groups = rows * kTileWidth, shared_bytes = bytes(groups, static_cast<int>(p.samples()));
     const int64_t full_tiles = ceil_divide(p.queries, groups);
     const int64_t tiles = full_tiles + full_tiles / 8 + p.levels;  // some for what is cut off at the levels' edges
     if (groups * lanes > kMostThreads || shared_bytes > kMostBytes) continue;
@@ -119,7 +119,8 @@ struct Launch {
     bool done = false;
     if constexpr (V > 2) {
       with_lanes(p.channels, V, [&](auto lanes) {
-        const Grid grid = tiled_grid(p, lanes.value, V, backward_bytes, stream);
+        const auto bytes = [](int groups, int points) { return backward_bytes(groups, points, decltype(lanes)::value * V); };
+        const Grid grid = tiled_grid(p, lanes.value, V, bytes, stream);
         if ((done = grid.threads > 0)) launch(backward_kernel<T, C, lanes.value, Fused>, grid, p, scatter);
       });
     }
