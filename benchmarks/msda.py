@@ -49,6 +49,7 @@ STRIDES = (32, 16, 8)
 HEADS, CHANNELS, POINTS = 8, 32, 4
 OWN, FUSED, APART, GRID_SAMPLE = "sim-m2f", "sim-m2f, fused front", "sim-m2f, front apart", "grid_sample"
 COMPILED = f"compiled {GRID_SAMPLE}"
+LOWER = "sim-m2f, fused front, offsets and logits in value's type"  # as they come from layers under autocast
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 REPETITIONS = {"cpu": 7, "cuda": 25}
 WARM_UP = {"cpu": 1, "cuda": 5}
@@ -197,6 +198,7 @@ def implementation(name: str, inputs: Inputs) -> tuple[Step, Step]:
     known = {
         OWN: (own, plain_leaves),
         FUSED: (fused, fused_leaves),
+        LOWER: (fused, tuple(leaf.to(inputs.value.dtype) for leaf in fused_leaves)),
         APART: (apart, fused_leaves),
         GRID_SAMPLE: (formulation, plain_leaves),
     }
@@ -412,6 +414,7 @@ def main() -> None:
     names = [
         OWN,
         FUSED,
+        LOWER,
         APART,
         GRID_SAMPLE,
         *([COMPILED] if args.compile else []),

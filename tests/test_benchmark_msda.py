@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -39,3 +41,28 @@ def test_finished_cases_are_written_at_once(benchmark, monkeypatch, tmp_path):
     with pytest.raises(StopIteration):
         benchmark.main()
     assert len(json.loads((tmp_path / "msda.json").read_text())["cases"]) == 1
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs cuobjdump, which triton has")
+@pytest.mark.slow
+def test_the_counts_of_the_kernels_are_those_that_are_written_down(tmp_path):
+    """Instructions may differ by a tenth between versions of nvcc; nothing may spill."""
+    command = [sys.executable, str(ROOT / "benchmarks/msda_sass.py"), "--output", str(tmp_path / "sass.json")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "sass.json").read_text())
+    told = json.loads((ROOT / "benchmarks/results/msda_sass.json").read_text())
+    assert len(found) == len(told) == 12
+    for row, same in zip(found, told, strict=True):
+        assert abs(row["instructions"] - same["instructions"]) <= 0.1 * same["instructions"]
+        assert row["shared_bytes"] == same["shared_bytes"]
+        assert row["spilled_bytes"] == 0
+        assert row["registers"] <= 64
+
+
+def test_the_counts_in_the_document_are_those_of_their_file():
+    text = (ROOT / "docs/OPERATOR.md").read_text()
+    for row in json.loads((ROOT / "benchmarks/results/msda_sass.json").read_text()):
+        cells = ("kernel", "dtype", "capability", "instructions", "registers", "shared_bytes")
+        assert f"| {' | '.join(str(row[cell]) for cell in cells)} |" in text
