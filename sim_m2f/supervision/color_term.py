@@ -20,4 +20,4 @@ def color_model(matched: MatchedBoxes) -> Tensor:
     sure = fit * colors.confidence**keys.TRUST
     good = sure * (fit.sum() / sure.sum().clamp(min=1e-6))
     cross_entropy, dice = mask_losses(matched.masks, colors.masks, *supervision.points)
-    return per_object(good * (cross_entropy + dice), matched.annotated, matched.objects)
+    return per_object(good * (cross_entropy + dice), matched.by_box, matched.objects)
