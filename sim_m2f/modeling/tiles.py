@@ -18,9 +18,7 @@ BATCH = 8  # tiles that the network sees together
 OUTSIDE = -10.0  # mask logit outside of the tile
 LEAST_SCORE = 0.02  # of a query that counts
 MOST = 400  # queries of an image
-DUPLICATE = (
-    0.5  # share of the smaller of two masks that they have in common from which on they are one object
-)
+DUPLICATE = 0.5  # two masks are one object when they share so much of the smaller one
 
 
 def tiled(
@@ -28,10 +26,10 @@ def tiled(
 ) -> Predictions:
     """The last layer's outputs for one image, tile by tile where it is larger than one.
 
-    A mask that an inner border of its tile cuts is left out where a neighbour sees it whole, that is, where it
-    ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile does not
-    cut before one that it does, else that of the higher score. A prompted box goes to the tile in whose middle
-    it lies.
+    A mask that an inner border of its tile cuts is left out where a neighbour sees it whole, that is, where
+    it ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile does
+    not cut before one that it does, else that of the higher score. A prompted box goes to the tile in whose
+    middle it lies.
 
     Args:
         network: ``Mask2Former``.
@@ -129,7 +127,7 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
 
 
 def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(n, Q) bool twice: whether a mask reaches an inner border of its tile; and ends within OVERLAP of it."""
+    """(n, Q) bool: whether a mask reaches an inner border of its tile; whether it ends within OVERLAP of it."""
     height, width = inside.shape[-2:]
     size = corners.new_tensor([height, width])
     inner = torch.stack([corners > 0, corners + size < corners.new_tensor(canvas)], dim=-1)[:, None]
