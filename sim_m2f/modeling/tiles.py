@@ -27,9 +27,9 @@ def tiled(
     """The last layer's outputs for one image, tile by tile where it is larger than one.
 
     A mask that an inner border of its tile cuts is left out where a neighbour sees it whole, that is, where
-    it ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile does
-    not cut before one that it does, else that of the higher score. A prompted box goes to the tile in whose
-    middle it lies.
+    it ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile
+    does not cut before one that it does, else that of the higher score. A prompted box goes to the tile in
+    whose middle it lies.
 
     Args:
         network: ``Mask2Former``.
@@ -127,7 +127,7 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
 
 
 def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """(n, Q) bool: whether a mask reaches an inner border of its tile; whether it ends within OVERLAP of it."""
+    """(n, Q) bool: whether a mask reaches an inner border of its tile; and ends within OVERLAP of it."""
     height, width = inside.shape[-2:]
     size = corners.new_tensor([height, width])
     inner = torch.stack([corners > 0, corners + size < corners.new_tensor(canvas)], dim=-1)[:, None]
