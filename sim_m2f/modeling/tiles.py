@@ -114,7 +114,7 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
     full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
     flat, areas = (full > 0).flatten(1).float(), area[tiles, queries]
     smaller = torch.minimum(areas[:, None], areas)
-    same = (flat @ flat.T > DUPLICATE * smaller)
+    same = flat @ flat.T > DUPLICATE * smaller
     kept = torch.ones(len(order), dtype=torch.bool)
     for index, duplicates in enumerate(same.cpu()):
         if kept[index]:

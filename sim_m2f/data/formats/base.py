@@ -1,0 +1,108 @@
+"""What the formats share: data sets as COCO's records, names of files, streamed JSON."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+
+from sim_m2f.data.polygons import joined, mask_polygons
+from sim_m2f.data.segmentation import decode_segmentation
+from sim_m2f.errors import UserError
+
+Record = dict[str, Any]  # an object of COCO's JSON
+Labelled = tuple[Record, list[Record]]  # an image and its annotations
+
+
+def images_of(content: Mapping[str, Any]) -> Iterator[Labelled]:
+    """Every image of a COCO JSON with its annotations, in the order of the file."""
+    own: dict[int, list[Record]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content.get("annotations", []):
+        own[annotation["image_id"]].append(annotation)
+    for image in content["images"]:
+        yield image, own[image["id"]]
+
+
+def objects(annotations: Iterable[Record]) -> list[Record]:
+    """Those of single objects; other formats know no crowd regions."""
+    return [annotation for annotation in annotations if not annotation.get("iscrowd")]
+
+
+def mask_of(image: Record, annotation: Record) -> np.ndarray | None:
+    """(H, W) bool; None for an annotation that has a box alone."""
+    if not annotation.get("segmentation"):
+        return None
+    return decode_segmentation(annotation["segmentation"], image["height"], image["width"]).astype(bool)
+
+
+def polygons_of(image: Record, annotation: Record) -> list[np.ndarray]:
+    """A polygon (n, 2) per part of the mask; none for an annotation that has a box alone."""
+    mask = mask_of(image, annotation)
+    return [] if mask is None else mask_polygons(mask)
+
+
+def polygon_of(image: Record, annotation: Record) -> np.ndarray | None:
+    """All parts of the mask as one polygon (n, 2)."""
+    polygons = polygons_of(image, annotation)
+    return joined(polygons) if polygons else None
+
+
+def file_for(folder: Path, image: Record, suffix: str) -> Path:
+    """Where an image's own file goes: below the folder, wherever the image lies, under the image's name."""
+    parts = [part for part in PurePosixPath(image["file_name"]).parts if part not in ("..", "/")]
+    return folder.joinpath(*parts).with_suffix(suffix)
+
+
+def write_list(file: IO[str], items: Iterable[Any]) -> None:
+    """A JSON list, item by item, each on a line."""
+    file.write("[")
+    for number, item in enumerate(items):
+        file.write((",\n" if number else "\n") + json.dumps(item))
+    file.write("\n]")
+
+
+class Collected:
+    """A data set that a reader puts together, with ids from 1 on."""
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.category_ids = {name: number for number, name in enumerate(names, start=1)}
+        self.images: list[Record] = []
+        self.annotations: list[Record] = []
+
+    def add_image(self, file_name: str, width: int, height: int) -> None:
+        """What is added next lies on this image, of this size in pixels."""
+        size = {"width": width, "height": height}
+        self.images.append({"id": len(self.images) + 1, "file_name": file_name, **size})
+
+    def add_box(self, name: str, corners: Iterable[float]) -> None:
+        """An object of the last image: the name of its class and its box xyxy in pixels."""
+        x0, y0, x1, y1 = (float(value) for value in corners)
+        x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+        self.annotations.append(
+            {
+                "id": len(self.annotations) + 1,
+                "image_id": self.images[-1]["id"],
+                "category_id": self.category_ids.setdefault(name, len(self.category_ids) + 1),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": 0,
+            }
+        )
+
+    def add_polygon(self, name: str, polygon: Iterable[Iterable[float]]) -> None:
+        """An object of the last image by its outline (n, 2), in pixels: its box and its segmentation."""
+        points = np.array([[float(value) for value in point] for point in polygon]).reshape(-1, 2)
+        self.add_box(name, (*points.min(0), *points.max(0)))
+        self.annotations[-1]["segmentation"] = [points.ravel().tolist()]
+
+    def content(self, path: Path) -> Record:
+        """The COCO JSON.
+
+        Raises:
+            UserError: there is no image; names the path.
+        """
+        if not self.images:
+            raise UserError(f"{path}: holds no annotated image of this format; check --format and the path")
+        categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
+        return {"images": self.images, "annotations": self.annotations, "categories": categories}
