@@ -13,7 +13,7 @@ from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError
 
 COMMANDS = (
-    *("label", "train", "predict", "export", "check", "convert", "report", "explain"),
+    *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
     *("shapes", "doctor", "ablate"),
 )
 

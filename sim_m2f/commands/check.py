@@ -34,19 +34,27 @@ def run(args: argparse.Namespace) -> int:
         source = DatasetSource(args.annotations.stem, args.annotations, args.images)
     else:
         raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
-    data, problems = inspect_coco(source, args.masks)
+    data, problems = inspect_set(source, args.masks)
     for line in problems:
         print(line)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        by_image = pool.map(partial(image_problems, data), data.images)
-        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
-            for line in lines:
-                tqdm.write(line)
-            problems += lines
     objects = sum(len(image.labels) for image in data.images)
     contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
     print(f"{data.name}: {contents}, {data.zero_area} boxes of zero area; {len(problems) or 'no'} problems")
     return 2 if problems else 0
+
+
+def inspect_set(source: DatasetSource, masks: bool) -> tuple[CocoData, list[str]]:
+    """A data set and everything that is wrong with its JSON and its images.
+
+    Raises:
+        UserError: the file is not a COCO JSON at all.
+    """
+    data, problems = inspect_coco(source, masks)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        by_image = pool.map(partial(image_problems, data), data.images)
+        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
+            problems += lines
+    return data, problems
 
 
 def image_problems(data: CocoData, image: ImageRecord) -> list[str]:

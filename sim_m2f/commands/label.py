@@ -4,11 +4,12 @@ import argparse
 from pathlib import Path
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import COCO, INPUTS, OUTPUTS, WRITERS, as_coco
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.errors import UserError
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
 from sim_m2f.report.drawing import write_png
+from sim_m2f.report.run_report import RELIABILITY
 from sim_m2f.segmenter import Segmenter, from_pretrained
 
 
@@ -21,10 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", default=COCO, choices=INPUTS, dest="input", help="format of the boxes (coco)"
     )
     parser.add_argument("--output", type=Path, default=Path("labelled"), metavar="FOLDER")
-    formats = (
-        "beside COCO's masks.json: COCO's polygons, labelme, yolo, png (instance maps), cvat, labelstudio"
-    )
-    parser.add_argument("--format", nargs="+", default=[], choices=OUTPUTS, help=formats)
+    formats = f"beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
+    parser.add_argument("--format", default="", metavar="NAMES", help=formats)
     colors = "correct masks by colour; auto: as validation masks have it, else on"
     parser.add_argument("--colors", choices=("auto", "on", "off"), default="auto", help=colors)
     overlaps = "of masks of one class: resolve gives a pixel to the object in whose box it is most central"
@@ -40,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, the network or the data have a fault; see ``label_set``.
     """
+    formats = output_formats(args.format)
     annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json")
     source = DatasetSource(annotations.stem, annotations, args.images)
     model = from_pretrained(args.model, args.config_file, args.device)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         quality = read_quality(Path(args.model))
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
-    label_set(labeller, source, args.output, [name for name in args.format if name in WRITERS])
+    label_set(labeller, source, args.output, formats)
     print(f"masks: {args.output / MASKS}")
     return 0
 
@@ -65,7 +65,7 @@ def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:
     """
     quality, scores, ious = calibrated(model, source)
     write_quality(output, quality)
-    write_png(output / "reliability.png", reliability(scores, ious))
+    write_png(output / RELIABILITY, reliability(scores, ious))
     for name, value in quality.measured.items():
         print(
             f"validation, {name}: {value:.0f}" if name == "objects" else f"validation, {name}: {value:.1f} %"

@@ -1,7 +1,7 @@
 """Masks as polygons, for tools that know no other shape; by contourpy, which matplotlib brings.
 
-A polygon runs along the edges of the pixels, in pixels of the image. Holes, and for tools with one polygon per
-object also further parts, are tied to the rest by a seam: a line that is walked there and back.
+A polygon runs along the edges of the pixels, in pixels of the image. Holes, and for tools with one polygon
+per object also further parts, are tied to the rest by a seam: a line that is walked there and back.
 """
 
 import numpy as np

@@ -69,7 +69,7 @@ class Journal:
             raise self._fault(error) from error
 
     def labels(self, image: int) -> dict[str, Any]:
-        """An image's labels by annotation id as text; the last image's are kept, as annotations come together."""
+        """An image's labels by annotation id as text; the last image's are kept for its next annotation."""
         if self.last[0] != image:
             self.file.seek(self.places[image])
             self.last = image, json.loads(self.file.readline())["labels"]

@@ -74,7 +74,7 @@ def overlaps(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> np.nd
 
 
 def ellipse(box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) bool: the pixels with centres in the ellipse that touches a box's sides, at least the middle one."""
+    """(H, W) bool: the pixels with centres in the ellipse that touches a box's sides, the middle one always."""
     y, x = np.ogrid[:height, :width]
     across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     half = np.maximum((box[2:] - box[:2]) / 2, 1e-6)
@@ -84,7 +84,7 @@ def ellipse(box: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def without_overlaps(masks: np.ndarray, boxes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Masks (N, H, W) bool where a pixel belongs to one object of a class: that in whose box it is most central.
+    """Masks (N, H, W) bool; of a class, a pixel belongs to the object in whose box it is most central.
 
     An object of which nothing would be left keeps what it had.
     """

@@ -57,7 +57,7 @@ def held_back_scores(signs: np.ndarray, ious: np.ndarray, images: np.ndarray) ->
 
 
 def summary(scores: np.ndarray, ious: np.ndarray) -> dict[str, float]:
-    """Mean IoU, the share of errors (IoU below 0.5) in the worst tenth by score and in the rest, in percent."""
+    """Mean IoU, and the share of errors (IoU below 0.5) in the worst tenth by score and in the rest: %."""
     order = np.argsort(scores, kind="stable")
     tenth = max(1, len(order) // 10)
     wrong = 100 * (ious[order] < ERROR)

@@ -30,7 +30,7 @@ MASKS = "masks.json"
 
 @dataclass(frozen=True)
 class Labeller:
-    """A network, its scores, whether colours correct its masks, and whether masks of one class may overlap."""
+    """A network, its scores, whether colours correct its masks, whether those of a class may overlap."""
 
     model: Segmenter
     quality: Quality

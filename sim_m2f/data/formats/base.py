@@ -48,6 +48,24 @@ def polygon_of(image: Record, annotation: Record) -> np.ndarray | None:
     return joined(polygons) if polygons else None
 
 
+def with_categories(content: Record, categories: list[Record], path: Path) -> Record:
+    """A COCO JSON with the category ids of another one, by name.
+
+    Raises:
+        UserError: the other one has no class of a name; names the path.
+    """
+    ids = {category["name"]: category["id"] for category in categories}
+    unknown = [category["name"] for category in content["categories"] if category["name"] not in ids]
+    if unknown:
+        fault = f"its class {unknown[0]!r} is none of the training set ({', '.join(list(ids)[:10])})"
+        raise UserError(f"{path}: {fault}; rename it or leave it out")
+    new = {category["id"]: ids[category["name"]] for category in content["categories"]}
+    annotations = [
+        each | {"category_id": new[each["category_id"]]} for each in content.get("annotations", [])
+    ]
+    return {**content, "categories": categories, "annotations": annotations}
+
+
 def file_for(folder: Path, image: Record, suffix: str) -> Path:
     """Where an image's own file goes: below the folder, wherever the image lies, under the image's name."""
     parts = [part for part in PurePosixPath(image["file_name"]).parts if part not in ("..", "/")]

@@ -33,7 +33,20 @@ WRITERS: dict[str, Callable[[Path, list[Record], Iterable[Labelled]], None]] = {
     "labelstudio": write_labelstudio,
     "png": write_png,
 }
-INPUTS, OUTPUTS = (COCO, *READERS), (COCO, *WRITERS)
+INPUTS = COCO, *READERS
+
+
+def output_formats(text: str) -> list[str]:
+    """The formats in a text such as "labelme,yolo".
+
+    Raises:
+        UserError: one of them is none of ``WRITERS``.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in WRITERS]
+    if unknown:
+        raise UserError(f"--format: {unknown[0]!r} is unknown; take some of {','.join(WRITERS)}")
+    return names
 
 
 def as_coco(path: Path, images: Path, name: str, output: Path) -> Path:
