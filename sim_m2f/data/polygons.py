@@ -4,6 +4,8 @@ A polygon runs along the edges of the pixels, in pixels of the image. Holes, and
 per object also further parts, are tied to the rest by a seam: a line that is walked there and back.
 """
 
+from typing import cast
+
 import numpy as np
 from contourpy import FillType, contour_generator
 
@@ -19,7 +21,7 @@ def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
     fine = np.pad(np.kron(part, np.ones((FINE, FINE), np.uint8)), 1).astype(np.float32)
     x, y = ((np.arange(length) - 0.5) / FINE for length in fine.shape[::-1])
     contours = contour_generator(x, y, fine, fill_type=FillType.OuterOffset)
-    shapes, offsets = contours.filled(0.5, 2.0)
+    shapes, offsets = cast(tuple[list[np.ndarray], list[np.ndarray]], contours.filled(0.5, 2.0))
     corner = np.array([columns[0], rows[0]])
     polygons = []
     for points, ends in zip(shapes, offsets, strict=True):

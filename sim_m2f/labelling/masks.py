@@ -60,7 +60,7 @@ def label(
         ],
         axis=1,
     )
-    empty = ~masks.any((1, 2))
+    empty = np.asarray(~masks.any((1, 2)))
     for index in np.flatnonzero(empty):
         masks[index] = ellipse(boxes[index], *pixels.shape[:2])
     return Labels(masks, signs * ~empty[:, None])
@@ -74,7 +74,7 @@ def overlaps(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> np.nd
 
 
 def ellipse(box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) bool: the pixels with centres in the ellipse that touches a box's sides, the middle one always."""
+    """(H, W) bool: pixels with centres in the ellipse that touches a box's sides, the middle one always."""
     y, x = np.ogrid[:height, :width]
     across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     half = np.maximum((box[2:] - box[:2]) / 2, 1e-6)

@@ -8,7 +8,7 @@ from typing import IO, Any
 import numpy as np
 
 from sim_m2f.data.polygons import joined, mask_polygons
-from sim_m2f.data.segmentation import decode_segmentation
+from sim_m2f.data.segmentation import decode_segmentation, encode_masks
 from sim_m2f.errors import UserError
 
 Record = dict[str, Any]  # an object of COCO's JSON
@@ -108,11 +108,21 @@ class Collected:
             }
         )
 
-    def add_polygon(self, name: str, polygon: Iterable[Iterable[float]]) -> None:
-        """An object of the last image by its outline (n, 2), in pixels: its box and its segmentation."""
-        points = np.array([[float(value) for value in point] for point in polygon]).reshape(-1, 2)
-        self.add_box(name, (*points.min(0), *points.max(0)))
-        self.annotations[-1]["segmentation"] = [points.ravel().tolist()]
+    def add_polygons(self, name: str, polygons: Iterable[Iterable[Iterable[float]]]) -> None:
+        """An object of the last image by its outlines (n, 2), in pixels: its box and its segmentation."""
+        rings = [np.array([[float(v) for v in point] for point in ring]).reshape(-1, 2) for ring in polygons]
+        corners = np.concatenate(rings)
+        self.add_box(name, (*corners.min(0), *corners.max(0)))
+        if all(len(ring) >= 3 for ring in rings):
+            self.annotations[-1]["segmentation"] = [ring.ravel().tolist() for ring in rings]
+
+    def add_mask(self, name: str, left: int, top: int, part: np.ndarray) -> None:
+        """An object of the last image by its mask (h, w) bool at a place in pixels."""
+        image = self.images[-1]
+        mask = np.zeros((image["height"], image["width"]), bool)
+        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+        self.add_box(name, (left, top, left + part.shape[1], top + part.shape[0]))
+        self.annotations[-1]["segmentation"] = encode_masks(mask[None])[0]
 
     def content(self, path: Path) -> Record:
         """The COCO JSON.

@@ -12,7 +12,7 @@ from sim_m2f.files import atomic_write
 
 
 def read_cvat(path: Path, images: Path) -> Record:
-    """An annotations.xml: its boxes, polygons, and masks by the boxes around them.
+    """An annotations.xml: its boxes, polygons and masks.
 
     Raises:
         UserError: it is no such file; names it.
@@ -35,10 +35,12 @@ def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
         data.add_box(values["label"], (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr")))
     elif kind == "polygon":
         points = [[float(number) for number in point.split(",")] for point in values["points"].split(";")]
-        data.add_polygon(values["label"], points)
+        data.add_polygons(values["label"], [points])
     elif kind == "mask":
         left, top, width, height = (int(values[key]) for key in ("left", "top", "width", "height"))
-        data.add_box(values["label"], (left, top, left + width, top + height))
+        runs = [int(run) for run in values["rle"].split(",")]
+        pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        data.add_mask(values["label"], left, top, pixels.reshape(height, width))
 
 
 def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
@@ -53,8 +55,13 @@ def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled
             ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
         file.write(ElementTree.tostring(labels, "utf-8") + b"</task></meta>\n")
         for number, (image, annotations) in enumerate(images):
-            size = {key: str(image[key]) for key in ("width", "height")}
-            element = ElementTree.Element("image", id=str(number), name=image["file_name"], **size)
+            values = {
+                "id": number,
+                "name": image["file_name"],
+                "width": image["width"],
+                "height": image["height"],
+            }
+            element = ElementTree.Element("image", {key: str(value) for key, value in values.items()})
             for annotation in objects(annotations):
                 shape = _shape(mask_of(image, annotation), annotation["bbox"])
                 kind = "mask" if "rle" in shape else "box"

@@ -23,25 +23,37 @@ def read_labelme(path: Path, images: Path) -> Record:
             inside = images in name.parents and name.is_file()
             file_name = name.relative_to(images).as_posix() if inside else name.name
             data.add_image(file_name, int(content["imageWidth"]), int(content["imageHeight"]))
-            for shape in content["shapes"]:
-                _add(data, shape)
+            for label, shapes in _objects(content["shapes"]):
+                _add(data, label, shapes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             fault = f"no LabelMe file ({type(error).__name__}: {error})"
             raise UserError(f"{file}: {fault}; correct it or take it out of the folder") from error
     return data.content(path)
 
 
-def _add(data: Collected, shape: Record) -> None:
-    points, kind = shape["points"], shape.get("shape_type") or "polygon"
+def _objects(shapes: list[Record]) -> list[tuple[str, list[Record]]]:
+    """The shapes of each object with its label: those of one label and one group are parts of one."""
+    parts: dict[object, list[Record]] = {}
+    for number, shape in enumerate(shapes):
+        group = shape.get("group_id")
+        key = ("alone", number) if group is None else (shape["label"], group)
+        parts.setdefault(key, []).append(shape)
+    return [(own[0]["label"], own) for own in parts.values()]
+
+
+def _add(data: Collected, label: str, shapes: list[Record]) -> None:
+    """An object of polygons, or of one rectangle or circle; lines and points are no objects."""
+    points, kind = shapes[0]["points"], shapes[0].get("shape_type") or "polygon"
     if kind == "polygon":
-        data.add_polygon(shape["label"], points)
+        polygons = [shape["points"] for shape in shapes if (shape.get("shape_type") or kind) == kind]
+        data.add_polygons(label, polygons)
     elif kind == "rectangle":
-        (x0, y0), (x1, y1) = points[0], points[-1] if len(points) == 2 else points[2]
-        data.add_box(shape["label"], (x0, y0, x1, y1))
+        (x0, y0), (x1, y1) = points[0], points[1] if len(points) == 2 else points[2]
+        data.add_box(label, (x0, y0, x1, y1))
     elif kind == "circle":
         (x, y), (x1, y1) = points
         radius = ((x1 - x) ** 2 + (y1 - y) ** 2) ** 0.5
-        data.add_box(shape["label"], (x - radius, y - radius, x + radius, y + radius))
+        data.add_box(label, (x - radius, y - radius, x + radius, y + radius))
 
 
 def write_labelme(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from sim_m2f.data.formats.base import Collected, Labelled, Record, objects, polygons_of, write_list
+from sim_m2f.data.formats.base import Collected, Labelled, Record, objects, polygon_of, write_list
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write, read_json
 
 
 def read_labelstudio(path: Path, images: Path) -> Record:
-    """An export of tasks: the rectangles and polygons of each task's first annotation that was not cancelled.
+    """An export of tasks: the rectangles and polygons of each task's first annotation that was not cancelled,
+    of its first prediction where there is none.
 
     A rotated rectangle counts as the upright one around it.
 
@@ -23,10 +24,9 @@ def read_labelstudio(path: Path, images: Path) -> Record:
     data = Collected()
     for task in read_json(path, list):
         try:
-            results = next(
-                (one["result"] for one in task.get("annotations", []) if not one.get("was_cancelled")), []
-            )
-            shapes = [result for result in results if "original_width" in result]
+            answers = task.get("annotations") or task.get("predictions") or []
+            kept = [answer["result"] for answer in answers if not answer.get("was_cancelled")]
+            shapes = [result for result in (kept[0] if kept else []) if "original_width" in result]
             if shapes:
                 size = shapes[0]["original_width"], shapes[0]["original_height"]
                 data.add_image(_file_name(task, images), *size)
@@ -41,7 +41,7 @@ def read_labelstudio(path: Path, images: Path) -> Record:
 
 def _file_name(task: dict[str, Any], images: Path) -> str:
     """The image's path in the folder; uploads have a random prefix that the user's own file has not."""
-    address = urllib.parse.urlsplit(next(v for v in task["data"].values() if isinstance(v, str)))
+    address = urllib.parse.urlsplit(next((v for v in task["data"].values() if isinstance(v, str)), ""))
     local = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = PurePosixPath(local).name
     candidates = [local.lstrip("/"), name, name.partition("-")[2]]
@@ -58,11 +58,11 @@ def _add(data: Collected, kind: str, value: dict[str, Any], width: int, height: 
         corners = np.stack([first, first + along, first + down, first + along + down])
         data.add_box(value[kind][0], (*corners.min(0), *corners.max(0)))
     elif kind == "polygonlabels":
-        data.add_polygon(value[kind][0], np.array(value["points"]) * scale)
+        data.add_polygons(value[kind][0], [np.array(value["points"]) * scale])
 
 
 def write_labelstudio(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
-    """``folder``/labelstudio.json: tasks with predictions, polygons with scores, to be imported and reviewed.
+    """``folder``/labelstudio.json: tasks with predictions, a polygon with a score per object, to be reviewed.
 
     The labels' control is named "label", the image's "image"; images are addressed as local files.
     """
@@ -85,7 +85,8 @@ def _results(image: Record, annotation: Record, name: str) -> Iterator[dict[str,
     box = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
     values: list[tuple[str, dict[str, Any]]] = [
         ("polygonlabels", {"points": (100 * polygon / (width, height)).tolist(), "closed": True})
-        for polygon in polygons_of(image, annotation)
+        for polygon in [polygon_of(image, annotation)]
+        if polygon is not None
     ]
     for number, (kind, value) in enumerate(values or [("rectanglelabels", box | {"rotation": 0})]):
         yield {

@@ -71,7 +71,7 @@ def _add(data: Collected, names: list[str], words: list[str], width: int, height
         box = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
         data.add_box(name, box)
     elif len(numbers) >= 6 and len(numbers) % 2 == 0:
-        data.add_polygon(name, np.reshape(numbers, (-1, 2)) * (width, height))
+        data.add_polygons(name, [np.reshape(numbers, (-1, 2)) * (width, height)])
     else:
         raise ValueError(f"{len(numbers)} numbers after the class")
 
