@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
-from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
+from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics, Notes
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError
 from sim_m2f.report.hooks import MethodFigures, RunPage
@@ -47,7 +47,7 @@ def build_trainer(cfg: CfgNode, resume: bool = False, more: Sequence[Hook] = ())
     Raises:
         UserError: see ``Trainer``.
     """
-    hooks = Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage(), *more
+    hooks = Notes(), Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage(), *more
     return Trainer(cfg, hooks, resume)
 
 
