@@ -34,7 +34,7 @@ from sim_m2f.report.hooks import FirstLook
 from sim_m2f.report.run_report import write_report
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.weights.checkpoint import load_checkpoint
-from sim_m2f.weights.folder import CONFIG
+from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM
 
 RECIPE = "base.yaml", "boxes.yaml"
@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         plan(cfg, sets, args)
     cfg.freeze()
+    write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
     build_trainer(cfg, args.resume, [FirstLook(sets.val)]).train()
     model = from_pretrained(args.output)
     quality = Quality()

@@ -16,6 +16,7 @@ from sim_m2f.labelling.masks import SIGNS
 from sim_m2f.report.drawing import rendered
 
 FILE = "quality.json"
+FEWEST = 20  # objects that weights are fitted to
 ERROR = 0.5  # a mask with a lower IoU is counted as wrong
 BINS = 10  # of the reliability plot, with as many objects each
 
@@ -41,7 +42,12 @@ class Quality:
 
 
 def fitted(signs: np.ndarray, ious: np.ndarray) -> list[float]:
-    """Weights, none negative, whose scores come nearest to the IoU (N,) of masks with signs (N, 4)."""
+    """Weights, none negative, whose scores come nearest to the IoU (N,) of masks with signs (N, 4).
+
+    Those of ``Quality`` where the objects are too few to tell.
+    """
+    if len(ious) < FEWEST:
+        return list(Quality().weights)
     weights, _ = nnls(np.column_stack([signs, np.ones(len(signs))]), ious)
     return [float(weight) for weight in weights]
 

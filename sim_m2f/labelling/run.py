@@ -170,4 +170,5 @@ def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, np.nda
     scores = held_back_scores(all_signs, all_ious, numbers)
     measured = summary(scores, all_ious)
     measured |= {f"mIoU {'with' if key else 'without'} colours": 100 * mean for key, mean in means.items()}
-    return Quality(fitted(all_signs, all_ious), best, measured), scores, all_ious
+    weights = fitted(all_signs, all_ious)
+    return Quality(weights, best, measured), scores, all_ious

@@ -128,9 +128,9 @@ class Collected:
         """The COCO JSON.
 
         Raises:
-            UserError: there is no image; names the path.
+            UserError: there is no object; names the path.
         """
-        if not self.images:
-            raise UserError(f"{path}: holds no annotated image of this format; check --format and the path")
+        if not self.images or not self.annotations:
+            raise UserError(f"{path}: holds no object in this format; check --from and the path")
         categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
