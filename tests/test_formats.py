@@ -1,4 +1,4 @@
-"""What is written for other tools is read back, by us and by a library that is not ours, and nothing is lost."""
+"""What is written for other tools is read back, by us and by another library, and nothing is lost."""
 
 import csv
 import json

@@ -31,6 +31,8 @@ def trial(cfg: CfgNode) -> Trial:
     Raises:
         UserError: the configuration, the data or the weights have a fault, or memory does not suffice.
     """
+    cfg = cfg.clone()
+    cfg.SOLVER.MAX_ITER = max(cfg.SOLVER.MAX_ITER, STEPS)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the run itself will say it
         trainer = Trainer(cfg)
         batches = iter(train_loader(cfg))
