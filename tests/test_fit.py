@@ -37,6 +37,7 @@ def arguments(folder: Path, output: Path, *more: str, annotations: str = "boxes.
     return ["fit", *paths, *more]
 
 
+@pytest.mark.slow
 def test_boxes_become_masks_a_network_and_a_page(data, tmp_path, capsys):
     out = tmp_path / "out"
     val = "--val", str(data / "set.json")

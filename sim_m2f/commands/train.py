@@ -41,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_trainer(cfg: CfgNode, resume: bool = False, more: Sequence[Hook] = ()) -> Trainer:
-    """A run with everything beside it: metrics, figures, checkpoints, evaluation, page; and more.
+def build_trainer(cfg: CfgNode, resume: bool = False, more: Sequence[Hook] = (RunPage(),)) -> Trainer:
+    """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, and more.
 
     Raises:
         UserError: see ``Trainer``.
     """
-    hooks = Notes(), Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage(), *more
+    hooks = Notes(), Metrics(), MethodFigures(), Checkpoints(), Evaluation(), *more
     return Trainer(cfg, hooks, resume)
 
 
