@@ -12,7 +12,10 @@ from types import ModuleType
 from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError
 
-COMMANDS = ("train", "report", "explain", "predict", "export", "check", "shapes", "doctor", "ablate")
+COMMANDS = (
+    *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
+    *("shapes", "doctor", "ablate"),
+)
 
 
 def main(arguments: list[str] | None = None) -> int:

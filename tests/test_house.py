@@ -25,6 +25,7 @@ FLOORS = (
     ("weights",),
     ("segmenter", "engine"),
     ("report",),
+    ("labelling",),
     ("commands", "integrations"),
     ("cli", "__init__"),
 )

@@ -2,16 +2,20 @@
 
 import argparse
 import os
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from sim_m2f.config import get_cfg
 from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import CocoData, ImageRecord, inspect_coco
 from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.formats.registry import COCO, INPUTS, as_coco
 from sim_m2f.data.image import read_image
+from sim_m2f.data.notes import notes
 from sim_m2f.errors import UserError
 
 
@@ -19,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", help="a data set's name, such as coco_2017_train or shapes_val")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="or: COCO JSON of a data set ...")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
+    parser.add_argument("--from", default=COCO, choices=INPUTS, dest="input", help="their format (coco)")
     parser.add_argument("--masks", action="store_true", help="check segmentations too; each box needs one")
 
 
@@ -34,19 +39,32 @@ def run(args: argparse.Namespace) -> int:
         source = DatasetSource(args.annotations.stem, args.annotations, args.images)
     else:
         raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
-    data, problems = inspect_coco(source, args.masks)
+    with tempfile.TemporaryDirectory() as folder:
+        annotations = as_coco(source.annotations, source.image_root, args.input, Path(folder) / "boxes.json")
+        source = DatasetSource(source.name, annotations, source.image_root)
+        data, problems = inspect_set(source, args.masks)
     for line in problems:
         print(line)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        by_image = pool.map(partial(image_problems, data), data.images)
-        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
-            for line in lines:
-                tqdm.write(line)
-            problems += lines
+    for line in notes(get_cfg(), [data]):
+        print(f"note: {line}")
     objects = sum(len(image.labels) for image in data.images)
     contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
     print(f"{data.name}: {contents}, {data.zero_area} boxes of zero area; {len(problems) or 'no'} problems")
     return 2 if problems else 0
+
+
+def inspect_set(source: DatasetSource, masks: bool) -> tuple[CocoData, list[str]]:
+    """A data set and everything that is wrong with its JSON and its images.
+
+    Raises:
+        UserError: the file is not a COCO JSON at all.
+    """
+    data, problems = inspect_coco(source, masks)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        by_image = pool.map(partial(image_problems, data), data.images)
+        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
+            problems += lines
+    return data, problems
 
 
 def image_problems(data: CocoData, image: ImageRecord) -> list[str]:

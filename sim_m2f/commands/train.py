@@ -3,12 +3,13 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
-from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
-from sim_m2f.engine.trainer import Trainer
+from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics, Notes
+from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError
 from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
@@ -40,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_trainer(cfg: CfgNode, resume: bool = False) -> Trainer:
-    """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, page.
+def build_trainer(cfg: CfgNode, resume: bool = False, more: Sequence[Hook] = (RunPage(),)) -> Trainer:
+    """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, and more.
 
     Raises:
         UserError: see ``Trainer``.
     """
-    hooks = Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage()
+    hooks = Notes(), Metrics(), MethodFigures(), Checkpoints(), Evaluation(), *more
     return Trainer(cfg, hooks, resume)
 
 

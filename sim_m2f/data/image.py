@@ -1,11 +1,15 @@
 """Reading one image as 8-bit RGB, whatever its file holds, upright as its annotations have it."""
 
+import functools
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sim_m2f.errors import UserError, first_line
+
+DARK = 4095  # 16-bit grey without a larger value is of 12 bits or fewer, and would be nearly black
 
 
 def read_image(path: Path, height: int | None = None, width: int | None = None) -> np.ndarray:
@@ -19,7 +23,8 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
         height, width: its size in the JSON, pixels; None for an image without a record.
 
     Returns:
-        (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits.
+        (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits, a nearly black
+        one (12 bits or fewer) by its own range.
 
     Raises:
         UserError: the file cannot be decoded, or has another size.
@@ -39,6 +44,13 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
     return pixels
 
 
+@functools.cache
+def _tell_of_dark_images() -> None:
+    """Once in a process."""
+    note = f"16-bit images without a value above {DARK} are nearly black; each is scaled by its own range"
+    print(f"note: {note}", file=sys.stderr)
+
+
 def to_rgb(image: Image.Image) -> np.ndarray:
     """The pixels (H, W, 3) uint8 of an image of any mode.
 
@@ -49,7 +61,11 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit grey has no known range; convert it to 8 or 16 bits")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        brightest = 65535
+        if values.max() <= DARK:
+            brightest = max(int(values.max()), 1)
+            _tell_of_dark_images()
+        image = Image.fromarray(np.rint(values * (255 / brightest)).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("floating-point grey has no known range; convert it to 8 or 16 bits")
     elif image.mode == "P":

@@ -1,8 +1,15 @@
 """What happens beside the steps of a run: metrics, checkpoints, evaluation; report/ adds figures and page."""
 
+import sys
+
 from torch import Tensor
 from tqdm import tqdm
 
+from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.loader import check_classes
+from sim_m2f.data.notes import notes
+from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
@@ -10,6 +17,22 @@ from sim_m2f.files import write_file
 # Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
 SETTLED = 0.2  # share of the run after which masks have a shape
+
+
+class Notes(Hook):
+    """Reads the test sets before the first step, so that no fault is found after the last; tells notes."""
+
+    def before_train(self, trainer: Trainer) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        test = [read_coco(source, read_masks=False) for source in eval_sources(trainer.cfg)]
+        check_classes(trainer.cfg, test)
+        for data in test:
+            if data.has_annotations:
+                coco_metrics.load_truth(data.annotations_file)
+        train = list({id(data): data for data, _ in trainer.loader.dataset.images}.values())
+        for line in notes(trainer.cfg, train, test):
+            print(f"note: {line}", file=sys.stderr)
 
 
 class Metrics(Hook):
@@ -31,7 +54,10 @@ class Metrics(Hook):
             means["steps_per_second"] = trainer.bar.format_dict["rate"] or 0.0
             means["memory_gib"] = memory_gib(trainer.accelerator.device)
             trainer.logger.write(trainer.iteration - 1, means)
-            trainer.bar.set_postfix_str(f"loss {means['total_loss']:.3f}, {means['memory_gib']:.1f} GiB")
+            state = f"loss {means['total_loss']:.3f}, {means['memory_gib']:.1f} GiB"
+            trainer.bar.set_postfix_str(state)
+            if not sys.stderr.isatty():
+                print(_line(trainer, means["steps_per_second"], state), file=sys.stderr, flush=True)
             self._warn_of_outlines(trainer, means["mask_fill"], means["mask_solidity"])
 
     def _warn_of_outlines(self, trainer: Trainer, fill: float, solidity: float) -> None:
@@ -44,6 +70,13 @@ class Metrics(Hook):
             advice = "; set MODEL.SIM.FILL_GUARD.ENABLED True" if unguarded else ""
             shares = f"they fill {fill:.0%} of their boxes and {solidity:.0%} of their own extent"
             tqdm.write(f"step {trainer.iteration}: masks are outlines: {shares}{advice}")
+
+
+def _line(trainer: Trainer, rate: float, state: str) -> str:
+    """What a log without a terminal has in place of the bar."""
+    total = trainer.cfg.SOLVER.MAX_ITER
+    left = tqdm.format_interval((total - trainer.iteration) / rate) if rate else "?"
+    return f"step {trainer.iteration}/{total}: {state}, {rate:.2f} steps/s, {left} left"
 
 
 class Checkpoints(Hook):

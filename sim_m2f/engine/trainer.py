@@ -1,5 +1,7 @@
 """Training: the step is ``Trainer.step``, the run ``Trainer.train``; accelerate sees to devices and ranks."""
 
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,9 +93,9 @@ class Trainer:
         for hook in self.hooks:
             hook.before_train(self)
         start, hidden = self.iteration, not accelerator.is_main_process
-        self.bar = tqdm(
-            None, "training", total, unit="step", initial=start, disable=hidden, dynamic_ncols=True
-        )
+        shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets lines, see ``Metrics``
+        options = {"initial": start, "disable": hidden, "file": shown, "dynamic_ncols": True}
+        self.bar = tqdm(None, "training", total, unit="step", **options)
         with self.bar, StopSignal() as stop:
             batches = iter(self.loader)
             while self.iteration < total and not self._agreed(stop):

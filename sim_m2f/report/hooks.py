@@ -1,15 +1,24 @@
 """What a run draws while it goes, and the page at its end."""
 
-from torch import Tensor
+import time
 
-from sim_m2f.data.catalog import eval_sources
+from torch import Tensor
+from tqdm import tqdm
+
+from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import read_coco
+from sim_m2f.data.image import read_image
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
+from sim_m2f.report.drawing import contact_sheet, write_png
+from sim_m2f.report.labelled import labelled_example
 from sim_m2f.report.method_figures import FOLDER, drop_later_steps, write_method
-from sim_m2f.report.run_report import write_report
+from sim_m2f.report.run_report import choose_images, write_report
+from sim_m2f.segmenter import Segmenter
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.schedule import resolve_steps
+
+EARLY, FIRST_IMAGES = 0.05, 8  # share of the steps, and images, of the first look
 
 
 class MethodFigures(Hook):
@@ -38,6 +47,40 @@ class MethodFigures(Hook):
         maps = self.view.maps(trainer.model, trainer.teacher.network, trainer.criterion)
         for name, figure in write_method(trainer.output_dir / FOLDER, trainer.iteration, maps):
             trainer.logger.write_image(trainer.iteration - 1, f"{FOLDER}/{name}", figure)
+
+
+class FirstLook(Hook):
+    """Draws annotated boxes and their masks once, early: after a minute, or a twentieth of the steps.
+
+    Args:
+        source: the data set whose first images are drawn.
+    """
+
+    def __init__(self, source: DatasetSource) -> None:
+        self.source, self.seen = source, False
+
+    def before_train(self, trainer: Trainer) -> None:
+        self.start = time.monotonic()
+
+    def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
+        late = trainer.iteration >= EARLY * trainer.cfg.SOLVER.MAX_ITER or time.monotonic() > self.start + 60
+        if self.seen or not late or not trainer.accelerator.is_main_process:
+            return
+        self.seen = True
+        data = read_coco(self.source, read_masks=False)
+        network = trainer.accelerator.unwrap_model(trainer.model)
+        model = Segmenter(network, trainer.cfg, data.class_names).to(trainer.accelerator.device)
+        rows = []
+        for image in choose_images([each for each in data.images if len(each.labels)], FIRST_IMAGES):
+            pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+            found = model.predict(pixels, boxes=image.boxes, labels=image.labels, colors=True)
+            masks, scores = found.masks.cpu().numpy(), found.scores.tolist()
+            names = found.names if len(data.class_names) > 1 else [""] * len(masks)
+            example = labelled_example(image.file_name, pixels, image.boxes, masks, names, scores)
+            rows.append((example.caption, example.panels))
+        path = trainer.output_dir / "report" / "first_look.png"
+        write_png(path, contact_sheet(rows))
+        tqdm.write(f"first look, after {trainer.iteration} steps: {path}")
 
 
 class RunPage(Hook):

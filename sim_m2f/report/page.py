@@ -36,7 +36,8 @@ class Evolution:
 class Page:
     """What the page shows; empty parts are left out.
 
-    ``metrics`` are in percent (None where unknown), ``curves`` are drawn for light and for dark
+    ``metrics`` are in percent (None where unknown), ``labelled`` are annotated boxes with their masks,
+    ``reliability`` plots the scores of such masks, ``curves`` are drawn for light and for dark
     screens, ``config`` is YAML text.
     """
 
@@ -44,6 +45,8 @@ class Page:
     subtitle: str
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     class_names: Sequence[str] = ()
+    labelled: Sequence[Example] = ()
+    reliability: Image.Image | None = None
     examples: Sequence[Example] = ()
     curves: tuple[Image.Image, Image.Image] | None = None
     evolutions: Sequence[Evolution] = ()
@@ -64,5 +67,5 @@ def render(page: Page) -> str:
 def _embedded(image: Image.Image, kind: str = "jpeg") -> str:
     """The image as an address that holds it."""
     buffer = io.BytesIO()
-    image.save(buffer, kind, quality=90, subsampling=0)
+    image.convert("RGB").save(buffer, kind, quality=90, subsampling=0)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

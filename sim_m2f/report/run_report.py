@@ -10,6 +10,7 @@ from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torchvision.ops import box_convert, box_iou
 
+from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord
 from sim_m2f.data.image import read_image
 from sim_m2f.engine import coco_metrics
@@ -19,11 +20,12 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import read_json, write_file
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import Shape, colours, contact_sheet, draw, write_png
+from sim_m2f.report.labelled import PANEL_SIDE, labelled_examples
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
 
-PANEL_SIDE = 400  # pixels of a panel's longer side
+RELIABILITY = "reliability.png"
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
 SUPERVISION = {
     "box": "Trained from bounding boxes alone. ",
@@ -35,7 +37,12 @@ Entry = dict[str, Any]  # of COCO's results
 
 
 def write_report(
-    output_dir: str | Path, data: CocoData, *, min_score: float = 0.5, num_images: int = 16
+    output_dir: str | Path,
+    data: CocoData,
+    *,
+    min_score: float = 0.5,
+    num_images: int = 16,
+    labelled: DatasetSource | None = None,
 ) -> Path:
     """Show what a run learned, from the files that training and evaluation left behind.
 
@@ -48,6 +55,8 @@ def write_report(
         data: the test set that was evaluated.
         min_score: predictions below it are not drawn.
         num_images: number of images on the contact sheet.
+        labelled: masks.json of the annotated boxes and their images, to be shown too; and the plot of their
+            scores, reliability.png, where there is one.
 
     Returns:
         the path of index.html.
@@ -65,6 +74,7 @@ def write_report(
     config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
     series_file = output_dir / "metrics.jsonl"
     curves = draw_curves(read_series(series_file)) if series_file.exists() else None
+    plot = output_dir / RELIABILITY
     if examples:
         sheet = contact_sheet([(example.caption, example.panels) for example in examples])
         write_png(output_dir / "report" / "contact_sheet.png", sheet)
@@ -75,6 +85,8 @@ def write_report(
         subtitle=_subtitle(data, sum(map(len, detections.values())), config),
         metrics=read_json(metrics_file) if metrics_file.exists() else {},
         class_names=data.class_names,
+        labelled=labelled_examples(labelled, num_images) if labelled else (),
+        reliability=Image.open(plot) if labelled and plot.exists() else None,
         examples=examples,
         curves=curves,
         evolutions=read_method(output_dir / METHOD_FOLDER),

@@ -1,0 +1,60 @@
+"""Annotations of other tools to COCO JSON and back, and a data set in two for training and validation."""
+
+import argparse
+import json
+from pathlib import Path
+
+from sim_m2f.data.coco import load_json
+from sim_m2f.data.formats.base import images_of
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.split import part, split_images
+from sim_m2f.errors import UserError
+from sim_m2f.files import write_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", required=True, type=Path, metavar="PATH", help="file, or a folder")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="their images")
+    parser.add_argument("--from", default=COCO, choices=INPUTS, dest="input", help="what they are (coco)")
+    formats = f"beside COCO's annotations.json, with commas between: {', '.join(WRITERS)}"
+    parser.add_argument("--format", default="", metavar="NAMES", help=formats)
+    parser.add_argument("--output", type=Path, default=Path("converted"), metavar="FOLDER")
+    split = "share of the objects for validation: train.json and val.json beside annotations.json"
+    parser.add_argument("--split", type=float, default=0.0, metavar="SHARE", help=split)
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the annotations; returns the exit status.
+
+    Raises:
+        UserError: there is nothing of the kind, or it has a fault.
+    """
+    if args.split and not 0 < args.split < 1:
+        raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
+    formats = output_formats(args.format)
+    content = load_json(as_coco(args.annotations, args.images, args.input, args.output / "annotations.json"))
+    if args.input == COCO:
+        write_file(args.output / "annotations.json", json.dumps(content))
+    for name in formats:
+        WRITERS[name](args.output, content["categories"], images_of(content))
+    if args.split:
+        write_split(content, args.split, args.seed, args.output)
+    print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
+    return 0
+
+
+def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[Path, Path]:
+    """Write train.json and val.json; returns their paths.
+
+    Raises:
+        UserError: one of both would be empty, or a file cannot be written.
+    """
+    held = split_images(content, share, seed)
+    rest = {image["id"] for image in content["images"]} - held
+    if not held or not rest:
+        raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
+    paths = folder / "train.json", folder / "val.json"
+    for path, ids in zip(paths, (rest, held), strict=True):
+        write_file(path, json.dumps(part(content, ids)))
+    return paths

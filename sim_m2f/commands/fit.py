@@ -1,0 +1,275 @@
+"""From boxes to masks: a network learned from a data set's boxes, the masks of these boxes, and a page."""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sim_m2f.commands.check import inspect_set
+from sim_m2f.commands.convert import write_split
+from sim_m2f.commands.label import calibrate
+from sim_m2f.commands.train import build_trainer
+from sim_m2f.config import CfgNode, get_cfg, validate
+from sim_m2f.config.shipped import shipped_configs
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import MAX_LINES, CocoData, load_json, read_coco
+from sim_m2f.data.formats.base import Record, with_categories
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.image import read_image
+from sim_m2f.data.survey import survey
+from sim_m2f.engine.trial import Trial, trial
+from sim_m2f.errors import UserError
+from sim_m2f.files import write_file
+from sim_m2f.labelling.masks import label
+from sim_m2f.labelling.quality import FILE, Quality
+from sim_m2f.labelling.run import MASKS, Labeller, label_set
+from sim_m2f.modeling import build_model
+from sim_m2f.report.hooks import FirstLook
+from sim_m2f.report.run_report import write_report
+from sim_m2f.segmenter import Segmenter, from_pretrained
+from sim_m2f.weights.checkpoint import load_checkpoint
+from sim_m2f.weights.folder import CLASSES, CONFIG
+from sim_m2f.weights.timm_backbone import TIMM
+
+RECIPE = "base.yaml", "boxes.yaml"
+VALIDATION = 0.2  # share of the objects, where no validation set is given
+FEWEST = 5  # images that are split
+LEAST_STEPS, MOST_STEPS, EPOCHS = 50, 600, 10  # large sets get as many steps as make up the epochs
+OBJECT_SIDE = 32  # pixels of the network's input that half of the objects should have at least
+CELL, SIZES = 32, (256, 512)  # the network's input: a multiple, and its range, in pixels
+MOST_QUERIES = 200
+SPARE = 0.9  # share of the minutes that is planned for
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What is learned from, evaluated on and labelled."""
+
+    train: DatasetSource
+    val: DatasetSource  # the same as train where there are too few images
+    boxes: DatasetSource
+    data: CocoData  # of the boxes
+    masks: bool  # whether every object of val has one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--annotations", required=True, type=Path, metavar="PATH", help="the boxes")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="their images")
+    parser.add_argument(
+        "--from", default=COCO, choices=INPUTS, dest="input", help="format of the boxes (coco)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("fitted"), metavar="FOLDER")
+    parser.add_argument("--minutes", type=float, default=15.0, help="time for all of it, about (15)")
+    parser.add_argument("--val", type=Path, metavar="PATH", help="validation set (a fifth of the objects)")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="its images (those of --images)")
+    weights = "pretrained weights (timm's); the file of another may want other MODEL.PIXEL_MEAN and _STD"
+    parser.add_argument("--weights", metavar="FILE", help=weights)
+    formats = f"of the masks, beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
+    parser.add_argument("--format", default="", metavar="NAMES", help=formats)
+    parser.add_argument("--seed", type=int, default=0, help="of the split and the run (0)")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of any key")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, plan, train, evaluate, label; returns the exit status.
+
+    Raises:
+        UserError: the arguments or the data have a fault, told before anything is loaded.
+    """
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes is {args.minutes:g}; give a positive number")
+    if args.val_images and not args.val:
+        raise UserError("--val-images: give --val, the annotations of these images, too")
+    formats = output_formats(args.format)
+    sets = find_sets(args)
+    cfg = settings(args, sets)
+    if args.resume and (args.output / CONFIG).exists():
+        cfg.merge_from_file(args.output / CONFIG)
+    else:
+        plan(cfg, sets, args)
+    cfg.freeze()
+    write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
+    build_trainer(cfg, args.resume, [FirstLook(sets.val)]).train()
+    model = from_pretrained(args.output)
+    quality = Quality()
+    if sets.masks and sets.val != sets.train:
+        quality = calibrate(model, sets.val, args.output)
+    else:
+        (args.output / FILE).unlink(missing_ok=True)
+    label_set(Labeller(model, quality, quality.colors, keep_overlaps=False), sets.boxes, args.output, formats)
+    masks = DatasetSource("masks", args.output / MASKS, args.images)
+    page = write_report(args.output, read_coco(sets.val, read_masks=False), labelled=masks)
+    print(f"masks of the boxes: {masks.annotations}")
+    print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")
+    print(f"page:               {page}")
+    return 0
+
+
+def find_sets(args: argparse.Namespace) -> Sets:
+    """Read, check and, without --val, split the annotations.
+
+    Raises:
+        UserError: whatever is wrong with the data, one line each, 20 at most.
+    """
+    folder = args.output
+    path = as_coco(args.annotations, args.images, args.input, folder / "boxes.json")
+    boxes = DatasetSource(path.stem, path, args.images)
+    data = checked(boxes)
+    if not any(len(image.labels) for image in data.images):
+        raise UserError(f"{path}: no object to learn from (crowds and empty boxes aside); give another file")
+    content = load_json(path)
+    train, val = boxes, boxes
+    if args.val:
+        images = args.val_images or args.images
+        path = as_coco(args.val, images, args.input, folder / "val.json")
+        checked(DatasetSource(path.stem, path, images))
+        own = load_json(path)
+        same = with_categories(own, content["categories"], path)
+        if same != own:
+            path = folder / "val.json"
+            write_file(path, json.dumps(same))
+        val = DatasetSource(path.stem, path, images)
+    elif len(data.images) >= FEWEST:
+        parts = write_split(content, VALIDATION, args.seed, folder)
+        train, val = (DatasetSource(path.stem, path, args.images) for path in parts)
+    return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations)))
+
+
+def checked(source: DatasetSource) -> CocoData:
+    """The data set, every image decoded; segmentations are looked at where every object has one.
+
+    Raises:
+        UserError: it has problems: one line each, 20 at most.
+    """
+    data, problems = inspect_set(source, _has_masks(load_json(source.annotations)))
+    if problems:
+        more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+        raise UserError("\n".join(problems[:MAX_LINES] + more))
+    return data
+
+
+def _has_masks(content: Record) -> bool:
+    annotations = content.get("annotations", [])
+    return bool(annotations) and all(
+        isinstance(each, dict) and each.get("segmentation") for each in annotations
+    )
+
+
+def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
+    """The recipe for small sets of real images, with what follows from the data, and the user's overrides.
+
+    Raises:
+        UserError: an override has a fault.
+    """
+    counts = survey(sets.data)
+    cfg = get_cfg()
+    for name in RECIPE if not counts.many_small else (*RECIPE, "tiles.yaml"):
+        cfg.merge_from_file(shipped_configs() / "real" / name)
+    data, network = cfg.DATASETS, cfg.MODEL.MASK_FORMER
+    data.TRAIN_ANNOTATIONS, data.TRAIN_IMAGES = str(sets.train.annotations), str(sets.train.image_root)
+    data.TEST_ANNOTATIONS, data.TEST_IMAGES = str(sets.val.annotations), str(sets.val.image_root)
+    cfg.OUTPUT_DIR, cfg.SEED = str(args.output), args.seed
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(sets.data.category_ids)
+    most = counts.most
+    if counts.many_small:
+        most = math.ceil(counts.most / cfg.INPUT.MIN_SCALE**2)  # a crop shows so many
+    else:
+        size = OBJECT_SIDE / counts.side / CELL
+        cfg.INPUT.IMAGE_SIZE = CELL * min(max(math.ceil(size), SIZES[0] // CELL), SIZES[1] // CELL)
+        cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.IMAGE_SIZE
+    network.NUM_OBJECT_QUERIES = min(max(network.NUM_OBJECT_QUERIES, 8 * math.ceil(most / 5)), MOST_QUERIES)
+    cfg.TEST.DETECTIONS_PER_IMAGE = min(max(cfg.TEST.DETECTIONS_PER_IMAGE, 2 * counts.most), MOST_QUERIES)
+    cfg.DATALOADER.NUM_WORKERS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
+    if args.weights:
+        cfg.MODEL.WEIGHTS = args.weights
+    cfg.merge_from_list([item for item in args.opts if item != "--"])
+    validate(cfg)
+    return cfg
+
+
+def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
+    """Settle weights and steps by what the machine does in a trial, and tell all of it.
+
+    Raises:
+        UserError: the weights or the configuration have a fault, or memory does not suffice.
+    """
+    origin = settle_weights(cfg)
+    print("a few steps on trial ...", flush=True)
+    tried = trial(cfg)
+    after = labelling_seconds(cfg, tried, sets)
+    if "SOLVER.MAX_ITER" not in args.opts:
+        images = len(read_coco(sets.train, read_masks=False).images)
+        most = max(MOST_STEPS, math.ceil(EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
+        steps = int((SPARE * 60 * args.minutes - after) / tried.seconds_per_step)
+        cfg.SOLVER.MAX_ITER = min(max(steps, LEAST_STEPS), most)
+        cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER // 8)
+        cfg.SOLVER.CHECKPOINT_PERIOD = max(1, cfg.SOLVER.MAX_ITER // 4)
+    for name, text in summary(cfg, sets, tried, origin, after).items():
+        print(f"{name:<12}{text}")
+    sys.stdout.flush()
+
+
+def settle_weights(cfg: CfgNode) -> str:
+    """Where the weights come from; without them the backbone starts from random ones, its norms not frozen.
+
+    Raises:
+        UserError: a file or an address that was asked for has a fault.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        return "none: all of it starts at random"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            load_checkpoint(build_model(cfg), cfg.MODEL.WEIGHTS)
+    except UserError as error:
+        if not cfg.MODEL.WEIGHTS.startswith(TIMM):
+            raise
+        cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER = "", False, 1.0
+        return f"none, so masks will be worse ({error}; --weights FILE takes a file)"
+    return str(cfg.MODEL.WEIGHTS)
+
+
+def labelling_seconds(cfg: CfgNode, tried: Trial, sets: Sets) -> float:
+    """About how long evaluation, calibration and labelling will take, from one image."""
+    network = tried.trainer.accelerator.unwrap_model(tried.trainer.model)
+    model = Segmenter(network, cfg, sets.data.class_names).to(tried.trainer.accelerator.device)
+    images = [image for image in sets.data.images if len(image.labels)]
+    image = sorted(images, key=lambda each: len(each.labels))[len(images) // 2]
+    start = time.perf_counter()
+    pixels = read_image(sets.data.image_root / image.file_name, image.height, image.width)
+    label(model, pixels, image.boxes, image.labels, colors=True)
+    seconds = time.perf_counter() - start
+    validated = len(read_coco(sets.val, read_masks=False).images)
+    return seconds * (len(images) + validated * (2.5 if sets.masks and sets.val != sets.train else 0.5))
+
+
+def summary(cfg: CfgNode, sets: Sets, tried: Trial, origin: str, after: float) -> dict[str, str]:
+    """What will be done, a line by name."""
+    counts, steps = survey(sets.data), cfg.SOLVER.MAX_ITER
+    train, val = (len(read_coco(source, read_masks=False).images) for source in (sets.train, sets.val))
+    classes = ", ".join(f"{name} ({number})" for name, number in list(counts.per_class.items())[:8])
+    more = f" and {len(counts.per_class) - 8} more" if len(counts.per_class) > 8 else ""
+    held = "the same images" if sets.val == sets.train else f"{val} images"
+    tiles = f", as tiles of {cfg.TEST.TILE} of {cfg.INPUT.MIN_SIZE_TEST}" if cfg.TEST.TILE else ""
+    epochs = steps * cfg.SOLVER.IMS_PER_BATCH / train
+    minutes = (steps * tried.seconds_per_step + after) / 60
+    return {
+        "data": f"{counts.images} images, {counts.objects} objects, {counts.per_image:.1f} in an image, "
+        f"{counts.most} at most",
+        "classes": classes + more,
+        "training": f"{train} images",
+        "validation": f"{held}, {'with masks' if sets.masks else 'boxes alone: masks are not scored'}",
+        "network": f"{cfg.MODEL.BACKBONE.NAME}, {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries, "
+        f"images of {cfg.INPUT.IMAGE_SIZE} pixels{tiles}",
+        "weights": origin,
+        "device": f"{tried.trainer.accelerator.device}, {tried.memory_gib:.1f} GiB of memory in a step",
+        "run": f"{steps} steps of {cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs, "
+        f"{tried.seconds_per_step:.2g} s a step",
+        "estimate": f"{minutes:.0f} minutes, {after / 60:.1f} of them for evaluation and labelling",
+    }

@@ -1,0 +1,73 @@
+"""Masks for the boxes of a data set: each annotated object gets its own, with a score."""
+
+import argparse
+from pathlib import Path
+
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.errors import UserError
+from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
+from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
+from sim_m2f.report.drawing import write_png
+from sim_m2f.report.run_report import RELIABILITY
+from sim_m2f.segmenter import Segmenter, from_pretrained
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="NAME", help="a network: folder or name on the Hub")
+    parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
+    parser.add_argument("--annotations", required=True, type=Path, metavar="FILE", help="the boxes")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="their images")
+    parser.add_argument(
+        "--from", default=COCO, choices=INPUTS, dest="input", help="format of the boxes (coco)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("labelled"), metavar="FOLDER")
+    formats = f"beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
+    parser.add_argument("--format", default="", metavar="NAMES", help=formats)
+    colors = "correct masks by colour; auto: as validation masks have it, else on"
+    parser.add_argument("--colors", choices=("auto", "on", "off"), default="auto", help=colors)
+    overlaps = "of masks of one class: resolve gives a pixel to the object in whose box it is most central"
+    parser.add_argument("--overlaps", choices=("resolve", "keep"), default="resolve", help=overlaps)
+    parser.add_argument("--val", type=Path, metavar="JSON", help="COCO JSON with masks to fit scores to")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="its images (those of --images)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write ``masks.json`` and what --format asks for; returns the exit status.
+
+    Raises:
+        UserError: the arguments, the network or the data have a fault; see ``label_set``.
+    """
+    formats = output_formats(args.format)
+    annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json")
+    source = DatasetSource(annotations.stem, annotations, args.images)
+    model = from_pretrained(args.model, args.config_file, args.device)
+    if args.val:
+        images = args.val_images or args.images
+        quality = calibrate(model, DatasetSource(args.val.stem, args.val, images), args.output)
+    elif args.val_images:
+        raise UserError("--val-images: give --val, the JSON of these images, too")
+    else:
+        quality = read_quality(Path(args.model))
+    colors = quality.colors if args.colors == "auto" else args.colors == "on"
+    labeller = Labeller(model, quality, colors, args.overlaps == "keep")
+    label_set(labeller, source, args.output, formats)
+    print(f"masks: {args.output / MASKS}")
+    return 0
+
+
+def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:
+    """Scores fitted to validation masks; written to ``output``, with a plot, and told.
+
+    Raises:
+        UserError: the data have a fault, or a file cannot be written.
+    """
+    quality, scores, ious = calibrated(model, source)
+    write_quality(output, quality)
+    write_png(output / RELIABILITY, reliability(scores, ious))
+    for name, value in quality.measured.items():
+        print(
+            f"validation, {name}: {value:.0f}" if name == "objects" else f"validation, {name}: {value:.1f} %"
+        )
+    return quality

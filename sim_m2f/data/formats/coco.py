@@ -1,0 +1,26 @@
+"""COCO JSON with masks as polygons, as older tools want it."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from sim_m2f.data.formats.base import Labelled, Record, polygons_of, write_list
+from sim_m2f.files import atomic_write
+
+
+def write_polygons(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
+    """``folder``/masks_polygons.json; holes and parts that touch are tied by seams."""
+    records: list[Record] = []
+
+    def annotations() -> Iterator[Record]:
+        for image, own in images:
+            records.append(image)
+            for annotation in own:
+                polygons = [polygon.ravel().tolist() for polygon in polygons_of(image, annotation)]
+                crowd = annotation.get("iscrowd")
+                yield annotation | ({"segmentation": polygons} if polygons and not crowd else {})
+
+    with atomic_write(folder / "masks_polygons.json") as file:
+        file.write(f'{{"categories": {json.dumps(categories)}, "annotations": ')
+        write_list(file, annotations())
+        file.write(f', "images": {json.dumps(records)}}}\n')

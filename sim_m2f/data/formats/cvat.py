@@ -1,0 +1,85 @@
+"""CVAT's XML for images 1.1: boxes, polygons and masks (https://docs.cvat.ai, "CVAT for image")."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from sim_m2f.data.formats.base import Collected, Labelled, Record, mask_of, objects
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+
+
+def read_cvat(path: Path, images: Path) -> Record:
+    """An annotations.xml: its boxes, polygons and masks.
+
+    Raises:
+        UserError: it is no such file; names it.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        data = Collected(name.text or "" for name in root.iterfind("meta//labels/label/name"))
+        for image in root.iter("image"):
+            data.add_image(image.attrib["name"], int(image.attrib["width"]), int(image.attrib["height"]))
+            for shape in image:
+                _add(data, shape.tag, shape.attrib)
+    except (OSError, ElementTree.ParseError, KeyError, ValueError) as error:
+        fault = f"no CVAT XML for images ({type(error).__name__}: {error})"
+        raise UserError(f"{path}: {fault}; export it from CVAT again") from error
+    return data.content(path)
+
+
+def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
+    if kind == "box":
+        data.add_box(values["label"], (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr")))
+    elif kind == "polygon":
+        points = [[float(number) for number in point.split(",")] for point in values["points"].split(";")]
+        data.add_polygons(values["label"], [points])
+    elif kind == "mask":
+        left, top, width, height = (int(values[key]) for key in ("left", "top", "width", "height"))
+        runs = [int(run) for run in values["rle"].split(",")]
+        pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+        data.add_mask(values["label"], left, top, pixels.reshape(height, width))
+
+
+def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
+    """``folder``/cvat.xml, with exact masks; to be uploaded to a task of the same images and classes."""
+    names = {category["id"]: category["name"] for category in categories}
+    with atomic_write(folder / "cvat.xml", "wb") as file:
+        file.write(
+            b'<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n<version>1.1</version>\n<meta><task>'
+        )
+        labels = ElementTree.Element("labels")
+        for name in names.values():
+            ElementTree.SubElement(ElementTree.SubElement(labels, "label"), "name").text = name
+        file.write(ElementTree.tostring(labels, "utf-8") + b"</task></meta>\n")
+        for number, (image, annotations) in enumerate(images):
+            values = {
+                "id": number,
+                "name": image["file_name"],
+                "width": image["width"],
+                "height": image["height"],
+            }
+            element = ElementTree.Element("image", {key: str(value) for key, value in values.items()})
+            for annotation in objects(annotations):
+                shape = _shape(mask_of(image, annotation), annotation["bbox"])
+                kind = "mask" if "rle" in shape else "box"
+                common = {"label": names[annotation["category_id"]], "source": "auto", "occluded": "0"}
+                ElementTree.SubElement(element, kind, common | shape | {"z_order": "0"})
+            file.write(ElementTree.tostring(element, "utf-8") + b"\n")
+        file.write(b"</annotations>\n")
+
+
+def _shape(mask: np.ndarray | None, bbox: list[float]) -> dict[str, str]:
+    """The attributes of a mask: run lengths along the rows of its extent, from the first run of zeros on."""
+    if mask is None or not mask.any():
+        x, y, w, h = bbox
+        return {"xtl": f"{x}", "ytl": f"{y}", "xbr": f"{x + w}", "ybr": f"{y + h}"}
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    changes = np.flatnonzero(np.diff(part.ravel(), prepend=False, append=not part[-1, -1]))
+    runs = np.diff(changes, prepend=0)
+    values = {"rle": ", ".join(map(str, runs)), "left": columns[0], "top": rows[0]}
+    values |= {"width": part.shape[1], "height": part.shape[0]}
+    return {key: str(value) for key, value in values.items()}

@@ -1,0 +1,72 @@
+"""The formats by name, read into COCO JSON beside a run and written from it."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sim_m2f.data.formats.base import Labelled, Record
+from sim_m2f.data.formats.coco import write_polygons
+from sim_m2f.data.formats.cvat import read_cvat, write_cvat
+from sim_m2f.data.formats.labelme import read_labelme, write_labelme
+from sim_m2f.data.formats.labelstudio import read_labelstudio, write_labelstudio
+from sim_m2f.data.formats.png import write_png
+from sim_m2f.data.formats.table import read_csv
+from sim_m2f.data.formats.voc import read_voc
+from sim_m2f.data.formats.yolo import read_yolo, write_yolo
+from sim_m2f.errors import UserError
+from sim_m2f.files import write_file
+
+COCO = "coco"
+READERS: dict[str, Callable[[Path, Path], Record]] = {
+    "yolo": read_yolo,
+    "voc": read_voc,
+    "labelme": read_labelme,
+    "cvat": read_cvat,
+    "labelstudio": read_labelstudio,
+    "csv": read_csv,
+}
+WRITERS: dict[str, Callable[[Path, list[Record], Iterable[Labelled]], None]] = {
+    "polygons": write_polygons,
+    "yolo": write_yolo,
+    "labelme": write_labelme,
+    "cvat": write_cvat,
+    "labelstudio": write_labelstudio,
+    "png": write_png,
+}
+INPUTS = COCO, *READERS
+
+
+def output_formats(text: str) -> list[str]:
+    """The formats in a text such as "labelme,yolo".
+
+    Raises:
+        UserError: one of them is none of ``WRITERS``.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in WRITERS]
+    if unknown:
+        raise UserError(f"--format: {unknown[0]!r} is unknown; take some of {','.join(WRITERS)}")
+    return names
+
+
+def as_coco(path: Path, images: Path, name: str, output: Path) -> Path:
+    """The COCO JSON of annotations in any format; written to ``output`` where they are none.
+
+    Args:
+        path: file or folder of the annotations.
+        images: folder of the images.
+        name: one of ``INPUTS``.
+        output: the file to write.
+
+    Raises:
+        UserError: there is nothing of the kind, or it has a fault.
+    """
+    if name == COCO:
+        return path
+    for given in (path, images):
+        if not given.exists():
+            raise UserError(f"{given}: no such file or folder; check the path")
+    if not images.is_dir():
+        raise UserError(f"{images}: is no folder; give the folder of the images")
+    write_file(output, json.dumps(READERS[name](path, images)))
+    return output

@@ -1,0 +1,65 @@
+"""CSV: a line per box, its columns named in the first line."""
+
+import csv
+from pathlib import Path
+
+from PIL import Image
+
+from sim_m2f.data.formats.base import Collected, Record
+from sim_m2f.errors import UserError, first_line
+
+# What a column may be called, in small letters; the corners are pixels of the image.
+COLUMNS = {
+    "image": ("image", "filename", "file_name", "image_path", "path", "image_id"),
+    "label": ("label", "class", "class_name", "category", "name"),
+    "x0": ("xmin", "x_min", "x0", "x1", "left"),
+    "y0": ("ymin", "y_min", "y0", "y1", "top"),
+    "x1": ("xmax", "x_max", "x1", "x2", "right"),
+    "y1": ("ymax", "y_max", "y1", "y2", "bottom"),
+}
+
+
+def read_csv(path: Path, images: Path) -> Record:
+    """A table with image, class and the four corners; the sizes are those of the images.
+
+    Raises:
+        UserError: a column is missing, a line has a fault, or an image cannot be read; names the place.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from error
+    columns = _columns(path, list(rows[0]) if rows else [])
+    of_image: dict[str, list[tuple[int, Record]]] = {}
+    for number, row in enumerate(rows, start=2):
+        of_image.setdefault(row[columns["image"]] or "", []).append((number, row))
+    data = Collected()
+    for name, own in of_image.items():
+        try:
+            with Image.open(images / name) as stored:
+                data.add_image(name, *stored.size)
+        except OSError as error:
+            fault = f"image {name!r} cannot be read ({first_line(error)})"
+            raise UserError(f"{path}:{own[0][0]}: {fault}; correct the name or --images") from error
+        for number, row in own:
+            try:
+                corners = [float(row[columns[key]]) for key in ("x0", "y0", "x1", "y1")]
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}:{number}: a corner is no number ({error}); correct it") from error
+            data.add_box(row[columns["label"]], corners)
+    return data.content(path)
+
+
+def _columns(path: Path, names: list[str]) -> dict[str, str]:
+    """The table's own name of each column."""
+    own = {(name or "").strip().lower(): name for name in names}
+    found: dict[str, str] = {}
+    for key, known in COLUMNS.items():
+        free = [own[name] for name in known if name in own and own[name] not in found.values()]
+        if not free:
+            raise UserError(
+                f"{path}: has no column for {key} (such as {known[0]}); name it in the first line"
+            )
+        found[key] = free[0]
+    return found

@@ -1,0 +1,94 @@
+"""YOLO: a text per image, a line per object: its class and its box or polygon in shares of the image."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image
+
+from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygon_of
+from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import write_file
+
+
+def read_yolo(path: Path, images: Path) -> Record:
+    """A folder with labels (texts, in it or below) and perhaps data.yaml or classes.txt; or its data.yaml.
+
+    Raises:
+        UserError: a line or the names of classes have a fault, or an image cannot be read; names the place.
+    """
+    root = path if path.is_dir() else path.parent
+    names = _names(path)
+    data = Collected(names)
+    labels = {file.stem: file for file in sorted(root.rglob("*.txt")) if file.name != "classes.txt"}
+    known = Image.registered_extensions()
+    files = {file.stem: file for file in sorted(images.rglob("*")) if file.suffix.lower() in known}
+    lost = [file for stem, file in labels.items() if stem not in files]
+    if lost:
+        raise UserError(f"{lost[0]}: no image of its name in {images}; add it or remove the text")
+    for stem, image in files.items():
+        try:
+            with Image.open(image) as stored:
+                width, height = stored.size
+        except OSError as error:
+            raise UserError(f"{image}: cannot be decoded ({first_line(error)}); replace it") from error
+        data.add_image(image.relative_to(images).as_posix(), width, height)
+        lines = labels[stem].read_text(encoding="utf-8").splitlines() if stem in labels else []
+        for number, line in enumerate(lines, start=1):
+            try:
+                _add(data, names, line.split(), width, height)
+            except (ValueError, IndexError) as error:
+                fault = f"is no line of YOLO ({first_line(error)})"
+                raise UserError(f"{labels[stem]}:{number}: {fault}; write class x y width height") from error
+    return data.content(path)
+
+
+def _names(path: Path) -> list[str]:
+    """The names of the classes in data.yaml or classes.txt; none where there is neither."""
+    folder = path if path.is_dir() else path.parent
+    file = path if path.suffix in (".yaml", ".yml") else folder / "data.yaml"
+    if not file.is_file():
+        file = folder / "classes.txt"
+        return file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    try:
+        names: Any = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
+        return [
+            str(names[number]) for number in (sorted(names) if isinstance(names, dict) else range(len(names)))
+        ]
+    except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{file}: has no names of classes ({first_line(error)}); add them") from error
+
+
+def _add(data: Collected, names: list[str], words: list[str], width: int, height: int) -> None:
+    if not words:
+        return
+    label, numbers = int(words[0]), [float(word) for word in words[1:]]
+    name = names[label] if names else f"class {label}"
+    if len(numbers) == 4:
+        x, y, w, h = numbers
+        box = (x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height
+        data.add_box(name, box)
+    elif len(numbers) >= 6 and len(numbers) % 2 == 0:
+        data.add_polygons(name, [np.reshape(numbers, (-1, 2)) * (width, height)])
+    else:
+        raise ValueError(f"{len(numbers)} numbers after the class")
+
+
+def write_yolo(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
+    """``folder``/yolo: labels/ with a polygon per object, parts tied by seams, and data.yaml."""
+    ordered = sorted(categories, key=lambda category: category["id"])
+    label = {category["id"]: number for number, category in enumerate(ordered)}
+    for image, annotations in images:
+        size, lines = np.array([image["width"], image["height"]]), []
+        for annotation in objects(annotations):
+            polygon = polygon_of(image, annotation)
+            x, y, w, h = annotation["bbox"]
+            box = np.array([[x + w / 2, y + h / 2], [w, h]])
+            shares = ((box if polygon is None else polygon) / size).ravel()
+            lines.append(" ".join([str(label[annotation["category_id"]]), *(f"{s:.6f}" for s in shares)]))
+        write_file(file_for(folder / "yolo" / "labels", image, ".txt"), "".join(f"{one}\n" for one in lines))
+    names = {number: category["name"] for number, category in enumerate(ordered)}
+    content = {"path": ".", "train": "images", "val": "images", "names": names}
+    write_file(folder / "yolo" / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,80 @@
+"""What is right in form but will hurt: one line each, told by ``check`` and at the start of every run."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from sim_m2f.config import CfgNode
+from sim_m2f.data.coco import CocoData, ImageRecord
+
+STRIDE = 4  # of masks
+
+
+def notes(cfg: CfgNode, train: Sequence[CocoData], val: Sequence[CocoData] = ()) -> list[str]:
+    """Look at the data sets of a run with a configuration; images are not decoded."""
+    found = [*_names(train[0], val), *_same_images(train, val)]
+    if cfg.MODEL.BACKBONE.FREEZE_NORMS and not cfg.MODEL.WEIGHTS:
+        advice = "set MODEL.WEIGHTS or MODEL.BACKBONE.FREEZE_NORMS False"
+        found.append(f"MODEL.BACKBONE.FREEZE_NORMS: norms are frozen at random weights; {advice}")
+    return found + [line for data in train for line in (*_crowded(cfg, data), *_tiny(cfg, data))]
+
+
+def _names(data: CocoData, others: Sequence[CocoData]) -> list[str]:
+    """Classes of one name, and validation sets whose ids have other names."""
+    twice = [name for name, number in Counter(data.class_names).items() if number > 1]
+    found = [
+        f"{data.name}: two classes have the name {name!r}; rename one or join them" for name in twice[:3]
+    ]
+    own = dict(zip(data.category_ids, data.class_names, strict=True))
+    for other in others:
+        theirs = dict(zip(other.category_ids, other.class_names, strict=True))
+        if own != theirs:
+            number = next(number for number in {**own, **theirs} if own.get(number) != theirs.get(number))
+            names = f"is {own.get(number)!r} in {data.name} and {theirs.get(number)!r} in {other.name}"
+            found.append(f"category {number} {names}; scores will be wrong: give both the same categories")
+    return found
+
+
+def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str]:
+    paths = {str((data.image_root / image.file_name).resolve()) for data in train for image in data.images}
+    found = []
+    for data in val:
+        own = [data.image_root / image.file_name for image in data.images]
+        shared = [path for path in own if str(path.resolve()) in paths]
+        if shared:
+            fault = f"{len(shared)} of {len(own)} images are also trained on, such as {shared[0].name}"
+            found.append(f"{data.name}: {fault}; its scores will be too good")
+    return found
+
+
+def _crowded(cfg: CfgNode, data: CocoData) -> list[str]:
+    """More objects in an image, or in the share of it that a crop shows, than there are queries."""
+    queries = cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES
+    seen = max(cfg.INPUT.MIN_SCALE, 1.0) ** 2 if cfg.TEST.TILE else 1.0
+    most = max(data.images, key=lambda image: len(image.labels), default=None)
+    count = sum(len(image.labels) / seen > queries for image in data.images)
+    if most is None or not count:
+        return []
+    fault = f"{count} images hold more objects than the network's {queries} queries"
+    advice = "raise MODEL.MASK_FORMER.NUM_OBJECT_QUERIES"
+    return [f"{data.name}: {fault}, {most.file_name} {len(most.labels)}; {advice}"]
+
+
+def _tiny(cfg: CfgNode, data: CocoData) -> list[str]:
+    """Boxes narrower than a pixel of the masks at the size of tests."""
+    total = sum(len(image.labels) for image in data.images)
+    tiny = sum(int((_least_sides(cfg, image) < STRIDE).sum()) for image in data.images)
+    if not tiny:
+        return []
+    fault = (
+        f"{tiny} of {total} boxes are narrower than {STRIDE} pixels of the network's input, one of its masks"
+    )
+    return [f"{data.name}: {fault}; raise INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST and IMAGE_SIZE, or take tiles"]
+
+
+def _least_sides(cfg: CfgNode, image: ImageRecord) -> np.ndarray:
+    """(N,) shorter sides of the boxes in pixels of the network's input."""
+    short, long = sorted((image.height, image.width))
+    scale = min(cfg.INPUT.MIN_SIZE_TEST / short, cfg.INPUT.MAX_SIZE_TEST / long)
+    return (image.boxes[:, 2:] - image.boxes[:, :2]).min(1) * (scale or 1.0)

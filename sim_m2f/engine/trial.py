@@ -1,0 +1,56 @@
+"""A few steps of a run on trial: how long one takes on this machine, and how much memory."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import torch
+
+from sim_m2f.config import CfgNode
+from sim_m2f.data.loader import train_loader
+from sim_m2f.engine.logging import memory_gib
+from sim_m2f.engine.trainer import Trainer
+from sim_m2f.errors import UserError
+
+STEPS = 3  # the first one is not counted
+KEYS = ("SOLVER.IMS_PER_BATCH", "INPUT.IMAGE_SIZE", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured."""
+
+    seconds_per_step: float
+    memory_gib: float
+    trainer: Trainer
+
+
+def trial(cfg: CfgNode) -> Trial:
+    """Take a few steps of a run that writes nothing.
+
+    Raises:
+        UserError: the configuration, the data or the weights have a fault, or memory does not suffice.
+    """
+    cfg = cfg.clone()
+    cfg.SOLVER.MAX_ITER = max(cfg.SOLVER.MAX_ITER, STEPS)
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the run itself will say it
+        trainer = Trainer(cfg)
+        batches = iter(train_loader(cfg))
+    try:
+        trainer.step(next(batches))
+        start = time.perf_counter()
+        for _ in range(STEPS - 1):
+            trainer.step(next(batches))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / (STEPS - 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory in a step on trial; lower {', '.join(KEYS)}") from error
+    return Trial(seconds, memory_gib(trainer.accelerator.device), trainer)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, known) or "can't allocate memory" in str(error)

@@ -1,0 +1,90 @@
+"""What is labelled so far, image by image on disk: a run that stopped goes on, and memory holds no masks."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sim_m2f.errors import UserError
+
+FILE = "progress.jsonl"
+
+
+class Journal:
+    """A file with a line of JSON per image; its first line says of what.
+
+    Args:
+        folder: where it lies; it is created.
+        identity: of network, annotations and options; lines of another one are dropped.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.path = folder / FILE
+        self.places: dict[int, int] = {}  # image id -> offset of its line
+        self.last: tuple[int, dict[str, Any]] = (-1, {})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a+b")
+            end = self._read(identity)
+            self.file.truncate(end)
+            if not end:
+                self._append({"of": identity})
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def _read(self, identity: str) -> int:
+        """Note the finished lines; returns the offset behind them, 0 where they are of something else."""
+        self.file.seek(0)
+        end = 0
+        for line in self.file:
+            try:
+                record = json.loads(line)
+            except ValueError:  # a killed process left it unfinished
+                break
+            if not line.endswith(b"\n") or (not end and record != {"of": identity}):
+                break
+            if end:
+                self.places[record["image"]] = end
+            end += len(line)
+        return end
+
+    def __contains__(self, image: int) -> bool:
+        return image in self.places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def add(self, image: int, labels: dict[int, Any]) -> None:
+        """Note an image's labels by annotation id.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self.places[image] = self._append({"image": image, "labels": labels})
+        except OSError as error:
+            raise self._fault(error) from error
+
+    def labels(self, image: int) -> dict[str, Any]:
+        """An image's labels by annotation id as text; the last image's are kept for its next annotation."""
+        if self.last[0] != image:
+            self.file.seek(self.places[image])
+            self.last = image, json.loads(self.file.readline())["labels"]
+        return self.last[1]
+
+    def remove(self) -> None:
+        self.file.close()
+        self.path.unlink()
+
+    def _append(self, record: dict[str, Any]) -> int:
+        place = self.file.seek(0, os.SEEK_END)
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        return place
+
+    def _fault(self, error: OSError) -> UserError:
+        advice = "free space or choose another folder"
+        return UserError(f"{self.path}: cannot be written ({error.strerror or error}); {advice}")

@@ -1,0 +1,174 @@
+"""Masks for every annotated box of a data set, image by image: read, labelled, noted, and put together."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
+from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.formats.base import Record, images_of, write_list
+from sim_m2f.data.formats.registry import WRITERS
+from sim_m2f.data.image import read_image
+from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.errors import UserError
+from sim_m2f.files import atomic_write
+from sim_m2f.labelling.journal import Journal
+from sim_m2f.labelling.masks import SIGNS, ellipse, label, overlaps, without_overlaps
+from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, summary
+from sim_m2f.segmenter import Segmenter
+
+MASKS = "masks.json"
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """A network, its scores, whether colours correct its masks, whether those of a class may overlap."""
+
+    model: Segmenter
+    quality: Quality
+    colors: bool
+    keep_overlaps: bool
+
+    def identity(self, source: DatasetSource) -> str:
+        """Changes with anything that changes the labels."""
+        digest = hashlib.sha256(source.annotations.read_bytes())
+        for weight in self.model.state_dict().values():
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        choices = source.image_root.resolve(), self.quality, self.colors, self.keep_overlaps
+        digest.update(repr((choices, self.model.cfg.dump())).encode())
+        return digest.hexdigest()
+
+    def labels(self, data: CocoData, image: ImageRecord, classes: np.ndarray) -> dict[int, Any]:
+        """What the journal notes of an image; ``classes`` (C,) are the network's, by those of the data."""
+        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        found = label(self.model, pixels, image.boxes, classes[image.labels], self.colors)
+        masks = found.masks
+        if not self.keep_overlaps:
+            masks = without_overlaps(masks, image.boxes, image.labels)
+        rows = zip(image.annotation_ids, encode_masks(masks), found.signs.round(4).tolist(), strict=True)
+        scores = self.quality.score(found.signs).round(4).tolist()
+        return {
+            number: {
+                "segmentation": rle,
+                "area": int(mask.sum()),
+                "score": score,
+                "signs": dict(zip(SIGNS, signs, strict=True)),
+            }
+            for (number, rle, signs), mask, score in zip(rows, masks, scores, strict=True)
+        }
+
+
+def label_set(labeller: Labeller, source: DatasetSource, output: Path, formats: Sequence[str] = ()) -> None:
+    """Write ``output``/masks.json: the annotations as they are, each with its mask, its score and its signs.
+
+    Memory holds the boxes, never all masks. What a stopped call with the same network, data and options has
+    done is not done again.
+
+    Args:
+        labeller: who does it.
+        source: a COCO JSON and its images; crowd regions stay as they are.
+        output: folder to write.
+        formats: of ``WRITERS``, written beside masks.json.
+
+    Raises:
+        UserError: the data have a fault, the network has no such class, or images cannot be decoded: one line
+            each, after all others are done and noted.
+    """
+    data = read_coco(source, read_masks=False)
+    classes = matching_classes(data, labeller.model.class_names)
+    journal = Journal(output, labeller.identity(source))
+    with_boxes = [image for image in data.images if len(image.labels)]
+    waiting = [image for image in with_boxes if image.id not in journal]
+    problems = []
+    progress = tqdm(waiting, "label", len(with_boxes), initial=len(journal), unit="image", disable=None)
+    for image in progress:
+        try:
+            journal.add(image.id, labeller.labels(data, image, classes))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join([*problems, "all other images are labelled; the same command goes on"]))
+    content = load_json(source.annotations)
+    sizes = {image.id: (image.height, image.width) for image in data.images}
+    masks = partial(with_mask, sizes=sizes, journal=journal)
+    with atomic_write(output / MASKS) as file:
+        head = {key: value for key, value in content.items() if key != "annotations"}
+        file.write(json.dumps(head)[:-1] + ', "annotations": ')
+        write_list(file, map(masks, content.get("annotations", [])))
+        file.write("}\n")
+    for name in formats:
+        labelled = ((image, list(map(masks, own))) for image, own in images_of(content))
+        WRITERS[name](output, content["categories"], labelled)
+    journal.remove()
+
+
+def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Journal) -> Record:
+    """An annotation with its mask; one without area gets the pixel in its middle, a crowd stays as it is."""
+    number, image = str(annotation["id"]), annotation["image_id"]
+    if image in journal and number in journal.labels(image):
+        return annotation | journal.labels(image)[number]
+    if annotation.get("iscrowd"):
+        return annotation
+    x, y, width, height = annotation["bbox"]
+    mask = ellipse(np.array([x, y, x + width, y + height]), *sizes[image])
+    (rle,) = encode_masks(mask[None])
+    return annotation | {"segmentation": rle, "area": int(mask.sum()), "score": 0.0}
+
+
+def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:
+    """(C,) the network's label of each class of the data, by name.
+
+    Raises:
+        UserError: the network has no class of a name.
+    """
+    unknown = [name for name in data.class_names if name not in names]
+    if unknown:
+        known = f"the network knows {', '.join(names[:10])}"
+        raise UserError(f"{data.annotations_file}: no class {unknown[0]!r}; {known}; rename the category")
+    return np.array([names.index(name) for name in data.class_names], np.int64)
+
+
+def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, np.ndarray, np.ndarray]:
+    """Scores fitted to validation masks, and whether colours make masks better there.
+
+    Args:
+        model: a network that learned from prompts.
+        source: a COCO JSON in which every object has a segmentation.
+
+    Returns:
+        the scores, and of each object the score from the other half of the images and the true IoU.
+
+    Raises:
+        UserError: the data have a fault, or no object.
+    """
+    data = read_coco(source, read_masks=True)
+    classes = matching_classes(data, model.class_names)
+    images = [image for image in data.images if len(image.labels)]
+    if not images:
+        raise UserError(f"{source.annotations}: no object to compare masks with; give another --val")
+    signs: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    ious: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for image in tqdm(images, "calibrate", unit="image", disable=None, leave=False):
+        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        truth = np.stack([read_mask(data, image, index) for index in range(len(image.labels))])
+        for colors in (True, False):
+            found = label(model, pixels, image.boxes, classes[image.labels], colors)
+            signs[colors].append(found.signs)
+            ious[colors].append(overlaps(encode_masks(found.masks), encode_masks(truth)).diagonal())
+    means = {colors: float(np.concatenate(values).mean()) for colors, values in ious.items()}
+    best = means[True] >= means[False]
+    all_signs, all_ious = np.concatenate(signs[best]), np.concatenate(ious[best])
+    numbers = np.repeat(np.arange(len(images)), [len(image.labels) for image in images])
+    scores = held_back_scores(all_signs, all_ious, numbers)
+    measured = summary(scores, all_ious)
+    measured |= {f"mIoU {'with' if key else 'without'} colours": 100 * mean for key, mean in means.items()}
+    weights = fitted(all_signs, all_ious)
+    return Quality(weights, best, measured), scores, all_ious

@@ -1,0 +1,59 @@
+"""Annotated boxes beside the masks that they were given."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.image import read_image
+from sim_m2f.files import read_json
+from sim_m2f.report.drawing import Shape, colours, draw
+from sim_m2f.report.page import Example
+
+PANEL_SIDE = 400  # pixels of a panel's longer side
+
+
+def labelled_examples(source: DatasetSource, count: int) -> list[Example]:
+    """The images whose worst mask has the lowest score, in this order.
+
+    Args:
+        source: masks.json of ``label`` and the images.
+        count: at most so many images.
+    """
+    data = read_coco(source, read_masks=True)
+    annotations = read_json(source.annotations)["annotations"]
+    scores = {annotation["id"]: annotation.get("score", 1.0) for annotation in annotations}
+    worst = {
+        image.id: min(map(scores.__getitem__, image.annotation_ids), default=2.0) for image in data.images
+    }
+    images = sorted((image for image in data.images if len(image.labels)), key=lambda image: worst[image.id])
+    examples = []
+    for image in images[:count]:
+        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        masks = np.stack([read_mask(data, image, index) for index in range(len(image.labels))]).astype(bool)
+        names = [data.class_names[label] if len(data.class_names) > 1 else "" for label in image.labels]
+        own = [scores[number] for number in image.annotation_ids]
+        examples.append(labelled_example(image.file_name, pixels, image.boxes, masks, names, own))
+    return examples
+
+
+def labelled_example(
+    caption: str,
+    pixels: np.ndarray,
+    boxes: np.ndarray,
+    masks: np.ndarray,
+    names: Sequence[str],
+    scores: Sequence[float],
+) -> Example:
+    """One row: boxes (N, 4) xyxy and masks (N, H, W) bool on an image (H, W, 3), with N names and scores."""
+    worn, image = colours(range(len(boxes))), Image.fromarray(pixels)
+    texts = [f"{name} {score:.2f}".strip() for name, score in zip(names, scores, strict=True)]
+    panels = {
+        "annotated boxes": list(map(Shape, worn, names, boxes.tolist())),
+        "their masks": [Shape(*row[:2], mask=row[2]) for row in zip(worn, texts, masks, strict=True)],
+    }
+    drawn = {title: draw(image, shapes, PANEL_SIDE) for title, shapes in panels.items()}
+    return Example(caption, drawn, list(zip(worn, texts, strict=True)))

@@ -1,0 +1,264 @@
+"""What is written for other tools is read back, by us and by another library, and nothing is lost."""
+
+import csv
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from coloured_coco import CATEGORIES, write_coloured
+from PIL import Image
+from pycocotools import mask as coco_mask
+from scipy.ndimage import gaussian_filter
+
+from sim_m2f.cli import main
+from sim_m2f.data.polygons import joined, mask_polygons
+
+
+def rasterised(polygons: list, height: int, width: int) -> np.ndarray:
+    flat = [np.ravel(polygon).tolist() for polygon in polygons]
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(flat, height, width))).astype(bool)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_polygons_are_exact(seed):
+    generator = np.random.default_rng(seed)
+    height, width = map(int, generator.integers(3, 120, 2))
+    mask = gaussian_filter(generator.normal(size=(height, width)), generator.uniform(0, 5)) > 0
+    mask[height // 2, width // 2] = True
+    polygons = mask_polygons(mask)  # with holes, parts that touch at corners, and the border
+    np.testing.assert_array_equal(rasterised(polygons, height, width), mask)
+    np.testing.assert_array_equal(rasterised([joined(polygons)], height, width), mask)
+
+
+def test_an_empty_mask_has_no_polygon():
+    assert mask_polygons(np.zeros((5, 7), bool)) == []
+
+
+@pytest.fixture
+def data(tmp_path) -> tuple[Path, dict]:
+    """A folder with images and set.json, whose rings have holes; its content."""
+    folder = tmp_path / "set"
+    return folder, write_coloured(folder)
+
+
+def convert(folder: Path, output: Path, path: Path, *more: str) -> dict:
+    """The COCO JSON that ``convert`` makes of annotations."""
+    arguments = ["--annotations", str(path), "--images", str(folder), "--output", str(output)]
+    assert main(["convert", *arguments, *more]) == 0
+    return json.loads((output / "annotations.json").read_text())
+
+
+def by_image(content: dict) -> dict[str, list[dict]]:
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    found: dict[str, list[dict]] = {name: [] for name in names.values()}
+    for annotation in content["annotations"]:
+        found[names[annotation["image_id"]]].append(annotation)
+    return {name: own for name, own in found.items() if own}
+
+
+def decoded(annotation: dict, height: int, width: int) -> np.ndarray:
+    shape = annotation["segmentation"]
+    return (
+        coco_mask.decode(shape).astype(bool) if isinstance(shape, dict) else rasterised(shape, height, width)
+    )
+
+
+FILES = {"yolo": "yolo", "labelme": "labelme", "cvat": "cvat.xml", "labelstudio": "labelstudio.json"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_masks_and_boxes_survive(data, tmp_path, name):
+    folder, content = data
+    convert(folder, tmp_path / "out", folder / "set.json", "--format", name)
+    back = convert(folder, tmp_path / "back", tmp_path / "out" / FILES[name], "--from", name)
+    sizes = {image["file_name"]: (image["height"], image["width"]) for image in content["images"]}
+    names = {category["id"]: category["name"] for category in back["categories"]}
+    ours, theirs = by_image(content), by_image(back)
+    assert ours.keys() == theirs.keys()
+    for file, annotations in ours.items():
+        for one, other in zip(annotations, theirs[file], strict=True):
+            assert names[other["category_id"]] == CATEGORIES[one["category_id"]]
+            np.testing.assert_allclose(other["bbox"], one["bbox"], atol=0.01)
+            np.testing.assert_array_equal(decoded(other, *sizes[file]), decoded(one, *sizes[file]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_boxes_without_masks_survive(data, tmp_path, name):
+    folder, content = data
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+        annotation["bbox"] = [value + 0.25 for value in annotation["bbox"]]
+    (folder / "boxes.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "out", folder / "boxes.json", "--format", name)
+    back = by_image(convert(folder, tmp_path / "back", tmp_path / "out" / FILES[name], "--from", name))
+    for file, annotations in by_image(content).items():
+        for one, other in zip(annotations, back[file], strict=True):
+            np.testing.assert_allclose(other["bbox"], one["bbox"], atol=0.01)
+            assert "segmentation" not in other
+
+
+def test_polygons_of_coco(data, tmp_path):
+    folder, content = data
+    convert(folder, tmp_path, folder / "set.json", "--format", "polygons")
+    back = json.loads((tmp_path / "masks_polygons.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    assert back["images"] == content["images"]
+    for one, other in zip(content["annotations"], back["annotations"], strict=True):
+        assert (one["id"], one["bbox"]) == (other["id"], other["bbox"])
+        size = sizes[one["image_id"]]
+        np.testing.assert_array_equal(decoded(other, *size), decoded(one, *size))
+
+
+def test_instance_maps(data, tmp_path):
+    folder, content = data
+    convert(folder, tmp_path, folder / "set.json", "--format", "png")
+    owners = {each["file"]: each for each in json.loads((tmp_path / "png/instances.json").read_text())}
+    for image in content["images"]:
+        own = owners[f"{image['id']}.png"]
+        numbers = np.asarray(Image.open(tmp_path / "png" / own["file"]))
+        assert numbers.shape == (image["height"], image["width"])
+        masks = [each for each in content["annotations"] if each["image_id"] == image["id"]]
+        assert own["annotation_ids"] == [each["id"] for each in masks]
+        covered = np.zeros(numbers.shape, bool)
+        for number, annotation in enumerate(masks, start=1):
+            mask = decoded(annotation, *numbers.shape)
+            covered |= mask
+            assert (mask[numbers == number]).all()
+        np.testing.assert_array_equal(numbers > 0, covered)
+
+
+def test_globox_reads_what_is_written(data, tmp_path):
+    globox = pytest.importorskip("globox")
+    folder, content = data
+    convert(folder, tmp_path, folder / "set.json", "--format", "labelme,yolo")
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (folder / "boxes.json").write_text(json.dumps(content))
+    convert(folder, tmp_path, folder / "boxes.json", "--format", "cvat")
+    read = {
+        "labelme": globox.AnnotationSet.from_labelme(tmp_path / "labelme", include_poly=True),
+        "yolo": globox.AnnotationSet.from_yolo_seg(
+            tmp_path / "yolo/labels", image_folder=folder, image_extension=".png"
+        ),
+        "cvat": globox.AnnotationSet.from_cvat(tmp_path / "cvat.xml"),
+    }
+    for name, found in read.items():
+        for file, annotations in by_image(content).items():
+            boxes = sorted(tuple(box.ltrb) for box in found[file].boxes)
+            expected = sorted((x, y, x + w, y + h) for x, y, w, h in (one["bbox"] for one in annotations))
+            np.testing.assert_allclose(boxes, expected, atol=0.01, err_msg=name)
+
+
+def test_voc_and_csv(data, tmp_path):
+    folder, content = data
+    voc = tmp_path / "voc"
+    voc.mkdir()
+    sizes = {image["file_name"]: image for image in content["images"]}
+    with (tmp_path / "boxes.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["FileName", "xmin", "ymin", "xmax", "ymax", "class"])
+        for name, annotations in by_image(content).items():
+            root = ElementTree.Element("annotation")
+            ElementTree.SubElement(root, "filename").text = name
+            size = ElementTree.SubElement(root, "size")
+            for key in ("width", "height"):
+                ElementTree.SubElement(size, key).text = str(sizes[name][key])
+            for annotation in annotations:
+                x, y, w, h = annotation["bbox"]
+                label, corners = CATEGORIES[annotation["category_id"]], (x, y, x + w, y + h)
+                table.writerow([name, *corners, label])
+                item = ElementTree.SubElement(root, "object")
+                ElementTree.SubElement(item, "name").text = label
+                box = ElementTree.SubElement(item, "bndbox")
+                for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
+                    ElementTree.SubElement(box, key).text = str(value)
+            ElementTree.ElementTree(root).write(voc / f"{name}.xml")
+    for kind, path in (("voc", voc), ("csv", tmp_path / "boxes.csv")):
+        back = convert(folder, tmp_path / kind, path, "--from", kind)
+        names = {category["id"]: category["name"] for category in back["categories"]}
+        for file, annotations in by_image(back).items():
+            for one, other in zip(by_image(content)[file], annotations, strict=True):
+                assert CATEGORIES[one["category_id"]] == names[other["category_id"]]
+                np.testing.assert_allclose(one["bbox"], other["bbox"])
+
+
+def test_a_turned_rectangle_of_label_studio(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a b.png")
+    value = {"x": 50, "y": 20, "width": 20, "height": 20, "rotation": 90, "rectanglelabels": ["cat"]}
+    result = {"type": "rectanglelabels", "original_width": 200, "original_height": 100, "value": value}
+    task = {
+        "id": 7,
+        "data": {"image": "/data/upload/1/3f2a-a%20b.png"},
+        "annotations": [{"result": [result]}],
+    }
+    (tmp_path / "tasks.json").write_text(json.dumps([task]))
+    back = convert(tmp_path, tmp_path / "out", tmp_path / "tasks.json", "--from", "labelstudio")
+    assert back["images"][0]["file_name"] == "a b.png"
+    # 40 x 20 pixels at (100, 20), turned clockwise about that corner: 20 x 40 to its left, downwards
+    np.testing.assert_allclose(back["annotations"][0]["bbox"], [80, 20, 20, 40], atol=1e-9)
+
+
+BROKEN = {
+    "yolo": ("labels.txt", "0 0.5 x 0.1 0.1", ["5.txt:1", "line of YOLO"]),
+    "voc": ("a.xml", "<annotation><filename>a</filename></annotation>", ["a.xml", "size/width"]),
+    "labelme": ("a.json", '{"shapes": []}', ["a.json", "imagePath"]),
+    "cvat": ("a.xml", "<annotations><image id='0' name='5.png'/></annotations>", ["a.xml", "width"]),
+    "labelstudio": ("a.json", '[{"id": 3, "data": 5, "annotations": [{"result": 1}]}]', ["a.json", "task 3"]),
+    "csv": ("a.csv", "image,label\n5.png,disc\n", ["a.csv", "xmin"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(data, tmp_path, capsys, name):
+    folder, _ = data
+    file, text, said = BROKEN[name]
+    path = tmp_path / "broken" / ("5.txt" if name == "yolo" else file)
+    path.parent.mkdir()
+    path.write_text(text)
+    given = path.parent if name in ("yolo", "voc", "labelme") else path
+    arguments = ["--from", name, "--annotations", str(given), "--images", str(folder)]
+    assert main(["convert", *arguments, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in said), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
+    folder, content = data
+    content["images"][0]["file_name"] = "../../5.png"
+    (folder / "set.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "a/b/out", folder / "set.json", "--format", "labelme,yolo,png")
+    assert (tmp_path / "a/b/out/labelme/5.json").exists()
+    assert not [file for file in (tmp_path / "a").rglob("*5*") if "out" not in file.parts]
+
+
+def test_a_split_keeps_classes_balanced(tmp_path):
+    generator = np.random.default_rng(0)
+    images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]
+    classes = generator.choice([5, 7, 9], 600, p=[0.8, 0.18, 0.02])
+    annotations = [
+        {"id": n, "image_id": int(generator.choice(150)) * 3, "category_id": int(label), "bbox": [1, 1, 2, 2]}
+        for n, label in enumerate(classes)
+    ]
+    categories = [{"id": number, "name": str(number)} for number in (5, 7, 9)]
+    (tmp_path / "set.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    parts = []
+    for output in ("a", "b"):
+        convert(tmp_path, tmp_path / output, tmp_path / "set.json", "--split", "0.2", "--seed", "4")
+        texts = [(tmp_path / output / f"{part}.json").read_text() for part in ("train", "val")]
+        parts.append(texts)
+    assert parts[0] == parts[1]
+    train, val = map(json.loads, parts[0])
+    ids = [{image["id"] for image in part["images"]} for part in (train, val)]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] | ids[1]) == 200
+    for category in (5, 7, 9):
+        held = sum(each["category_id"] == category for each in val["annotations"])
+        total = (classes == category).sum()
+        assert abs(held / total - 0.2) <= max(0.05, 1.5 / total)
+    empty = ids[1] - {each["image_id"] for each in annotations}
+    assert len(empty) == pytest.approx(0.2 * (200 - len({each["image_id"] for each in annotations})), abs=1)

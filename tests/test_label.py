@@ -1,0 +1,221 @@
+"""Every annotated box gets a mask: ids and order stay, none is empty, a stopped run goes on, scores sort."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coloured_coco import write_coloured
+from conftest import ROOT, SMALL_FILE
+from pycocotools import mask as coco_mask
+from scipy.stats import spearmanr
+
+from sim_m2f.cli import main
+from sim_m2f.config import get_cfg
+from sim_m2f.errors import UserError
+from sim_m2f.labelling import masks, run
+from sim_m2f.labelling.journal import Journal
+from sim_m2f.labelling.masks import ellipse, without_overlaps
+from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, read_quality, summary, write_quality
+from sim_m2f.modeling import build_model
+from sim_m2f.segmenter import Segmenter, from_pretrained
+
+CROWD = {"id": 90, "image_id": 5, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 9}
+LINE = {
+    "id": 91,
+    "image_id": 5,
+    "category_id": 7,
+    "bbox": [20, 30, 0, 9],
+    "iscrowd": 0,
+    "area": 0,
+    "note": "kept",
+}
+SPECK = {
+    "id": 92,
+    "image_id": 9,
+    "category_id": 7,
+    "bbox": [20.2, 30.2, 0.2, 0.2],
+    "iscrowd": 0,
+    "area": 0.04,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Path, dict]:
+    """A set with a crowd, a line and a speck, its images mixed; and an untrained network."""
+    folder = tmp_path_factory.mktemp("set")
+    content = write_coloured(folder)
+    content["annotations"] = [
+        *content["annotations"][::2][::-1],
+        CROWD,
+        LINE,
+        *content["annotations"][1::2],
+        SPECK,
+    ]
+    (folder / "set.json").write_text(json.dumps(content))
+    cfg = get_cfg()
+    cfg.merge_from_file(ROOT / "configs/shapes/boxinst_R18.yaml")
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list(["MODEL.SIM.PROMPTS.ENABLED", "True", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3"])
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"])
+    Segmenter(build_model(cfg), cfg, ["star & bar", "ring", "disc"]).save_pretrained(folder / "network")
+    return folder, content
+
+
+def arguments(folder: Path, output: Path, *more: str) -> list[str]:
+    given = ["--annotations", str(folder / "set.json"), "--images", str(folder), "--output", str(output)]
+    return ["label", "--model", str(folder / "network"), *given, *more]
+
+
+@pytest.mark.parametrize("choice", ["resolve", "keep"])
+def test_every_box_has_a_mask(data, tmp_path, choice):
+    folder, content = data
+    assert main(arguments(folder, tmp_path, "--overlaps", choice)) == 0
+    found = json.loads((tmp_path / "masks.json").read_text())
+    assert found["images"] == content["images"]
+    assert found["categories"] == content["categories"]
+    for one, other in zip(content["annotations"], found["annotations"], strict=True):
+        changed = ("segmentation", "area", "score", "signs")
+        assert {**one, **{key: other.get(key) for key in changed if key in other}} == other
+        if one["iscrowd"]:
+            assert other == one
+            continue
+        left, top, width, height = coco_mask.toBbox(other["segmentation"])
+        assert other["area"] == coco_mask.area(other["segmentation"]) > 0
+        x, y, w, h = one["bbox"]
+        assert left > x - 1
+        assert top > y - 1
+        assert left + width <= x + w + 1
+        assert top + height <= y + h + 1
+        assert 0 <= other["score"] <= 1
+    assert [file.name for file in tmp_path.iterdir()] == ["masks.json"]
+
+
+def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
+    folder, _ = data
+    assert main(arguments(folder, tmp_path / "whole")) == 0
+    images = []
+    original = run.label
+
+    def stops(model, pixels, *rest):
+        if len(images) == 2:
+            raise KeyboardInterrupt
+        images.append(pixels.shape)
+        return original(model, pixels, *rest)
+
+    monkeypatch.setattr(run, "label", stops)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(folder, tmp_path / "cut"))
+    with (tmp_path / "cut/progress.jsonl").open("a") as file:
+        file.write('{"image": 9, "labe')  # killed while it wrote
+    assert not (tmp_path / "cut/masks.json").exists()
+    seen = []
+    monkeypatch.setattr(run, "label", lambda *given: seen.append(1) or original(*given))
+    assert main(arguments(folder, tmp_path / "cut")) == 0
+    assert len(seen) == 2  # of four images with objects
+    assert (tmp_path / "cut/masks.json").read_bytes() == (tmp_path / "whole/masks.json").read_bytes()
+
+
+def test_a_journal_of_something_else_is_not_used(tmp_path):
+    journal = Journal(tmp_path, "one")
+    journal.add(3, {1: "mask"})
+    assert 3 in Journal(tmp_path, "one")
+    assert Journal(tmp_path, "one").labels(3) == {"1": "mask"}
+    assert len(Journal(tmp_path, "other")) == 0
+    assert len(Journal(tmp_path, "one")) == 0
+
+
+def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
+    folder, _ = data
+    broken = folder / "2.png"
+    whole = broken.read_bytes()
+    try:
+        broken.write_bytes(whole[:100])
+        assert main(arguments(folder, tmp_path)) == 2
+    finally:
+        broken.write_bytes(whole)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "2.png: cannot be decoded" in errors[0]
+    assert "goes on" in errors[1]
+    assert not (tmp_path / "masks.json").exists()
+    assert main(arguments(folder, tmp_path)) == 0
+
+
+def test_the_worst_of_two_classes_is_told_by_name(data, tmp_path, capsys):
+    folder, content = data
+    other = json.loads(json.dumps(content))
+    other["categories"][0]["name"] = "square"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    given = arguments(folder, tmp_path / "out")
+    given[given.index("--annotations") + 1] = str(tmp_path / "other.json")
+    assert main(given) == 2
+    assert "no class 'square'" in capsys.readouterr().err
+
+
+def test_validation_masks_choose_colours(data, tmp_path):
+    folder, content = data
+    content = {**content, "annotations": [each for each in content["annotations"] if "segmentation" in each]}
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    val = "--val", str(tmp_path / "val.json"), "--val-images", str(folder)
+    assert main(arguments(folder, tmp_path / "out", *val)) == 0
+    quality = read_quality(tmp_path / "out")
+    means = [quality.measured[f"mIoU {word} colours"] for word in ("without", "with")]
+    assert quality.colors == (means[1] >= means[0])
+    assert quality.measured["objects"] == len(content["annotations"])
+    assert (tmp_path / "out/reliability.png").stat().st_size > 1000
+
+
+def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
+    folder, _ = data
+    model = from_pretrained(folder / "network")
+    predict = model.predict
+
+    def empty(*given, **options):
+        found = predict(*given, **options)
+        found.masks[:1] = False
+        return found
+
+    monkeypatch.setattr(model, "predict", empty)
+    boxes = np.array([[10.0, 20, 40, 60], [50, 5, 70, 30]])
+    found = masks.label(model, np.zeros((80, 90, 3), np.uint8), boxes, np.array([0, 1]), False)
+    np.testing.assert_array_equal(found.masks[0], ellipse(boxes[0], 80, 90))
+    assert found.masks[0].sum() == pytest.approx(np.pi * 15 * 20, rel=0.02)
+    assert not found.signs[0].any()
+    assert Quality(weights=[1, 1, 1, 1, 0.5]).score(found.signs)[0] == 0
+
+
+def test_shared_pixels_go_to_the_nearer_object():
+    shared = np.zeros((3, 10, 20), bool)
+    shared[0, :, :12] = shared[1, :, 8:] = shared[2] = True
+    boxes = np.array([[0, 0, 12, 10], [8, 0, 20, 10], [0, 0, 20, 10.0]])
+    kept = without_overlaps(shared, boxes, np.array([4, 4, 2]))
+    np.testing.assert_array_equal(kept[2], shared[2])  # of another class
+    assert not (kept[0] & kept[1]).any()
+    np.testing.assert_array_equal(kept[0] | kept[1], shared[0] | shared[1])
+    assert kept[0][5, 8]
+    assert kept[1][5, 11]
+    same = without_overlaps(shared[[2, 2]], boxes[[2, 2]], np.array([1, 1]))
+    assert same.any((1, 2)).all()
+
+
+def test_scores_follow_what_tells_good_masks(tmp_path):
+    generator = np.random.default_rng(0)
+    signs = generator.uniform(0, 1, (300, 4))
+    ious = np.clip(0.3 + 0.4 * signs[:, 1] + 0.3 * signs[:, 3] + generator.normal(0, 0.02, 300), 0, 1)
+    np.testing.assert_allclose(fitted(signs, ious), [0, 0.4, 0, 0.3, 0.3], atol=0.02)
+    images = np.repeat(np.arange(60), 5)
+    scores = held_back_scores(signs, ious, images)
+    assert spearmanr(scores, ious).statistic > 0.95
+    changed = ious.copy()
+    changed[images == 0] = 1 - changed[images == 0]  # an image does not tell of itself
+    np.testing.assert_array_equal(held_back_scores(signs, changed, images)[images == 0], scores[images == 0])
+    told = summary(scores, ious)
+    assert told["errors of the worst tenth"] > 3 * told["errors of the rest"]
+    assert told["mIoU"] == pytest.approx(100 * ious.mean())
+    quality = Quality(fitted(signs, ious), False, told)
+    write_quality(tmp_path, quality)
+    assert read_quality(tmp_path) == quality
+    (tmp_path / "quality.json").write_text('{"weights": [1]}')
+    with pytest.raises(UserError, match=r"quality\.json"):
+        read_quality(tmp_path)
