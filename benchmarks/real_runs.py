@@ -73,7 +73,7 @@ def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[str, dict] | Non
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     try:
-        build_trainer(job.cfg).train()
+        build_trainer(job.cfg, overwrite=True).train()
         queue.put((job.set, measure(job.row, job.folder, "")))
     except (Exception, SystemExit):
         traceback.print_exc()

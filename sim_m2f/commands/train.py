@@ -3,11 +3,13 @@
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
-from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics
+from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
+from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, TestSets
+from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.errors import UserError
 from sim_m2f.report.hooks import MethodFigures, RunPage
@@ -18,7 +20,9 @@ from sim_m2f.weights.timm_backbone import TIMM
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    folder.add_argument("--overwrite", action="store_true", help="remove the run that OUTPUT_DIR holds")
     weights = "MODEL.WEIGHTS; where empty or timm://, or with --resume, OUTPUT_DIR's last checkpoint"
     parser.add_argument("--eval-only", action="store_true", help=f"evaluate {weights}")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
@@ -33,21 +37,43 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
         _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
-    if arguments.eval_only:
-        _evaluate(cfg, arguments.resume)
-    else:
-        build_trainer(cfg, arguments.resume).train()
+    with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
+        if arguments.eval_only:
+            _evaluate(cfg, arguments.resume)
+        else:
+            build_trainer(cfg, arguments.resume, arguments.overwrite).train()
     return 0
 
 
-def build_trainer(cfg: CfgNode, resume: bool = False) -> Trainer:
+def build_trainer(cfg: CfgNode, resume: bool = False, overwrite: bool = False) -> Trainer:
     """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, page.
 
+    Args:
+        cfg: the configuration.
+        resume: go on from OUTPUT_DIR's last checkpoint, if it has one.
+        overwrite: remove the run that OUTPUT_DIR holds, once the configuration and the data have been read.
+
     Raises:
-        UserError: see ``Trainer``.
+        UserError: OUTPUT_DIR holds a run, and neither is wanted; else see ``Trainer``.
     """
-    hooks = Metrics(), MethodFigures(), Checkpoints(), Evaluation(), RunPage()
+    if not resume and not overwrite:
+        refuse_used(Path(cfg.OUTPUT_DIR))
+    if not resume and _is_first_rank() and (warning := frozen_warning(cfg)):
+        print(f"warning: {warning}", file=sys.stderr)
+    hooks = (
+        TestSets(),
+        CleanFolder(overwrite),
+        Metrics(),
+        MethodFigures(),
+        Checkpoints(),
+        Evaluation(),
+        RunPage(),
+    )
     return Trainer(cfg, hooks, resume)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # of torchrun, before the ranks know each other
 
 
 def configuration(config_file: str, overrides: list[str]) -> CfgNode:
@@ -62,11 +88,12 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
     unheeded, warning = without_effect(cfg), extent_warning(cfg)
-    if unheeded and os.environ.get("RANK", "0") == "0":
+    if unheeded and _is_first_rank():
         where = "see sim_m2f/config/without_effect.yaml"
         print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
-    if warning and os.environ.get("RANK", "0") == "0":
+    if warning and _is_first_rank():
         print(f"warning: {warning}", file=sys.stderr)
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).expanduser())
     cfg.freeze()
     return cfg
 
@@ -83,10 +110,16 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
 
 def _launch(arguments: argparse.Namespace) -> None:
     """Replace this process by torchrun with one process per GPU and the same command line."""
-    address = urlsplit(arguments.dist_url)
+    try:
+        address = urlsplit(arguments.dist_url)
+        host, port = address.hostname, address.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(f"--dist-url: {arguments.dist_url} is no address; write tcp://HOST:PORT")
     launcher = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.num_gpus}"),
         *(f"--nnodes={arguments.num_machines}", f"--node-rank={arguments.machine_rank}"),
-        *(f"--master-addr={address.hostname}", f"--master-port={address.port}"),
+        *(f"--master-addr={host}", f"--master-port={port}"),
     ]
     os.execv(sys.executable, [*launcher, *sys.argv])

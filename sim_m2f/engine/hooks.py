@@ -3,13 +3,45 @@
 from torch import Tensor
 from tqdm import tqdm
 
+from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.loader import check_classes
+from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
+from sim_m2f.engine.run_folder import remove_leftovers, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
 
 # Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
 SETTLED = 0.2  # share of the run after which masks have a shape
+
+
+class TestSets(Hook):
+    """Reads and checks the test sets before the first step: none of their faults is found after the last."""
+
+    def before_train(self, trainer: Trainer) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        train = trainer.loader.dataset.images[0][0]
+        for source in eval_sources(trainer.cfg):
+            test = read_coco(source, read_masks=False)
+            check_classes(trainer.cfg, [train, test])
+            if test.has_annotations:
+                coco_metrics.load_truth(test.annotations_file)
+
+
+class CleanFolder(Hook):
+    """Removes what killed runs left half-written and, to ``overwrite`` it, the run that the folder holds."""
+
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+
+    def before_train(self, trainer: Trainer) -> None:
+        if trainer.accelerator.is_main_process:
+            remove_leftovers(trainer.output_dir)
+            if self.overwrite:
+                remove_run(trainer.output_dir)
 
 
 class Metrics(Hook):
@@ -59,7 +91,10 @@ class Evaluation(Hook):
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:
-            self.after_train(trainer)
+            if not trainer.due(trainer.cfg.SOLVER.CHECKPOINT_PERIOD):
+                trainer.save()  # so that a signal may end the evaluation
+            with trainer.stop.at_once():
+                self.after_train(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         scores = trainer.evaluate()
