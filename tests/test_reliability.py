@@ -105,11 +105,14 @@ def test_two_ranks_stop_together_whenever_losses_are_logged(tmp_path, sets, numb
             assert time.time() < deadline
             time.sleep(0.05)
         process.send_signal(number)
-        process.wait(20)
+        assert process.wait(20) == 128 + number
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert 1 <= last_state(output)["iteration"] < 1000
+    taken, said = last_state(output)["iteration"], (tmp_path / "log.txt").read_text()
+    assert 1 <= taken < 1000
+    assert f"stopped after step {taken}" in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_faults_of_the_test_set_are_told_before_the_first_step(capsys, tmp_path, data, sets):  # noqa: F811
@@ -199,10 +202,11 @@ def test_a_resumed_run_takes_other_rates_and_lengths(capsys, tmp_path, sets):
     assert train(output, *sets, "SOLVER.MAX_ITER", "1") == 0
     capsys.readouterr()
     rates = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.07", "SOLVER.BACKBONE_MULTIPLIER", "0.5"]
+    rates += ["SOLVER.STEPS", "(8, 9)"]
     assert train(output, "--resume", *sets, *rates, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0") == 0
-    assert "SOLVER.BASE_LR 0.0005 -> 0.003" in capsys.readouterr().err
+    assert "SOLVER.BASE_LR 0.001 -> 0.003" in capsys.readouterr().err
     groups = last_state(output)["optimizer"]["param_groups"]
-    assert {(group["lr"], group["weight_decay"]) for group in groups} == {
+    assert {(group["initial_lr"], group["weight_decay"]) for group in groups} == {
         (rate, decay) for rate in (0.003, 0.0015) for decay in (0.07, 0.0)
     }
     lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]

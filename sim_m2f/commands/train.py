@@ -7,6 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, TestSets
 from sim_m2f.engine.run_folder import locked, refuse_used
@@ -35,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit status."""
     if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
-        _launch(arguments)
+        return _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
     with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
         if arguments.eval_only:
@@ -108,8 +112,11 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
     RunPage().after_train(trainer)
 
 
-def _launch(arguments: argparse.Namespace) -> None:
-    """Replace this process by torchrun with one process per GPU and the same command line."""
+def _launch(arguments: argparse.Namespace) -> int:
+    """Run torchrun with one process per GPU and the same command line; returns the status of the first ended.
+
+    Its report of a process that ended, or of a signal, is left out: the process has said why.
+    """
     try:
         address = urlsplit(arguments.dist_url)
         host, port = address.hostname, address.port
@@ -117,9 +124,15 @@ def _launch(arguments: argparse.Namespace) -> None:
         host, port = None, None
     if not host or not port:
         raise UserError(f"--dist-url: {arguments.dist_url} is no address; write tcp://HOST:PORT")
-    launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.num_gpus}"),
-        *(f"--nnodes={arguments.num_machines}", f"--node-rank={arguments.machine_rank}"),
-        *(f"--master-addr={host}", f"--master-port={port}"),
+    options = [
+        *(f"--nproc-per-node={arguments.num_gpus}", f"--nnodes={arguments.num_machines}"),
+        *(f"--node-rank={arguments.machine_rank}", f"--master-addr={host}", f"--master-port={port}"),
     ]
-    os.execv(sys.executable, [*launcher, *sys.argv])
+    try:
+        torchrun.run(torchrun.parse_args([*options, *sys.argv]))
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status  # below 0: the signal that ended it
+    return 0
