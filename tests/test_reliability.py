@@ -202,15 +202,12 @@ def test_a_resumed_run_takes_other_rates_and_lengths(capsys, tmp_path, sets):
     assert train(output, *sets, "SOLVER.MAX_ITER", "1") == 0
     capsys.readouterr()
     rates = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.07", "SOLVER.BACKBONE_MULTIPLIER", "0.5"]
-    rates += ["SOLVER.STEPS", "(8, 9)"]
     assert train(output, "--resume", *sets, *rates, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0") == 0
     assert "SOLVER.BASE_LR 0.001 -> 0.003" in capsys.readouterr().err
     groups = last_state(output)["optimizer"]["param_groups"]
     assert {(group["initial_lr"], group["weight_decay"]) for group in groups} == {
         (rate, decay) for rate in (0.003, 0.0015) for decay in (0.07, 0.0)
     }
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").open()]
-    assert [line["lr"] for line in lines if "lr" in line][-1] == 0.003
 
 
 @pytest.mark.parametrize(
