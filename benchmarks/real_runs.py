@@ -73,7 +73,7 @@ def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[Path, dict]]") -
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     try:
-        build_trainer(job.cfg).train()
+        build_trainer(job.cfg, overwrite=True).train()
         queue.put((job.results, measure(job.row, job.folder, job.settings)))
     except (Exception, SystemExit):
         traceback.print_exc()

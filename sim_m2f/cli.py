@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import errno
 import importlib
 import os
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sim_m2f.allocator import keep_freed_memory
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, memory_problem
 
 COMMANDS = (
     *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
@@ -63,9 +64,19 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         if (error.name or "sim_m2f").startswith("sim_m2f"):
             raise
         return _missing(error)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would flush into it
         return 128 + signal.SIGPIPE
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        problem = f"{error}; free space, or write elsewhere" if full else memory_problem(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The few places where ranks have to know of each other; in a single process each returns its argument."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,20 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 def max_over_ranks(value: Tensor) -> Tensor:
     """The largest value over all ranks, without gradient."""
     return _reduced(value, dist.ReduceOp.MAX)
+
+
+def largest_number(number: int) -> int:
+    """The largest of the ranks' numbers, asked for by way of the CPUs: nobody waits for a GPU."""
+    if not _distributed():
+        return number
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, _group_of_cpus())
+    return int(value)
+
+
+@functools.cache
+def _group_of_cpus() -> Any:
+    return dist.new_group(backend="gloo")
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

@@ -1,5 +1,10 @@
 """The one exception for mistakes of the user: broken data, a wrong key, a file that is not there."""
 
+import re
+
+# What PyTorch says on a GPU and on the host, and of a data worker that the system has ended.
+_NO_MEMORY = r"OutOfMemoryError|MemoryError|can't allocate memory|killed by signal: (Killed|Bus error)"
+
 
 class UserError(Exception):
     """A mistake that the user can put right. The message is one line per problem: what, where, what to do.
@@ -8,6 +13,15 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
+def memory_problem(error: BaseException) -> str | None:
+    """One line where an error means that memory did not suffice, of the GPU or of the host."""
+    if not (isinstance(error, MemoryError) or re.search(_NO_MEMORY, f"{type(error).__name__}: {error}")):
+        return None
+    training = "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE or DATALOADER.NUM_WORKERS"
+    tests = "INPUT.MAX_SIZE_TEST (or set TEST.TILE)"
+    return f"out of memory ({first_line(error)}); lower {training}, in tests {tests}"
+
+
+def first_line(error: BaseException) -> str:
     """What an exception of a library says, for a message of one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

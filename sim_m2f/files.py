@@ -16,12 +16,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
 
 
+def refuse_special(path: Path) -> None:
+    """Raises UserError for a pipe or a device, whose reader may wait for ever."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UserError(f"{path}: is not a regular file; give the path of a file")
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """What a JSON file holds: an object, or a list if ``kind`` is list.
 
     Raises:
         UserError: the file cannot be read, is not JSON, or holds something else.
     """
+    refuse_special(path)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -32,6 +39,16 @@ def read_json(path: Path, kind: type = dict) -> Any:
         found, expected = type(content).__name__, "an object" if kind is dict else "a list"
         raise UserError(f"{path}: holds a JSON {found}, not {expected}; take another file")
     return content
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError where the system refuses what the block writes to ``path``."""
+    try:
+        yield
+    except OSError as error:
+        advice = "free space or choose another folder"
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
 
 
 @contextlib.contextmanager
@@ -46,7 +63,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         UserError: the folder cannot be written to, or the disk is full. ``path`` is as it was before.
     """
     path = Path(path)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -58,9 +75,6 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        advice = "free space or choose another folder"
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); {advice}") from error
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear line that names the place, exit status 2, and no traceback."""
 
 import json
+import os
 import pickle
 import resource
 import signal
@@ -8,22 +9,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import ROOT, SMALL
 from PIL import Image
 
 import sim_m2f
-from sim_m2f.cli import main
-from sim_m2f.errors import UserError
+from sim_m2f.cli import guarded, main
+from sim_m2f.commands.train import configuration
+from sim_m2f.config import frozen_warning
+from sim_m2f.data.image import read_image
+from sim_m2f.engine.logging import MetricsLogger
+from sim_m2f.errors import UserError, memory_problem
+from sim_m2f.files import read_json
 from sim_m2f.weights.checkpoint import save_checkpoint
+from sim_m2f.weights.weight_files import read_weight_file
 
 CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
 
 
 @pytest.fixture
 def data(tmp_path) -> dict:
-    """A sound data set of two images; ``write`` stores it, damaged or not, and returns its overrides."""
+    """A sound data set of two images; ``overrides`` stores it, damaged or not."""
+    return write_data(tmp_path)
+
+
+def write_data(folder: Path) -> dict:
     for number in (1, 2):
-        Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(tmp_path / f"{number}.png")
+        Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(folder / f"{number}.png")
     return {
         "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
         "categories": [{"id": n, "name": f"class{n}"} for n in range(1, 9)],
@@ -109,6 +121,14 @@ CONFIGURATIONS = {
         ["CONVS_DIM is 32", "ENCODER_N_HEADS (5)"],
     ),
     "width without groups": (["MODEL.SEM_SEG_HEAD.CONVS_DIM", "50"], ["CONVS_DIM is 50", "multiple of 32"]),
+    "negative rate": (["SOLVER.BASE_LR", "-0.1"], ["SOLVER.BASE_LR is -0.1", "at least 0"]),
+    "mean of one value": (["MODEL.PIXEL_MEAN", "[1.0]"], ["MODEL.PIXEL_MEAN", "3 values"]),
+    "huge seed": (["SEED", str(2**80)], ["SEED is", "at most"]),
+    "dropout of five": (["MODEL.MASK_FORMER.DROPOUT", "5"], ["DROPOUT is 5", "at most"]),
+    "momentum above one": (["MODEL.SIM.TEACHER.MOMENTUM", "2"], ["MOMENTUM is 2", "at most 1"]),
+    "no temperature": (["MODEL.SIM.PROTOTYPES.TEMPERATURE", "0"], ["TEMPERATURE is 0", "at least"]),
+    "flag behind overrides": (["SEED", "1", "--resume"], ["--resume", "before the overrides"]),
+    "key=value": (["SOLVER.BASE_LR=0.1", "SEED"], ["SOLVER.BASE_LR 0.1"]),
     "missing checkpoint": (["MODEL.WEIGHTS", "none.pth"], ["none.pth"]),
     "unknown pretrained weights": (["MODEL.WEIGHTS", "timm://resnet5000"], ["resnet5000"]),
 }
@@ -127,6 +147,13 @@ def test_configuration(capsys, tmp_path, name):
         ("- 1", "mapping"),
         ("_BASE_: none.yaml", "none.yaml"),
         ("SEEED: 1", "SEED"),
+        ("", "mapping"),
+        ("_BASE_: 5", "mapping"),
+        ("SEED: 1\nINPUT: {IMAGE_SIZE: 64, IMAGE_SIZE: 96}", "the key IMAGE_SIZE stands twice"),
+        ("SEED: " + 1500 * "[", "nested too deeply"),
+        ("SOLVER: {STEPS: &own [*own]}", "SOLVER.STEPS[0] takes a float"),
+        ("SOLVER: {BASE_LR: .nan}", "SOLVER.BASE_LR is nan"),
+        ("INPUT: {MAX_SCALE: .inf}", "INPUT.MAX_SCALE is inf; use a finite number"),
     ],
 )
 def test_configuration_file(capsys, tmp_path, content, said):
@@ -158,6 +185,8 @@ JSON_DAMAGE = {
     "duplicate image": ("images", "id", 1, ["1"]),
     "missing image": ("images", "file_name", "none.png", ["none.png"]),
     "another size": ("images", "width", 60, ["2.png", "60"]),
+    "newline in a name": ("categories", "name", "two\nlines", ["category id 2", "one line"]),
+    "two classes of one name": ("categories", "name", "class1", ["category id 2", "'class1'"]),
     "duplicate category": ("categories", "id", 1, ["1"]),
 }
 
@@ -166,7 +195,7 @@ JSON_DAMAGE = {
 def test_annotations(capsys, tmp_path, data, name):
     what, key, value, said = JSON_DAMAGE[name]
     data[what][1][key] = value
-    if name in ("duplicate image", "duplicate category"):
+    if name in ("duplicate image", "duplicate category", "newline in a name"):
         data["annotations"].pop()
     train_fails(
         capsys,
@@ -253,13 +282,88 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"model\.pth: cannot be written"):
+        with pytest.raises(UserError, match=r"model\.pth: cannot be written \(File too large\)") as error:
             save_checkpoint(path, {"weight": torch.zeros(1_000_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
+    assert "torch" not in str(error.value)
+    assert "enforce" not in str(error.value)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "events.out"), MemoryError()])
+def test_full_disk_and_memory_are_one_line_wherever_they_run_out(capsys, error):
+    class Command:
+        @staticmethod
+        def run(_):
+            raise error
+
+    assert guarded(Command, None) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "No space left on device" in line or "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE" in line
+
+
+def test_metrics_on_a_full_disk(tmp_path):
+    logger = MetricsLogger(tmp_path, 0, Accelerator(cpu=True))
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        logger.write(0, {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    ],
+)
+def test_memory_of_gpu_and_workers(error):
+    assert "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE" in memory_problem(error)
+    assert memory_problem(RuntimeError("shapes do not fit")) is None
+
+
+def test_a_step_that_does_not_fit_in_memory_names_the_keys(capsys, tmp_path, data):
+    huge = ["INPUT.IMAGE_SIZE", "10000000"]
+    train_fails(capsys, tmp_path, [*overrides(tmp_path, data), *huge], "out of memory", "INPUT.IMAGE_SIZE")
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_image, read_weight_file, read_json, sim_m2f.get_cfg().merge_from_file):
+        with pytest.raises(UserError, match=r"pipe: (is )?not a"):
+            read(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("address", ["tcp://host:99999", "tcp://host", "nonsense"])
+def test_address_of_the_first_machine(capsys, address):
+    fails(capsys, ["--num-gpus", "2", "--dist-url", address], "--dist-url", address)
+
+
+def test_pointer_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\xfe\0")
+    fails(capsys, ["--config-file", CONFIG, "--resume", *SMALL, "OUTPUT_DIR", str(tmp_path)], str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_weights_without_values(capsys, tmp_path, kind):
+    weight = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(3, device="meta")
+    torch.save({"model": {"backbone.body.conv1.weight": weight}}, tmp_path / "odd.pth")
+    train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path / "odd.pth")], "conv1.weight is sparse or")
+
+
+def test_home_in_the_output_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = configuration(CONFIG, ["OUTPUT_DIR", "~/run"])
+    assert Path(cfg.OUTPUT_DIR) == tmp_path / "run"
+
+
+def test_random_weights_under_frozen_norms_are_told():
+    cfg = configuration(str(ROOT / "configs/coco/sim_R50_bs16_50ep.yaml"), ["MODEL.WEIGHTS", ""])
+    assert "FrozenBN" in frozen_warning(cfg)
+    assert not frozen_warning(configuration("", ["MODEL.WEIGHTS", "some.pth"]))
 
 
 def test_diverged_network_is_named():

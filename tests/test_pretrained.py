@@ -132,6 +132,19 @@ def test_the_model_card_has_metadata_and_figures(model, tmp_path):
     assert "crescent, ring, star" in card
 
 
+def test_names_of_classes_are_no_markup(model, tmp_path):
+    model.class_names[:] = ["<b>ring", "a|b", "# star"]
+    model.save_pretrained(tmp_path)
+    assert r"Classes: \<b\>ring, a\|b, \# star." in (tmp_path / "README.md").read_text()
+
+
+def test_a_name_for_every_class(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "classes.json").write_text('{"class_names": ["ring"]}')
+    with pytest.raises(UserError, match="has 1 names, the network 3 classes"):
+        sim_m2f.from_pretrained(tmp_path)
+
+
 def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     (tmp_path / "config.yaml").write_text(model.cfg.dump())
     save_checkpoint(tmp_path / "model_0000009.pth", {"model": model.network.state_dict()})
@@ -273,6 +286,21 @@ def test_the_command_without_images_says_so(model, tmp_path, capsys):
     folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
     assert main(["predict", *folders, str(tmp_path / "empty")]) == 2
     assert "holds no image" in capsys.readouterr().err
+
+
+def test_an_overlay_that_cannot_be_written_costs_no_prediction(model, image, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    Image.fromarray(image).save(tmp_path / "a.png")
+    (tmp_path / "out/overlays/a.png.png").mkdir(parents=True)
+    arguments = ["predict", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, str(tmp_path / "a.png")]) == 2
+    assert "a.png.png: cannot be written" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "out/predictions.json").read_text())["images"]) == 1
+
+
+def test_a_threshold_that_no_score_reaches_is_refused(model, tmp_path, capsys):
+    assert main(["predict", "--model", str(tmp_path), "--threshold", "2", str(tmp_path)]) == 2
+    assert "--threshold is 2.0" in capsys.readouterr().err
 
 
 def test_a_broken_image_costs_no_other_one(model, image, tmp_path, capsys):

@@ -23,6 +23,7 @@ from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.data.image import read_image
 from sim_m2f.data.survey import survey
+from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trial import Trial, trial
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="", metavar="NAMES", help=formats)
     parser.add_argument("--seed", type=int, default=0, help="of the split and the run (0)")
     parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
+    parser.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of any key")
 
 
@@ -88,6 +90,15 @@ def run(args: argparse.Namespace) -> int:
     if args.val_images and not args.val:
         raise UserError("--val-images: give --val, the annotations of these images, too")
     formats = output_formats(args.format)
+    if not args.resume and not args.overwrite:
+        refuse_used(args.output)
+    with locked(args.output):
+        fit(args, formats)
+    return 0
+
+
+def fit(args: argparse.Namespace, formats: list[str]) -> None:
+    """Do it all, in a folder that nobody else writes to."""
     sets = find_sets(args)
     cfg = settings(args, sets)
     if args.resume and (args.output / CONFIG).exists():
@@ -96,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         plan(cfg, sets, args)
     cfg.freeze()
     write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
-    build_trainer(cfg, args.resume, [FirstLook(sets.val)]).train()
+    build_trainer(cfg, args.resume, args.overwrite, [FirstLook(sets.val)]).train()
     model = from_pretrained(args.output)
     quality = Quality()
     if sets.masks and sets.val != sets.train:
@@ -109,7 +120,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"masks of the boxes: {masks.annotations}")
     print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")
     print(f"page:               {page}")
-    return 0
 
 
 def find_sets(args: argparse.Namespace) -> Sets:

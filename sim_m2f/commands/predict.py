@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: there are no images, or no such network; images that cannot be decoded, one line each,
             after all others are done.
     """
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold}; scores are from 0 to 1")
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
@@ -56,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
         height, width = detected.masks.shape[1:]
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         annotations += encode(number, cast(Detections, vars(detected)), category_ids)
-        _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
+        try:
+            _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
+        except UserError as error:
+            problems.append(str(error))
     for number, annotation in enumerate(annotations, start=1):
         annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
     info = {"description": f"{len(files)} images by SIM-M2F"}

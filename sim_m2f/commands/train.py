@@ -4,11 +4,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
-from sim_m2f.engine.hooks import Checkpoints, Evaluation, Metrics, Notes
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
+from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
+from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError
 from sim_m2f.report.hooks import MethodFigures, RunPage
@@ -19,7 +25,9 @@ from sim_m2f.weights.timm_backbone import TIMM
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="YAML file of the configuration")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    folder.add_argument("--overwrite", action="store_true", help="remove the run that OUTPUT_DIR holds")
     weights = "MODEL.WEIGHTS; where empty or timm://, or with --resume, OUTPUT_DIR's last checkpoint"
     parser.add_argument("--eval-only", action="store_true", help=f"evaluate {weights}")
     parser.add_argument("--num-gpus", type=int, default=1, help="processes per machine")
@@ -32,23 +40,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit status."""
     if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
-        _launch(arguments)
+        return _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
-    if arguments.eval_only:
-        _evaluate(cfg, arguments.resume)
-    else:
-        build_trainer(cfg, arguments.resume).train()
+    with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
+        if arguments.eval_only:
+            _evaluate(cfg, arguments.resume)
+        else:
+            build_trainer(cfg, arguments.resume, arguments.overwrite).train()
     return 0
 
 
-def build_trainer(cfg: CfgNode, resume: bool = False, more: Sequence[Hook] = (RunPage(),)) -> Trainer:
+def build_trainer(
+    cfg: CfgNode, resume: bool = False, overwrite: bool = False, more: Sequence[Hook] = (RunPage(),)
+) -> Trainer:
     """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, and more.
 
+    Args:
+        cfg: the configuration.
+        resume: go on from OUTPUT_DIR's last checkpoint, if it has one.
+        overwrite: remove the run that OUTPUT_DIR holds, once the configuration and the data have been read.
+
     Raises:
-        UserError: see ``Trainer``.
+        UserError: OUTPUT_DIR holds a run, and neither is wanted; else see ``Trainer``.
     """
-    hooks = Notes(), Metrics(), MethodFigures(), Checkpoints(), Evaluation(), *more
+    if not resume and not overwrite:
+        refuse_used(Path(cfg.OUTPUT_DIR))
+    if not resume and _is_first_rank() and (warning := frozen_warning(cfg)):
+        print(f"warning: {warning}", file=sys.stderr)
+    usual = Notes(), CleanFolder(overwrite), Metrics(), MethodFigures(), Checkpoints(), Evaluation()
+    hooks = *usual, *more
     return Trainer(cfg, hooks, resume)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # of torchrun, before the ranks know each other
 
 
 def configuration(config_file: str, overrides: list[str]) -> CfgNode:
@@ -63,11 +88,12 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
     unheeded, warning = without_effect(cfg), extent_warning(cfg)
-    if unheeded and os.environ.get("RANK", "0") == "0":
+    if unheeded and _is_first_rank():
         where = "see sim_m2f/config/without_effect.yaml"
         print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
-    if warning and os.environ.get("RANK", "0") == "0":
+    if warning and _is_first_rank():
         print(f"warning: {warning}", file=sys.stderr)
+    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).expanduser())
     cfg.freeze()
     return cfg
 
@@ -82,12 +108,27 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
     RunPage().after_train(trainer)
 
 
-def _launch(arguments: argparse.Namespace) -> None:
-    """Replace this process by torchrun with one process per GPU and the same command line."""
-    address = urlsplit(arguments.dist_url)
-    launcher = [
-        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={arguments.num_gpus}"),
-        *(f"--nnodes={arguments.num_machines}", f"--node-rank={arguments.machine_rank}"),
-        *(f"--master-addr={address.hostname}", f"--master-port={address.port}"),
+def _launch(arguments: argparse.Namespace) -> int:
+    """Run torchrun with one process per GPU and the same command line; returns the status of the first ended.
+
+    Its report of a process that ended, or of a signal, is left out: the process has said why.
+    """
+    try:
+        address = urlsplit(arguments.dist_url)
+        host, port = address.hostname, address.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(f"--dist-url: {arguments.dist_url} is no address; write tcp://HOST:PORT")
+    options = [
+        *(f"--nproc-per-node={arguments.num_gpus}", f"--nnodes={arguments.num_machines}"),
+        *(f"--node-rank={arguments.machine_rank}", f"--master-addr={host}", f"--master-port={port}"),
     ]
-    os.execv(sys.executable, [*launcher, *sys.argv])
+    try:
+        torchrun.run(torchrun.parse_args([*options, *sys.argv]))
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else 128 - status  # below 0: the signal that ended it
+    return 0

@@ -1,9 +1,10 @@
 """Every check of a configuration that names and types cannot make; the limits stand in ``limits.yaml``."""
 
+import math
 from pathlib import Path
 
 from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_yaml
-from sim_m2f.config.node import CfgNode, value_of
+from sim_m2f.config.node import CfgNode, leaf_keys, value_of
 from sim_m2f.errors import UserError
 
 _FAR = 1.25  # factor between extents that positions learned from one of them do not bridge
@@ -23,8 +24,19 @@ def validate(cfg: CfgNode) -> None:
             raise UserError(f"{key}: {value!r} does not exist here; the only choice is {only!r}")
     check_choices(cfg)
     for key, least in _LIMITS["LEAST"].items():
-        if value_of(cfg, key) < least:
+        if not value_of(cfg, key) >= least:  # not-a-number neither
             raise UserError(f"{key} is {value_of(cfg, key)}; use a number of at least {least}")
+    for key, most in _LIMITS["MOST"].items():
+        if not value_of(cfg, key) <= most:
+            raise UserError(f"{key} is {value_of(cfg, key)}; use a number of at most {most}")
+    for key, length in _LIMITS["LENGTHS"].items():
+        if len(value_of(cfg, key)) != length:
+            raise UserError(f"{key} is {value_of(cfg, key)}; give {length} values")
+    for key in leaf_keys(cfg):
+        value = value_of(cfg, key)
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UserError(f"{key} is {value}; use a finite number")
     for key, divisor in _LIMITS["MULTIPLES"]:
         number = value_of(cfg, divisor) if isinstance(divisor, str) else divisor
         if value_of(cfg, key) % number:
@@ -65,7 +77,31 @@ def extent_warning(cfg: CfgNode) -> str:
     return f"INPUT.MIN_SCALE {low} and MAX_SCALE {high}: {fault}; {advice}"
 
 
+def frozen_warning(cfg: CfgNode) -> str:
+    """One line where norms are kept fixed that were never trained, else ""."""
+    resnet = cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone" and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    if cfg.MODEL.WEIGHTS or not resnet:
+        return ""
+    fault = "MODEL.RESNETS.NORM is FrozenBN, but the weights are random, so its norms never learn"
+    return f"{fault}; set MODEL.WEIGHTS, or another norm (BN, GN)"
+
+
 def without_effect(cfg: CfgNode) -> list[str]:
     """The keys that ask for something that does not happen here."""
     defaults = get_cfg()
     return [key for key in WITHOUT_EFFECT if value_of(cfg, key) != value_of(defaults, key)]
+
+
+def changed_on_resume(cfg: CfgNode, previous: CfgNode, source: str) -> list[str]:
+    """What a resumed run does otherwise: one text for each key that has another value than before.
+
+    Raises:
+        UserError: a key has changed that a resumed run cannot change; ``source`` is the checkpoint's name.
+    """
+    pairs = {key: (value_of(previous, key), value_of(cfg, key)) for key in leaf_keys(cfg)}
+    changed = {key: f"{key} {old!r} -> {new!r}" for key, (old, new) in pairs.items() if old != new}
+    free = (*_LIMITS["MAY_CHANGE"], *WITHOUT_EFFECT)
+    if refused := [text for key, text in changed.items() if not key.startswith(free)]:
+        advice = "take the old values, or start a run in another OUTPUT_DIR"
+        raise UserError(f"{source}: a resumed run cannot change {', '.join(refused)}; {advice}")
+    return list(changed.values())

@@ -9,6 +9,7 @@ import yaml
 from fvcore.common.config import CfgNode as FvcoreNode
 
 from sim_m2f.config.node import CfgNode, leaf_keys
+from sim_m2f.errors import UserError
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -35,3 +36,18 @@ WITHOUT_EFFECT = tuple(leaf_keys(_IGNORED))
 def get_cfg() -> CfgNode:
     """A fresh copy of the defaults; ``merge_from_file`` and ``merge_from_list`` change it."""
     return copy.deepcopy(_DEFAULTS)
+
+
+def cfg_from_text(text: str, source: str = "checkpoint") -> CfgNode:
+    """The configuration whose ``dump`` is ``text``.
+
+    Raises:
+        UserError: it is no such text; ``source`` is where it comes from.
+    """
+    cfg = get_cfg()
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{source}: its configuration is damaged; take another checkpoint") from error
+    cfg.merge_values(values, source)
+    return cfg

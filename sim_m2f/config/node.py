@@ -3,6 +3,7 @@
 YAML files may inherit with ``_BASE_`` (fvcore).
 """
 
+import contextlib
 import difflib
 import functools
 import operator
@@ -30,22 +31,29 @@ class CfgNode(FvcoreNode):
                 or a value has the wrong type.
         """
         cfg_filename = find_config(cfg_filename)
+        if cfg_filename.exists() and not cfg_filename.is_file():
+            raise UserError(f"{cfg_filename}: not a file; give the path of a YAML file")
         try:
+            _refuse_twice(cfg_filename)
             loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
-        except TypeError:  # of an empty file
+        except AssertionError as error:  # of a group in one file that is none in its base
+            raise UserError(f"{cfg_filename}: {error}") from error
+        except (TypeError, AttributeError):  # of an empty file, and of a _BASE_ that is no path
             loaded = None
         except RecursionError as error:
-            circle = " -> ".join(_base_circle(str(cfg_filename)))
-            raise UserError(f"{cfg_filename}: _BASE_ runs in a circle: {circle}; leave one out") from error
+            raise UserError(f"{cfg_filename}: {_endless(str(cfg_filename))}") from error
         if not isinstance(loaded, Mapping):
             kind = type(loaded).__name__
             raise UserError(f"{cfg_filename}: a configuration is a YAML mapping of keys, not a {kind}")
         own = {key: value for key, value in loaded.items() if key != BASE_KEY}
-        self._merge(own, str(cfg_filename))
+        try:
+            self.merge_values(own, str(cfg_filename))
+        except RecursionError as error:
+            raise UserError(f"{cfg_filename}: {_endless('')}") from error
 
     def merge_from_list(self, cfg_list: list[str]) -> None:
         """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` as given on a command line.
@@ -53,17 +61,52 @@ class CfgNode(FvcoreNode):
         Raises:
             UserError: a key without a value, an unknown key, or a value of the wrong type.
         """
+        for item in cfg_list[::2]:
+            if item.startswith("--"):
+                raise UserError(f"{item}: flags stand before the overrides KEY VALUE; move it there")
+            if "=" in item:
+                raise UserError(f"{item}: an override is KEY VALUE; write {item.replace('=', ' ', 1)}")
         if len(cfg_list) % 2:
             raise UserError(f"overrides are pairs KEY VALUE; {cfg_list[-1]} has no value")
         for key, value in zip(cfg_list[::2], cfg_list[1::2], strict=True):
             nested: Any = value
             for part in reversed(str(key).split(".")):
                 nested = {part: nested}
-            self._merge(nested, "command line")
+            self.merge_values(nested, "command line")
 
-    def _merge(self, values: Mapping[str, Any], source: str) -> None:
-        for group, key, value in list(_checked(values, self, self, "", source)):  # all of them, or none
+    def merge_values(self, values: Mapping[str, Any], source: str) -> None:
+        """Merge nested keys, all of them or none; ``source`` is where they come from.
+
+        Raises:
+            UserError: a key is unknown, or a value has the wrong type.
+        """
+        for group, key, value in list(_checked(values, self, self, "", source)):
             setattr(group, key, value)
+
+
+def _refuse_twice(file: Path) -> None:
+    """Raises yaml.YAMLError for a key that stands twice in a mapping, of which PyYAML takes the last."""
+    waiting, seen = [yaml.compose(file.read_bytes())], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.YAMLError(f"the key {twice[0]} stands twice in one group; leave one out")
+            waiting += [value for _, value in node.value]
+        else:
+            waiting += node.value
+
+
+def _endless(file: str) -> str:
+    """Why a file never ends: its ``_BASE_`` leads back to it, or else it is nested too deeply."""
+    with contextlib.suppress(RecursionError):
+        if circle := " -> ".join(_base_circle(file) if file else ()):
+            return f"_BASE_ runs in a circle: {circle}; leave one out"
+    return "is nested too deeply, or contains itself; correct it"
 
 
 def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:

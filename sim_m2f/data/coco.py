@@ -79,7 +79,7 @@ def inspect_coco(
         UserError: the file is not a COCO JSON at all.
     """
     reader = _Reader(source, read_masks, some_masks)
-    names = {item["id"]: item["name"] for item in reader.records("categories")}
+    names = reader.class_names()
     images = {item["id"]: item for item in reader.records("images")}
     reader.report_missing_images(images.values())
     category_ids = sorted(names)
@@ -118,10 +118,11 @@ Check = tuple[str, Callable[[Any], bool]]  # what a value has to be, in words, a
 WHOLE: Check = ("a whole number", lambda value: type(value) is int)
 SIZE: Check = ("a positive whole number", lambda value: type(value) is int and value > 0)
 TEXT: Check = ("a text", lambda value: isinstance(value, str) and value != "")
+NAME: Check = ("a text of one line", lambda value: isinstance(value, str) and len(value.splitlines()) == 1)
 PRESENT: Check = ("", lambda value: True)
 # For each list of the JSON: what one record is called and what its keys must hold.
 RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
-    "categories": ("category", {"id": WHOLE, "name": TEXT}),
+    "categories": ("category", {"id": WHOLE, "name": NAME}),
     "images": ("image", {"id": WHOLE, "file_name": TEXT, "height": SIZE, "width": SIZE}),
     "annotations": ("annotation", {"id": WHOLE, "image_id": WHOLE, "category_id": WHOLE, "bbox": PRESENT}),
 }
@@ -161,6 +162,15 @@ class _Reader:
                 continue
             seen.add(item["id"])
             yield item
+
+    def class_names(self) -> dict[int, str]:
+        """The name of each category id; no two are the same, since scores go by them."""
+        names: dict[int, str] = {}
+        for item in self.records("categories"):
+            if item["name"] in names.values():
+                self.report(f"category id {item['id']}", f"another one is named {item['name']!r}; rename it")
+            names[item["id"]] = item["name"]
+        return names
 
     def report_missing_images(self, images: Iterable[Record]) -> None:
         """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""

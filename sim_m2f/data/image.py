@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import refuse_special
 
 DARK = 4095  # 16-bit grey without a larger value is of 12 bits or fewer, and would be nearly black
 
@@ -29,12 +30,15 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
     Raises:
         UserError: the file cannot be decoded, or has another size.
     """
+    refuse_special(path)
     try:
         with Image.open(path) as stored:
             stored.load()
             upright = ImageOps.exif_transpose(stored)
             image = stored if upright.size != (width, height) == stored.size else upright
             size, pixels = image.size, to_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's decoders raise anything on a broken file
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error

@@ -1,6 +1,8 @@
 """Batches for the network: the same sequence for any number of workers and ranks, from any iteration on."""
 
+import contextlib
 import itertools
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -58,9 +60,21 @@ class Batches(DataLoader[Sample], Generic[Data]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         try:
-            yield from super().__iter__()
+            with _signals_blocked():
+                batches = super().__iter__()
+            yield from batches
         except UserError as error:
             raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that begin in the block never receive SIGINT and SIGTERM; the run decides when they end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def train_loader(
@@ -152,11 +166,20 @@ def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
     for other in data[1:]:
         if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
             files = f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
-            raise UserError(f"{files}; train on one of them")
+            raise UserError(f"{files}{_difference(first, other)}; give them the same ids and names")
     classes, categories = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, len(first.category_ids)
     if categories != classes:
         fault = f"{first.annotations_file}: has {categories} categories, but the network {classes}"
         raise UserError(f"{fault}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES {categories}")
+
+
+def _difference(first: CocoData, other: CocoData) -> str:
+    """The first category that is not the same, where numbers are."""
+    pairs = [zip(data.category_ids, data.class_names, strict=True) for data in (other, first)]
+    for theirs, ours in zip(*pairs, strict=False):
+        if theirs != ours:
+            return f": id {theirs[0]} {theirs[1]!r}, not id {ours[0]} {ours[1]!r}"
+    return ""
 
 
 def print_notes(data: list[CocoData]) -> None:

@@ -11,6 +11,7 @@ from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
+from sim_m2f.engine.run_folder import remove_leftovers, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
 
@@ -20,19 +21,32 @@ SETTLED = 0.2  # share of the run after which masks have a shape
 
 
 class Notes(Hook):
-    """Reads the test sets before the first step, so that no fault is found after the last; tells notes."""
+    """Reads and checks the test sets before the first step: no fault is found after the last. Tells notes."""
 
     def before_train(self, trainer: Trainer) -> None:
         if not trainer.accelerator.is_main_process:
             return
+        train = list({id(data): data for data, _ in trainer.loader.dataset.images}.values())
         test = [read_coco(source, read_masks=False) for source in eval_sources(trainer.cfg)]
-        check_classes(trainer.cfg, test)
+        check_classes(trainer.cfg, [*train, *test])
         for data in test:
             if data.has_annotations:
                 coco_metrics.load_truth(data.annotations_file)
-        train = list({id(data): data for data, _ in trainer.loader.dataset.images}.values())
         for line in notes(trainer.cfg, train, test):
             print(f"note: {line}", file=sys.stderr)
+
+
+class CleanFolder(Hook):
+    """Removes what killed runs left half-written and, to ``overwrite`` it, the run that the folder holds."""
+
+    def __init__(self, overwrite: bool) -> None:
+        self.overwrite = overwrite
+
+    def before_train(self, trainer: Trainer) -> None:
+        if trainer.accelerator.is_main_process:
+            remove_leftovers(trainer.output_dir)
+            if self.overwrite:
+                remove_run(trainer.output_dir)
 
 
 class Metrics(Hook):
@@ -92,7 +106,10 @@ class Evaluation(Hook):
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:
-            self.after_train(trainer)
+            if not trainer.due(trainer.cfg.SOLVER.CHECKPOINT_PERIOD):
+                trainer.save()  # so that a signal may end the evaluation
+            with trainer.stop.at_once():
+                self.after_train(trainer)
 
     def after_train(self, trainer: Trainer) -> None:
         scores = trainer.evaluate()

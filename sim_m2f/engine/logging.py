@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.files import write_file
+from sim_m2f.files import write_file, writing
 
 Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
 
@@ -36,14 +36,18 @@ class MetricsLogger:
         records = _records(self.path) if start and self.path.exists() else ()
         kept = [line for line, record in records if record["iteration"] < start]
         write_file(self.path, "".join(f"{line}\n" for line in kept))
+        self.last = kept[-1] if kept else ""
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: the step (0 is the first) and its values; not-a-number is written as null."""
         self.accelerator.log(values, step=iteration)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": iteration, **finite}) + "\n")
+        line = json.dumps({"iteration": iteration, **finite})
+        if line != self.last:  # a finished run that is resumed is evaluated again
+            self.last = line
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{line}\n")
 
     def write_image(self, iteration: int, name: str, image: Image.Image) -> None:
         """An image for the trackers that take some."""

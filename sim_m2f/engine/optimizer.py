@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, cfg: CfgNode) -> torch.optim.AdamW:
 def learning_rate_factor(iteration: int, cfg: CfgNode) -> float:
     """The learning rate of a step (0 is the first) in units of the base rate."""
     solver = cfg.SOLVER
-    progress = iteration / solver.MAX_ITER
+    progress = min(iteration / solver.MAX_ITER, 1.0)
     warmup = 1.0
     if iteration < solver.WARMUP_ITERS:
         done = iteration / solver.WARMUP_ITERS if solver.WARMUP_METHOD == "linear" else 0.0
@@ -53,8 +53,12 @@ def learning_rate_factor(iteration: int, cfg: CfgNode) -> float:
     return warmup * 0.5 * (1 + math.cos(math.pi * progress))  # WarmupCosineLR
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, cfg: CfgNode) -> torch.optim.lr_scheduler.LambdaLR:
-    """``learning_rate_factor`` on every parameter group."""
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, cfg: CfgNode, iteration: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """``learning_rate_factor`` on every parameter group, from ``iteration`` on."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
     return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda iteration: learning_rate_factor(iteration, cfg)
+        optimizer, lambda step: learning_rate_factor(step, cfg), last_epoch=iteration - 1
     )

@@ -11,16 +11,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
-from sim_m2f.config import CfgNode
+from sim_m2f.config import CfgNode, cfg_from_text, changed_on_resume
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.student_colors import student_colors
-from sim_m2f.distributed import gather_on_first_rank, max_over_ranks
+from sim_m2f.distributed import gather_on_first_rank, largest_number
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling import build_model
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Target
@@ -80,14 +80,19 @@ class Trainer:
         self.teacher = build_teacher(cfg, model, device)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
-        self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0
         if self.checkpoint:
+            self.previous = (
+                cfg_from_text(state["config"]) if "config" in state else cfg
+            )  # in older ones it is not
             self._load_state(state, self.checkpoint)
+        self.scheduler = build_scheduler(self.optimizer.optimizer, cfg, self.iteration)
 
     def train(self) -> None:
         """Train to SOLVER.MAX_ITER with the hooks; SIGINT and SIGTERM stop it in order."""
         total, accelerator = self.cfg.SOLVER.MAX_ITER, self.accelerator
+        if self.checkpoint:
+            accelerator.print(self._resumed(), file=sys.stderr)
         ranks = accelerator.process_index, accelerator.num_processes
         self.loader = train_loader(self.cfg, self.iteration, *ranks)
         for hook in self.hooks:
@@ -96,21 +101,36 @@ class Trainer:
         shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets lines, see ``Metrics``
         options = {"initial": start, "disable": hidden, "file": shown, "dynamic_ncols": True}
         self.bar = tqdm(None, "training", total, unit="step", **options)
-        with self.bar, StopSignal() as stop:
-            batches = iter(self.loader)
-            while self.iteration < total and not self._agreed(stop):
-                losses = self.step(next(batches))
-                self.bar.update()
-                for hook in self.hooks:
-                    hook.after_step(self, losses)
-        if self.iteration < total:
-            self.save()
+        try:
+            with self.bar, StopSignal() as self.stop:
+                self._take_steps(total)
+        except SystemExit:
             accelerator.print(f"stopped after step {self.iteration}; the same command with --resume goes on")
-            raise SystemExit(128 + self._agreed(stop))
+            raise
         for hook in self.hooks:
             hook.after_train(self)
         for tracker in accelerator.trackers:
             tracker.finish()
+
+    def _resumed(self) -> str:
+        """Where the run goes on, and with which other keys; UserError where it cannot."""
+        if self.iteration > self.cfg.SOLVER.MAX_ITER:
+            fault = f"SOLVER.MAX_ITER is {self.cfg.SOLVER.MAX_ITER}, but {self.checkpoint} has taken"
+            raise UserError(f"{fault} {self.iteration} steps; set as many or more")
+        changed = changed_on_resume(self.cfg, self.previous, str(self.checkpoint))
+        return f"goes on after step {self.iteration}" + "".join(f"; {change}" for change in changed)
+
+    def _take_steps(self, total: int) -> None:
+        """Train up to step ``total``; a signal that any rank has received ends it with a checkpoint."""
+        batches = iter(self.loader)
+        while not (received := largest_number(self.stop.received)) and self.iteration < total:
+            losses = self.step(next(batches))
+            self.bar.update()
+            for hook in self.hooks:
+                hook.after_step(self, losses)
+        if received:
+            self.save()
+            raise SystemExit(128 + received)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank."""
@@ -176,18 +196,10 @@ class Trainer:
         with self.accelerator.autocast():
             return self.teacher(images, self.criterion.teacher_prompts(targets, images))
 
-    def _agreed(self, stop: StopSignal) -> int:
-        """The signal that any rank has received, 0 for none; ranks ask each other every LOG_PERIOD steps."""
-        if self.accelerator.num_processes == 1:
-            return stop.received
-        if self.iteration % self.cfg.SOLVER.LOG_PERIOD:
-            return 0
-        return int(max_over_ranks(torch.tensor(stop.received, device=self.accelerator.device)))
-
     @property
     def _parts(self) -> dict[str, Any]:
         """What is saved beside the network, by its name in a checkpoint."""
-        parts = {"criterion": self.criterion, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {"criterion": self.criterion}
         optional = {"teacher": self.teacher, "scaler": self.accelerator.scaler}
         return parts | {name: part for name, part in optional.items() if part}
 
@@ -196,6 +208,8 @@ class Trainer:
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             **{name: part.state_dict() for name, part in self._parts.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.cfg.dump(),
             "use_teacher": self.cfg.TEST.USE_TEACHER,
             "banks": gather_on_first_rank(bank) if bank else [],
             "iteration": self.iteration,
@@ -209,7 +223,10 @@ class Trainer:
             banks = state["banks"]
             if self.copy_paste and banks:  # of a run without copy-paste there are none
                 self.copy_paste.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
-            self.iteration = state["iteration"]
-        except (KeyError, ValueError, RuntimeError) as error:
+            optimizer = build_optimizer(self.accelerator.unwrap_model(self.model), self.previous)
+            optimizer.load_state_dict(state["optimizer"])  # with its groups; those of this run may be others
+            self.optimizer.optimizer.state.update(optimizer.state)
+            self.iteration = int(state["iteration"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             advice = "leave --resume away or change OUTPUT_DIR"
-            raise UserError(f"{path}: belongs to another run ({error}); {advice}") from error
+            raise UserError(f"{path}: belongs to another run ({first_line(error)}); {advice}") from error

@@ -10,7 +10,7 @@ from sim_m2f.distributed import is_first_rank
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write, write_file
 from sim_m2f.modeling.mask2former import Mask2Former
-from sim_m2f.weights.load import LoadReport, load_into
+from sim_m2f.weights.load import LoadReport, is_dense, load_into
 from sim_m2f.weights.sources import LAST_CHECKPOINT, local_weights
 from sim_m2f.weights.timm_backbone import TIMM, load_timm_backbone
 from sim_m2f.weights.weight_files import read_weight_file
@@ -25,9 +25,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     with atomic_write(path, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:
-            advice = "free space or choose another folder"
-            raise UserError(f"{path}: cannot be written ({error}); {advice}") from error
+        except RuntimeError as error:  # torch hides what the system says
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def replace_checkpoint(path: Path, state: dict[str, Any], previous: Path | None) -> None:
@@ -100,7 +99,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
         UserError: a weight is missing, unknown or of another shape.
     """
     own = model.state_dict()
-    shapes = {name: getattr(weight, "shape", None) for name, weight in weights.items()}
+    shapes = {name: weight.shape if is_dense(weight) else None for name, weight in weights.items()}
     unfit = sorted({*own, *shapes} - {name for name in own if own[name].shape == shapes.get(name)})
     if unfit:
         fault = f"{len(unfit)} weights are missing, unknown or of another shape, such as {unfit[0]}"
@@ -113,4 +112,4 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     pointer = output_dir / LAST_CHECKPOINT
     if not pointer.exists():
         return None
-    return output_dir / pointer.read_text(encoding="utf-8").strip()
+    return output_dir / pointer.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "")

@@ -4,6 +4,7 @@ A folder of ours holds model.safetensors, config.yaml, classes.json and README.m
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ METRICS = "inference/metrics.json"
 SHOWN = ("segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl")  # on the model card
 
 
+MARKUP = re.compile(r"[\\`*_\[\]<>|#]")  # what means something in Markdown
 Metrics = dict[str, float | None]  # in percent; None where there is nothing to measure
 
 
@@ -62,6 +64,9 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
             names = read_class_names(folder / CLASSES)
         if (folder / METRICS).exists():
             metrics = read_json(folder / METRICS)
+    if names and len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
+        fault = f"has {len(names)} names, the network {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} classes"
+        raise UserError(f"{folder / CLASSES}: {fault}; correct it")
     network = build_model(cfg)
     load_checkpoint(network, weights, complete=True)
     return TrainedNetwork(network, cfg, names or class_names(cfg), metrics)
@@ -102,6 +107,6 @@ def model_card(trained: TrainedNetwork) -> str:
     return Template(template, trim_blocks=True, keep_trailing_newline=True).render(
         model=trained.cfg.MODEL,
         millions=sum(parameter.numel() for parameter in trained.network.parameters()) / 1e6,
-        class_names=trained.class_names,
+        class_names=[MARKUP.sub(r"\\\g<0>", name) for name in trained.class_names],
         metrics={name: trained.metrics[name] for name in SHOWN if trained.metrics.get(name) is not None},
     )

@@ -113,6 +113,11 @@ def load_into(network: Mask2Former, state: Any, source: str) -> LoadReport:
     return report
 
 
+def is_dense(weight: Any) -> bool:
+    """Whether it is a tensor with a value in every place."""
+    return isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+
+
 def tensors_in(state: Any) -> dict[str, Tensor]:
     """The weights in a file's contents, under the names that they have there."""
     state = state if isinstance(state, Mapping) else {}
@@ -122,6 +127,8 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
     for name, value in state.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))  # PyTorch has no other order
+        if isinstance(value, Tensor) and not is_dense(value):
+            raise UserError(f"weight {name} is sparse or holds no values; take another checkpoint")
         if isinstance(value, Tensor) and not str(name).endswith("_momentum"):
             tensors[str(name)] = value
     prefix = META_ARCHITECTURE if any(name.startswith(META_ARCHITECTURE) for name in tensors) else ""

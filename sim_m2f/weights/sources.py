@@ -44,7 +44,10 @@ def weights_in(folder: Path) -> Path:
     if len(checkpoints) == 1:
         return checkpoints[0]
     pointer = folder / LAST_CHECKPOINT
-    for name in (*IN_FOLDERS, *([pointer.read_text(encoding="utf-8").strip()] if pointer.is_file() else [])):
+    for name in (
+        *IN_FOLDERS,
+        *([pointer.read_text("utf-8", "replace").strip()] if pointer.is_file() else []),
+    ):
         if (folder / name).is_file():
             return folder / name
     raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")

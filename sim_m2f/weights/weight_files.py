@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import refuse_special
 from sim_m2f.weights.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPickleError, read_pickle
 
 WEIGHTS = re.compile(rb"(?s)(?P<torch>PK\x03\x04)|(?P<pickle>\x80)|(?P<safetensors>.{4}\0{4}\{)")
@@ -59,6 +60,7 @@ def weights_problem(head: bytes) -> str | None:
 
 
 def _read(path: Path) -> Any:
+    refuse_special(path)
     with path.open("rb") as file:
         kind = WEIGHTS.match(head := file.read(HEAD))
     if not kind:

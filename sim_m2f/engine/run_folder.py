@@ -1,0 +1,74 @@
+"""The folder of a run: of one run, and of one process at a time."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sim_m2f.errors import UserError
+from sim_m2f.weights.sources import LAST_CHECKPOINT
+
+LOCK = ".lock"
+CHECKPOINTS, METRICS = "model_*.pth", "metrics.jsonl"
+TEMPORARY = "." + 8 * "?"  # behind the name of a file that ``atomic_write`` has not finished
+FILES = (
+    *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, "config.yaml", "index.html", "events.out.tfevents.*"),
+    *("inference/*.json", "report/*.png"),
+)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process trains or evaluates in the folder, which is created.
+
+    The lock is a process's (lockf), not an open file's (flock), and so data workers that outlive a killed run
+    for a moment do not hold it.
+
+    Raises:
+        UserError: another process does, or the folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); choose another OUTPUT_DIR"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            advice = "wait for it, end it, or choose another OUTPUT_DIR"
+            raise UserError(f"{folder}: another process is at work here; {advice}") from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises UserError if the folder holds a run that has taken a step."""
+    found = [*folder.glob(LAST_CHECKPOINT), *folder.glob(CHECKPOINTS)]
+    found += [file for file in folder.glob(METRICS) if file.stat().st_size]
+    if found:
+        advice = "--resume goes on with it, --overwrite removes it; or choose another OUTPUT_DIR"
+        raise UserError(f"{folder}: holds a run already ({found[0].name}); {advice}")
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else; the name of its checkpoint goes first."""
+    for file in _written(folder):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(folder / "method", ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files of a run that was killed."""
+    for file in _written(folder, ".", TEMPORARY):
+        file.unlink(missing_ok=True)
+
+
+def _written(folder: Path, before: str = "", behind: str = "") -> Iterator[Path]:
+    for pattern in FILES:
+        path = folder / pattern
+        yield from path.parent.glob(f"{before}{path.name}{behind}")

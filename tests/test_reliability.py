@@ -1,0 +1,265 @@
+"""A run can be stopped, killed and gone on with, never mixes with another, and its data are checked first."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from test_broken_input import CONFIG, data, overrides, write_data  # noqa: F401 (a fixture)
+from test_training import train_losses
+
+from sim_m2f.cli import main
+
+SHORT = ["SOLVER.MAX_ITER", "2", "TRACKERS", "()", "MODEL.SIM.SHOW.PERIOD", "0"]
+
+
+@pytest.fixture
+def sets(tmp_path, data) -> list[str]:  # noqa: F811
+    """Overrides for two images to train on and to test on."""
+    return overrides(tmp_path, data)
+
+
+def command(output: Path, *more: str) -> list[str]:
+    flags = [word for word in more if word.startswith("--")]
+    pairs = [word for word in more if not word.startswith("--")]
+    return ["--config-file", CONFIG, *flags, *SMALL, "OUTPUT_DIR", str(output), *SHORT, *pairs]
+
+
+def errors(capsys) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def train(output: Path, *more: str) -> int:
+    return main(["train", *command(output, *more)])
+
+
+def changed(state_of: Path, **values: object) -> None:
+    """Give parts of the last checkpoint other values."""
+    path = state_of / (state_of / "last_checkpoint").read_text()
+    torch.save({**torch.load(path, weights_only=True), **values}, path)
+
+
+@contextlib.contextmanager
+def started(output: Path, *more: str, steps: int = 3):
+    """A run in a process group of its own, once it has taken a few steps."""
+    arguments = [sys.executable, "train_net.py", *command(output, *more, "SOLVER.MAX_ITER", "100000")]
+    log = (output.parent / "log.txt").open("w")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=environment
+    )
+    try:
+        deadline = time.time() + 120
+        while not (output / "metrics.jsonl").exists() or len(train_losses(output)) < steps:
+            assert process.poll() is None, (output.parent / "log.txt").read_text()
+            assert time.time() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_state(output: Path) -> dict:
+    return torch.load(output / (output / "last_checkpoint").read_text(), weights_only=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, sets, number):
+    """As timeout, SLURM and systemd send it: to the data workers too, and twice."""
+    output = tmp_path / "output"
+    with started(output, *sets, "DATALOADER.NUM_WORKERS", "2") as process:
+        os.killpg(process.pid, number)
+        os.killpg(process.pid, number)
+        assert process.wait(10) == 128 + number
+    taken = last_state(output)["iteration"]
+    assert taken >= len(train_losses(output)) >= 3
+    assert f"stopped after step {taken}" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+def test_two_ranks_stop_together_whenever_losses_are_logged(tmp_path, sets, number):
+    output = tmp_path / "output"
+    ranks = ["--num-gpus=2", f"--dist-url=tcp://127.0.0.1:{29600 + number}", "SOLVER.LOG_PERIOD", "1000"]
+    arguments = [sys.executable, "train_net.py", *command(output, *sets, *ranks, "SOLVER.MAX_ITER", "100000")]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline = time.time() + 120
+        while not re.search(r"[1-9]\d*/100000", (tmp_path / "log.txt").read_text()):
+            assert process.poll() is None
+            assert time.time() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    taken, said = last_state(output)["iteration"], (tmp_path / "log.txt").read_text()
+    assert 1 <= taken < 1000
+    assert f"stopped after step {taken}" in said.splitlines()[-1]
+    assert "Traceback" not in said
+
+
+def test_faults_of_the_test_set_are_told_before_the_first_step(capsys, tmp_path, data, sets):  # noqa: F811
+    """A missing image, other names for the ids, another number of classes, a broken segmentation."""
+    damages = {
+        "none.png is missing": lambda: data["images"][1].update(file_name="none.png"),
+        "id 3 'cat', not id 3 'class3'": lambda: data["categories"][2].update(name="cat"),
+        "its categories differ": lambda: data["categories"].pop(),
+        "annotation id 2: segmentation": lambda: data["annotations"][1].update(segmentation="nonsense"),
+    }
+    whole = json.dumps(data)
+    for number, (said, damage) in enumerate(damages.items()):
+        data.update(json.loads(whole))
+        damage()
+        (tmp_path / "test.json").write_text(json.dumps(data))
+        more = ["DATASETS.TEST_ANNOTATIONS", str(tmp_path / "test.json")]
+        assert train(tmp_path / f"out{number}", *sets, *more) == 2
+        assert said in errors(capsys)
+        assert not list((tmp_path / f"out{number}").glob("[!.]*"))
+
+
+@pytest.mark.slow
+def test_a_new_run_in_a_used_folder_is_refused_or_overwrites_it(capsys, tmp_path, sets):
+    output = tmp_path / "output"
+    assert train(output, *sets) == 0
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    (output / "notes.txt").write_text("of the user")
+    capsys.readouterr()
+    assert train(output, *sets) == 2
+    said = errors(capsys)
+    assert all(word in said for word in (str(output), "--resume", "--overwrite"))
+    assert train(output, "--overwrite", *sets, "DATASETS.TEST_IMAGES", str(tmp_path / "none")) == 2
+    assert {file: file.read_bytes() for file in before} == before  # a run that cannot begin removes nothing
+    assert train(output, "--overwrite", *sets, "SOLVER.MAX_ITER", "1") == 0
+    assert len(train_losses(output)) == last_state(output)["iteration"] == 1
+    assert (output / "notes.txt").read_text() == "of the user"
+
+
+@pytest.mark.slow
+def test_a_new_run_leaves_nothing_to_go_on_with_before_its_first_checkpoint(tmp_path, sets, monkeypatch):
+    output = tmp_path / "output"
+    assert train(output, *sets) == 0
+    monkeypatch.setattr("sim_m2f.engine.trainer.Trainer.step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(output, "--overwrite", *sets)
+    assert not list(output.glob("*.pth"))
+    assert not (output / "last_checkpoint").exists()
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_do_not_train_in_one_folder(capsys, tmp_path, sets):
+    output = tmp_path / "output"
+    output.mkdir()
+    holding = [sys.executable, "-c", HOLD, str(output / ".lock")]
+    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        assert train(output, *sets) == 2
+        assert f"{output}: another process is at work here" in errors(capsys)
+        process.kill()
+    assert train(output, *sets) == 0  # a killed process leaves no lock behind
+
+
+@pytest.mark.slow
+def test_a_running_training_keeps_others_out_until_it_is_killed(capsys, tmp_path, sets):
+    output = tmp_path / "output"
+    with started(output, *sets, "DATALOADER.NUM_WORKERS", "2", "SOLVER.CHECKPOINT_PERIOD", "1") as process:
+        assert train(output, "--resume", *sets) == 2
+        assert "another process is at work here" in errors(capsys)
+        process.kill()
+        process.wait()
+        steps = last_state(output)["iteration"] + 1
+        assert train(output, "--resume", *sets, "SOLVER.MAX_ITER", str(steps)) == 0  # workers may still live
+    assert last_state(output)["iteration"] == steps
+
+
+@pytest.mark.slow
+def test_a_resumed_run_takes_other_rates_and_lengths(capsys, tmp_path, sets):
+    output = tmp_path / "output"
+    assert train(output, *sets, "SOLVER.MAX_ITER", "1") == 0
+    capsys.readouterr()
+    rates = ["SOLVER.BASE_LR", "0.003", "SOLVER.WEIGHT_DECAY", "0.07", "SOLVER.BACKBONE_MULTIPLIER", "0.5"]
+    assert train(output, "--resume", *sets, *rates, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0") == 0
+    assert "SOLVER.BASE_LR 0.001 -> 0.003" in capsys.readouterr().err
+    groups = last_state(output)["optimizer"]["param_groups"]
+    assert {(group["initial_lr"], group["weight_decay"]) for group in groups} == {
+        (rate, decay) for rate in (0.003, 0.0015) for decay in (0.07, 0.0)
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SEED", "7"),
+        ("SOLVER.IMS_PER_BATCH", "1"),
+        ("INPUT.IMAGE_SIZE", "96"),
+        ("MODEL.SIM.PROJECTION.WEIGHT", "1.0"),
+    ],
+)
+def test_a_resumed_run_refuses_what_it_cannot_change(capsys, tmp_path, finished, sets, key, value):
+    config = (finished / "config.yaml").read_bytes()
+    assert train(finished, "--resume", *sets, key, value) == 2
+    assert f"cannot change {key} " in errors(capsys)
+    assert (finished / "config.yaml").read_bytes() == config
+
+
+def test_a_resumed_run_is_not_shorter_than_it_is(capsys, finished, sets):
+    assert train(finished, "--resume", *sets, "SOLVER.MAX_ITER", "1") == 2
+    assert "SOLVER.MAX_ITER is 1" in errors(capsys)
+
+
+@pytest.mark.slow
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path, finished, sets):
+    """And nothing that only looks alike."""
+    leftovers = [finished / ".model_0000001.pth.abc_1234", finished / "inference/.metrics.json.01234567"]
+    others = [finished / ".hidden", finished / ".notes.txt.abcdefgh"]
+    for file in (*leftovers, *others):
+        file.touch()
+    assert train(finished, "--resume", *sets) == 0
+    assert not any(file.exists() for file in leftovers)
+    assert all(file.exists() for file in others)
+
+
+@pytest.mark.slow
+def test_a_finished_run_does_not_repeat_its_last_line(finished, sets):
+    before = (finished / "metrics.jsonl").read_text()
+    assert train(finished, "--resume", *sets) == 0
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+@pytest.fixture(scope="module")
+def _run(tmp_path_factory) -> Path:
+    """A finished run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    arguments = overrides(folder, write_data(folder))
+    assert train(folder / "output", *arguments) == 0
+    return folder / "output"
+
+
+@pytest.fixture
+def finished(_run, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(_run, tmp_path / "output"))
