@@ -1,6 +1,5 @@
 """What is right in form but will hurt: one line each, told by ``check`` and at the start of every run."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,27 +12,11 @@ STRIDE = 4  # of masks
 
 def notes(cfg: CfgNode, train: Sequence[CocoData], val: Sequence[CocoData] = ()) -> list[str]:
     """Look at the data sets of a run with a configuration; images are not decoded."""
-    found = [*_names(train[0], val), *_same_images(train, val)]
+    found = _same_images(train, val)
     if cfg.MODEL.BACKBONE.FREEZE_NORMS and not cfg.MODEL.WEIGHTS:
         advice = "set MODEL.WEIGHTS or MODEL.BACKBONE.FREEZE_NORMS False"
         found.append(f"MODEL.BACKBONE.FREEZE_NORMS: norms are frozen at random weights; {advice}")
     return found + [line for data in train for line in (*_crowded(cfg, data), *_tiny(cfg, data))]
-
-
-def _names(data: CocoData, others: Sequence[CocoData]) -> list[str]:
-    """Classes of one name, and validation sets whose ids have other names."""
-    twice = [name for name, number in Counter(data.class_names).items() if number > 1]
-    found = [
-        f"{data.name}: two classes have the name {name!r}; rename one or join them" for name in twice[:3]
-    ]
-    own = dict(zip(data.category_ids, data.class_names, strict=True))
-    for other in others:
-        theirs = dict(zip(other.category_ids, other.class_names, strict=True))
-        if own != theirs:
-            number = next(number for number in {**own, **theirs} if own.get(number) != theirs.get(number))
-            names = f"is {own.get(number)!r} in {data.name} and {theirs.get(number)!r} in {other.name}"
-            found.append(f"category {number} {names}; scores will be wrong: give both the same categories")
-    return found
 
 
 def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str]:
