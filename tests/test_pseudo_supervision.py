@@ -100,8 +100,8 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
     features = torch.randn(30, 4, generator=generator) * 5
     labels = torch.tensor([0, 2]).repeat(15)
     confident = torch.arange(30) % 5 != 0
-    chosen = prototypes.sample(labels, confident)
-    prototypes.update(features[chosen], labels[chosen])
+    chosen, classes = prototypes.sample(labels, confident, present=2)
+    prototypes.update(features[chosen], classes)
     unit = (features / features.norm(dim=1, keepdim=True))[confident]
     kept = labels[confident]
     scores = (unit[:, None] * before[kept]).sum(-1)
@@ -134,7 +134,8 @@ def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
     allowed[60:] = False
     drawn = torch.zeros(85)
     for _ in range(400):
-        chosen = sample_per_class(labels, allowed, torch.full((3,), 10))
+        index, taken = sample_per_class(labels, allowed, torch.full((3,), 10))
+        chosen = index[taken]
         assert len(chosen.unique()) == len(chosen)
         assert labels[chosen].bincount(minlength=3).tolist() == [10, 5, 10]
         drawn[chosen] += 1
