@@ -1,4 +1,4 @@
-"""Counts what a piece of work asks of a GPU, on a CPU: operator calls, casts, and waits of the host for results."""
+"""Counts on a CPU what a piece of work asks of a GPU: operator calls, casts, and waits of the host."""
 
 from collections import Counter
 from typing import Any
@@ -17,8 +17,8 @@ WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._uniqu
 class StepCounts(TorchDispatchMode):
     """Counts of what runs under it, backward passes too.
 
-    Some tensors are taken to be on the GPU: those that ``on_gpu`` marks, what is copied
-    by ``to(device, non_blocking=True)``, and all that is computed from these. What ``cpu()`` gives is on the CPU again.
+    Some tensors are taken to be on the GPU: those that ``on_gpu`` marks, what ``to(device,
+    non_blocking=True)`` copies, and all that is computed from these. What ``cpu()`` gives is on the CPU.
 
     Attributes:
         calls: operators below autograd.

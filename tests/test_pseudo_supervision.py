@@ -16,6 +16,7 @@ from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
+from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
 from sim_m2f.supervision.pseudo_masks import (
@@ -327,6 +328,14 @@ def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
     prototypes.vectors.copy_(before)
     prototypes.update(features.double() / 1e4, torch.arange(30) % 3)
     torch.testing.assert_close(prototypes.vectors, moved)
+
+
+def test_focal_loss_has_the_derivative_of_its_formula():
+    logits = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(40) % 2
+    expected = sigmoid_focal_loss(logits, labels.double().expand(3, -1), alpha=0.3, gamma=1.5)
+    torch.testing.assert_close(focal_loss(logits, labels, 0.3, 1.5), expected)
+    assert torch.autograd.gradcheck(lambda logits: focal_loss(logits, labels, 0.3, 1.5), (logits,))
 
 
 def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():

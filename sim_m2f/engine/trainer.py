@@ -78,7 +78,7 @@ class Trainer:
         self.teacher = build_teacher(cfg, model, device)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
-        # accelerate would turn all outputs into float32; only the masks that objects are matched with become that
+        # accelerate would turn all outputs into float32; masks that are matched become that, no others
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg)
         self.iteration = 0

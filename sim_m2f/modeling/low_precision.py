@@ -36,8 +36,8 @@ def lowered_weights(network: nn.Module) -> Iterator[None]:
     products = torch._foreach_mul(weights, scales) if normed else ()
     places: list[Place] = [(conv._parameters, "weight") for conv in normed]
     places += [(conv._buffers, "shift") for conv in normed]
-    others = (module for module in modules if not isinstance(module, NormedConv))
-    places += [(own, name) for own in (m._parameters for m in others) for name in own if own[name] is not None]
+    others = [module._parameters for module in modules if not isinstance(module, NormedConv)]
+    places += [(own, name) for own in others for name in own if own[name] is not None]
     kept = [(own, name, own[name]) for own, name in [*places, *((conv._buffers, "scale") for conv in normed)]]
     values = [*products, *(value for _, _, value in kept[len(products) : len(places)])]
     try:
