@@ -32,7 +32,8 @@ def lowered_weights(network: nn.Module) -> Iterator[None]:
         return
     modules = [module for module in network.modules() if isinstance(module, LOWERED)]
     normed = [module for module in modules if isinstance(module, NormedConv)]
-    weights, scales = [conv.weight for conv in normed], [conv.scale for conv in normed]
+    weights: list[Tensor] = [conv.weight for conv in normed]
+    scales: list[Tensor] = [conv.scale for conv in normed if conv.scale is not None]
     products = torch._foreach_mul(weights, scales) if normed else ()
     places: list[Place] = [(conv._parameters, "weight") for conv in normed]
     places += [(conv._buffers, "shift") for conv in normed]

@@ -27,9 +27,9 @@ class Attention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
         """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
-        inputs, widths = (query, key, value), [self.embed_dim] * 3
+        inputs, widths = [query, key, value], [self.embed_dim] * 3
         if key is query:  # one product for both
-            inputs, widths = (query, value), [2 * self.embed_dim, self.embed_dim]
+            inputs, widths = [query, value], [2 * self.embed_dim, self.embed_dim]
         weights, biases = self.in_proj_weight.split(widths), self.in_proj_bias.split(widths)
         projected = [F.linear(*parts) for parts in zip(inputs, weights, biases, strict=True)]
         heads = [x.unflatten(-1, (-1, self.num_heads, self.head_dim)) for x in projected]
