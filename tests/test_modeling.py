@@ -1,6 +1,7 @@
 """The network's shortcuts against what they stand for."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch.nn.functional as F
 from conftest import SMALL_FILE
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from sim_m2f import build_model, get_cfg
+from sim_m2f.modeling import mask2former
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances
@@ -108,6 +111,7 @@ def test_folded_norms_change_nothing():
     fold_frozen_norms(folded)
     folded = copy.deepcopy(folded)
     body[0].weight.data *= 2
+    body[1].weight *= 3
     folded.load_state_dict(body.state_dict())
     assert list(folded.state_dict()) == list(body.state_dict())
     images = torch.randn(2, 3, 9, 11, dtype=torch.float64)
@@ -116,6 +120,36 @@ def test_folded_norms_change_nothing():
         torch.autograd.grad(net(images).square().sum(), list(net.parameters())) for net in (folded, body)
     ]
     torch.testing.assert_close(*grads)
+
+
+def test_weights_cast_together_are_those_that_autocast_casts(monkeypatch):
+    cfg = get_cfg()
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list([*RESNET[:6], "MODEL.BACKBONE.FREEZE_AT", "2"])
+    network = build_model(cfg).train()
+    for norm in network.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.load_state_dict(
+                {name: torch.rand_like(value) + 0.5 for name, value in norm.state_dict().items()}
+            )
+    images, weights = torch.randn(1, 3, 64, 64), dict(network.named_parameters())
+    results = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = network(images)
+        outputs["pred_masks"].float().square().mean().backward()
+        gradients = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        results.append((outputs["pred_logits"], outputs["pred_masks"], gradients))
+        assert all(weight is weights[name] for name, weight in network.named_parameters())
+        network.zero_grad()
+        monkeypatch.setattr(mask2former, "lowered_weights", nullcontext)
+    assert results[0][1].dtype == torch.bfloat16
+    torch.testing.assert_close(*(result[:2] for result in results), rtol=0, atol=0)
+    together, autocast = (result[2] for result in results)
+    assert together.keys() == autocast.keys()
+    assert all(gradient.dtype == torch.float32 for gradient in together.values())
+    for name, gradient in autocast.items():
+        assert (together[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
 def test_linear_layers_of_pixels_are_linear_layers():

@@ -14,6 +14,7 @@ import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
+from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
@@ -100,8 +101,8 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
     features = torch.randn(30, 4, generator=generator) * 5
     labels = torch.tensor([0, 2]).repeat(15)
     confident = torch.arange(30) % 5 != 0
-    chosen = prototypes.sample(labels, confident)
-    prototypes.update(features[chosen], labels[chosen])
+    chosen, classes = prototypes.sample(labels, confident, present=2)
+    prototypes.update(features[chosen], classes)
     unit = (features / features.norm(dim=1, keepdim=True))[confident]
     kept = labels[confident]
     scores = (unit[:, None] * before[kept]).sum(-1)
@@ -134,7 +135,8 @@ def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
     allowed[60:] = False
     drawn = torch.zeros(85)
     for _ in range(400):
-        chosen = sample_per_class(labels, allowed, torch.full((3,), 10))
+        index, taken = sample_per_class(labels, allowed, torch.full((3,), 10))
+        chosen = index[taken]
         assert len(chosen.unique()) == len(chosen)
         assert labels[chosen].bincount(minlength=3).tolist() == [10, 5, 10]
         drawn[chosen] += 1
@@ -326,6 +328,14 @@ def test_half_precision_gives_the_losses_of_the_rounded_outputs(dtype):
     prototypes.vectors.copy_(before)
     prototypes.update(features.double() / 1e4, torch.arange(30) % 3)
     torch.testing.assert_close(prototypes.vectors, moved)
+
+
+def test_focal_loss_has_the_derivative_of_its_formula():
+    logits = torch.randn(3, 40, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(40) % 2
+    expected = sigmoid_focal_loss(logits, labels.double().expand(3, -1), alpha=0.3, gamma=1.5)
+    torch.testing.assert_close(focal_loss(logits, labels, 0.3, 1.5), expected)
+    assert torch.autograd.gradcheck(lambda logits: focal_loss(logits, labels, 0.3, 1.5), (logits,))
 
 
 def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():

@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from sim_m2f.config import CfgNode
 from sim_m2f.errors import UserError
@@ -22,7 +22,7 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
         raise UserError(f"MODEL.DEVICE: cuda, but PyTorch sees no GPU; {advice}")
     precision = "no"
     if amp.ENABLED and has_gpu and device != "cpu":
-        automatic = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        automatic = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = automatic if amp.DTYPE == "auto" else amp.DTYPE
     missing = [name for name in cfg.TRACKERS if find_spec(name) is None]
     if missing:
@@ -32,4 +32,8 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
         mixed_precision=precision,
         log_with=list(cfg.TRACKERS),
         project_dir=cfg.OUTPUT_DIR,
+        kwargs_handlers=[
+            # ranks give each other their norms' statistics before an evaluation, not in every step
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )

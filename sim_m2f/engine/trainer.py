@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sim_m2f.config import CfgNode, cfg_from_text, changed_on_resume
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.student_colors import student_colors
-from sim_m2f.distributed import gather_on_first_rank, largest_number
+from sim_m2f.distributed import copy_from_first_rank, gather_on_first_rank, largest_number
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.engine.logging import MetricsLogger
@@ -80,6 +80,8 @@ class Trainer:
         self.teacher = build_teacher(cfg, model, device)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
+        # accelerate would turn all outputs into float32; masks that are matched become that, no others
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.iteration = 0
         if self.checkpoint:
             self.previous = (
@@ -138,13 +140,15 @@ class Trainer:
         torch.manual_seed(run * 2**12 + self.accelerator.process_index)
         self.model.train()
         self.criterion.train()
+        torch.backends.cudnn.benchmark = True  # in training, images have one size
         device = self.accelerator.device
         images = batch["images"].to(device, memory_format=torch.channels_last, non_blocking=True)
         targets: Sequence[Target] = batch["targets"]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
         prompts = self.criterion.student_prompts(targets, images)
-        outputs = self.model(self._seen_by_student(images), prompts=prompts)
+        with self.accelerator.autocast():
+            outputs = self.model(self._seen_by_student(images), prompts=prompts)
         losses, matched = self.criterion(outputs, targets, images, self._teacher_outputs(images, targets))
         self.criterion.update(matched)
         self.observed = mask_shapes(matched)
@@ -159,6 +163,7 @@ class Trainer:
         self.scheduler.step()
         if self.teacher:
             self.teacher.update(self.accelerator.unwrap_model(self.model))
+        torch.backends.cudnn.benchmark = False
         self.iteration += 1
         return losses
 
@@ -169,6 +174,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """``evaluate_all`` of the network that TEST.USE_TEACHER names."""
         network = self.teacher.network if self.teacher and self.cfg.TEST.USE_TEACHER else self.model
+        copy_from_first_rank([buffer for buffer in network.buffers() if buffer.is_floating_point()])
         return evaluate_all(self.cfg, network, self.accelerator)
 
     def save(self) -> None:

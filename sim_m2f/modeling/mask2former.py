@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode, validate
 from sim_m2f.modeling.backbone import build_backbone
+from sim_m2f.modeling.low_precision import lowered_weights
 from sim_m2f.modeling.mask_decoder import MaskDecoder
 from sim_m2f.modeling.pixel_decoder import PixelDecoder
 from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts
@@ -35,8 +36,9 @@ class Mask2Former(nn.Module):
 
     def forward(self, images: Tensor, auxiliary: bool = True, prompts: Prompts | None = None) -> Outputs:
         pixel_decoder, predictor = self.sem_seg_head.values()
-        encoded, mask_features = pixel_decoder(self.backbone(images))
-        predictions, prompted = predictor(encoded, mask_features, auxiliary, prompts)
+        with lowered_weights(self):
+            encoded, mask_features = pixel_decoder(self.backbone(images))
+            predictions, prompted = predictor(encoded, mask_features, auxiliary, prompts)
         outputs: Outputs = {**_last(predictions), "mask_features": mask_features}
         if prompts:
             outputs["prompted"] = _last(prompted)

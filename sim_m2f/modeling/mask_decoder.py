@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.modeling.low_precision import lowered
 from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.prompts import PromptEncoder, grown, pixels_in_boxes
 from sim_m2f.structures import LayerOutputs, Prompts
@@ -26,11 +27,13 @@ class Attention(nn.MultiheadAttention):
         self, query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None = None
     ) -> Tensor:
         """(B, Q, width) and (B, K, width) twice; ``allowed`` (B, Q, K) is True where a query may look."""
-        projections = zip(self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3), strict=True)
-        q, k, v = (
-            F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for x, (weight, bias) in zip((query, key, value), projections, strict=True)
-        )
+        inputs, widths = [query, key, value], [self.embed_dim] * 3
+        if key is query:  # one product for both
+            inputs, widths = [query, value], [2 * self.embed_dim, self.embed_dim]
+        weights, biases = self.in_proj_weight.split(widths), self.in_proj_bias.split(widths)
+        projected = [F.linear(*parts) for parts in zip(inputs, weights, biases, strict=True)]
+        heads = [x.unflatten(-1, (-1, self.num_heads, self.head_dim)) for x in projected]
+        q, k, v = (x.transpose(1, 2) for part in heads for x in part.unbind(2))
         mask = None if allowed is None else allowed[:, None]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -57,7 +60,11 @@ class SelfAttentionLayer(Residual):
         self.norm, self.pre_norm = nn.LayerNorm(width), pre_norm
 
     def forward(self, x: Tensor, positions: Tensor, allowed: Tensor | None = None) -> Tensor:
-        return self._added(x, lambda x: self.self_attn(x + positions, x + positions, x, allowed))
+        def attended(x: Tensor) -> Tensor:
+            placed = x + positions
+            return self.self_attn(placed, placed, x, allowed)
+
+        return self._added(x, attended)
 
 
 class CrossAttentionLayer(Residual):
@@ -213,8 +220,8 @@ class MaskDecoder(nn.Module):
         for i, level in enumerate(encoded):
             height, length = level.shape[-2:]
             memory = self.input_proj[i](level).flatten(2).transpose(1, 2) + self.level_embed.weight[i]
-            memories.append(memory)
-            keys.append(memory + sine_positions(height, length, memory.shape[-1], memory.device))
+            memories.append(lowered(memory))
+            keys.append(lowered(memory + sine_positions(height, length, memory.shape[-1], memory.device)))
         return memories, keys
 
     def _embedded(self, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,8 +103,8 @@ class Criterion(nn.Module):
         image, labels = objects.image_index.expand_as(match.query), objects.labels.expand_as(match.query)
         query = torch.where(match.matched, match.query, queries)
         target = target.index_put((layer, image, query), labels)[:, :, :-1]
-        weight = logits.new_ones(self.classes + 1)
-        weight[-1] = self.mask_former.NO_OBJECT_WEIGHT * background
+        last = self.mask_former.NO_OBJECT_WEIGHT * background
+        weight = F.pad(logits.new_ones(self.classes), (0, 1), value=last)
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
         total = mean_over_ranks(weight[target].flatten(1).sum(1)).clamp(min=1e-6)
         return self.mask_former.CLASS_WEIGHT * (loss.view(layers, -1).sum(1) / total).sum()

@@ -16,7 +16,7 @@ from sim_m2f.structures import Target
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
 from sim_m2f.supervision.paste_bank import PasteBank, fit_to
 from sim_m2f.supervision.schedule import resolve_steps
-from sim_m2f.supervision.targets import STRIDE, box_ranges
+from sim_m2f.supervision.targets import STRIDE, box_ranges, numbered
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def paste(
 
     covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
     table = torch.cat([_remaining(targets, covered), _pasted(visible, bank.labels[drawn])]).cpu()
-    image = torch.cat([_images(targets), receivers.repeat_interleave(drawn.shape[1])])
+    image = torch.cat([_images(targets), receivers[:, None].expand(-1, drawn.shape[1]).flatten()])
     return images, _collect(targets, table, image, visible.flatten(0, 1), _enlarged(covered))
 
 
@@ -195,8 +195,7 @@ def _paint(
 
 def _images(targets: Sequence[Target]) -> Tensor:
     """(T,) int64: the image of every annotated object, in order."""
-    counts = torch.tensor([len(target["labels"]) for target in targets])
-    return torch.arange(len(targets)).repeat_interleave(counts)
+    return numbered([len(target["labels"]) for target in targets])
 
 
 def _remaining(targets: Sequence[Target], covered: Tensor) -> Tensor:

@@ -24,12 +24,12 @@ from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
 from sim_m2f.supervision.level_set import level_set
 from sim_m2f.supervision.mask_criterion import MaskCriterion
 from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision, matched_masks
-from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, mask_projections
+from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, TogetherMatcher, assign, mask_projections
 from sim_m2f.supervision.pairwise import pairwise
 from sim_m2f.supervision.paste_loss import copy_paste
 from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.prompting import match_prompts, prompt_queries
-from sim_m2f.supervision.pseudo_masks import PseudoMasks
+from sim_m2f.supervision.pseudo_masks import PseudoLabels, PseudoMasks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps, term_weight
 from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets, map_size
 
@@ -71,14 +71,15 @@ class SIMCriterion(Criterion):
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
             objects = flatten_targets(targets, map_size(outputs["pred_masks"]), images.device)
-            match = self._matched_by(self.matcher, layers, objects)
-            supervision = self._supervision(outputs, objects, match, targets, images, teacher_outputs)
+            match, labels = self._matched(layers, objects, teacher_outputs)
+            features = teacher_outputs["mask_features"] if teacher_outputs else None
+            supervision = self._supervision(outputs, objects, match, targets, images, features, labels)
             masks = matched_masks(mask_logits(layers), match, objects)
             matched = MatchedBoxes(objects, match, masks, supervision)
             losses = self._losses(layers, matched)
             if "prompted" in outputs:
                 layers = self.layers(outputs["prompted"])
-                match = self._matched_by(match_prompts, layers, objects)
+                match = match_prompts(*predictions(layers), objects)
                 masks = matched_masks(mask_logits(layers), match, objects)
                 prompted = replace(matched, match=match, masks=masks)
                 losses |= self.named_prompted(self._losses(layers, prompted, background=False))
@@ -123,8 +124,19 @@ class SIMCriterion(Criterion):
                 losses[name] = weight * term(matched)
         return losses
 
-    def _matched_by(self, matcher: Matcher, layers: Sequence[LayerOutputs], objects: Targets) -> Match:
-        return matcher(stacked_logits(layers), *mask_projections(mask_logits(layers)), objects)
+    def _matched(
+        self, layers: Sequence[LayerOutputs], objects: Targets, teacher_outputs: Outputs | None
+    ) -> tuple[Match, PseudoLabels | None]:
+        """The student's match, and the labels that the teacher makes; both matches in one transfer."""
+        cost = self.matcher.cost(*predictions(layers), objects)
+        if teacher_outputs is None:
+            return assign(cost, objects), None
+        taught, matcher = self.teacher_layers(teacher_outputs)
+        together = TogetherMatcher(self.matcher, cost)
+        if matcher is self.matcher:
+            matcher = together
+        labels = self.pseudo_masks(taught, teacher_outputs["mask_features"], objects, matcher)
+        return together.waited if matcher is together else assign(cost, objects), labels
 
     def _supervision(
         self,
@@ -133,13 +145,9 @@ class SIMCriterion(Criterion):
         match: Match,
         targets: Sequence[Target],
         images: Tensor,
-        teacher_outputs: Outputs | None,
+        features: Tensor | None,
+        labels: PseudoLabels | None,
     ) -> Supervision:
-        features = labels = None
-        if teacher_outputs is not None:
-            layers, matcher = self.teacher_layers(teacher_outputs)
-            features = teacher_outputs["mask_features"]
-            labels = self.pseudo_masks(layers, features, objects, matcher)
         rgb, valid = self.pixels.undo(images), _valid(targets, images)
         colors = self._colors(outputs, objects, match, rgb, valid)
         run = self.sim, self.points, self.step, self.max_iter
@@ -156,7 +164,12 @@ class SIMCriterion(Criterion):
         if "prompted" in outputs:
             masks, query = outputs["prompted"]["pred_masks"], prompt_queries(objects)
         prior = fade_out(self.step, resolve_steps(keys.PRIOR, self.max_iter))
-        return color_labels(masks[objects.image_index, query], rgb, valid, objects, keys, prior)
+        return color_labels(masks[objects.image_index, query].float(), rgb, valid, objects, keys, prior)
+
+
+def predictions(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor, Tensor]:
+    """What a ``Matcher`` takes of the layers: class logits and the masks' projections."""
+    return stacked_logits(layers), *mask_projections(mask_logits(layers))
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

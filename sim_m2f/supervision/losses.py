@@ -1,5 +1,7 @@
 """Dice and focal loss, each in one place."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -49,6 +51,25 @@ def focal_loss(logits: Tensor, labels: Tensor, alpha: float, gamma: float) -> Te
     Returns:
         (..., P).
     """
-    against = torch.where(labels == 1, -logits, logits)
-    weight = torch.where(labels == 1, alpha, 1 - alpha)
-    return weight * against.sigmoid() ** gamma * F.softplus(against)
+    return _Focal.apply(logits, labels == 1, alpha, gamma)
+
+
+class _Focal(torch.autograd.Function):
+    """With its derivative written out, so that nothing but the logits is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+        ctx.save_for_backward(logits, positive)
+        ctx.keys = alpha, gamma
+        against = torch.where(positive, -logits, logits)
+        weight = torch.where(positive, alpha, 1 - alpha)
+        return weight * against.sigmoid() ** gamma * F.softplus(against)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (logits, positive), (alpha, gamma) = ctx.saved_tensors, ctx.keys
+        against = torch.where(positive, -logits, logits)
+        probability = against.sigmoid()
+        slope = F.softplus(against).mul_(1 - probability).mul_(gamma).add_(probability)
+        slope *= probability**gamma
+        return gradient * slope * torch.where(positive, -alpha, 1 - alpha), None, None, None

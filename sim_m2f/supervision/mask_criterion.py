@@ -37,8 +37,8 @@ class MaskCriterion(Criterion):
             layers = self.layers(outputs)
             masks = mask_logits(layers)
             objects = flatten_targets(targets, map_size(masks[0]), images.device)
-            truth = [target["masks"].to(images.device) for target in targets]
-            match = self.matcher(stacked_logits(layers), [layer.float() for layer in masks], truth, objects)
+            truth = [target["masks"].to(images.device, non_blocking=True) for target in targets]
+            match = self.matcher(stacked_logits(layers), masks, truth, objects)
             matched = Matched(objects, match, matched_masks(masks, match, objects))
             losses = self._losses(layers, matched, torch.cat(truth))
             if "prompted" in outputs:

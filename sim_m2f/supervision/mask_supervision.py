@@ -48,7 +48,8 @@ class MaskMatcher:
         cost = self.class_weight * class_cost(logits, targets)
         for image, truth in enumerate(masks):
             points = torch.rand(1, self.num_points, 2, device=logits.device)
-            predicted = torch.cat([sample_points(layer[image, None], points) for layer in mask_logits])
+            maps = (layer[image, None].float() for layer in mask_logits)
+            predicted = torch.cat([sample_points(layer, points) for layer in maps])
             target = sample_points(truth[None].to(predicted.dtype), points)[0]
             mask_cost = self.mask_weight * _cross_entropy_cost(predicted, target)
             mask_cost += self.dice_weight * linear_dice_cost(predicted.sigmoid(), target)

@@ -45,24 +45,52 @@ class BoxMatcher:
         self.projection_weight = projection_weight
         self.box_weight = box_weight
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor, along_x: Tensor, along_y: Tensor, targets: Targets) -> Match:
         """
+        Raises:
+            UserError: a cost is not finite, because the network has diverged.
+        """
+        return assign(self.cost(logits, along_x, along_y, targets), targets)
+
+    @torch.no_grad()
+    def cost(self, logits: Tensor, along_x: Tensor, along_y: Tensor, targets: Targets) -> Tensor:
+        """(L, B, Q, N): what each query costs for each of the image's objects.
+
         Args:
             logits: (L, B, Q, C+1) class logits of L layers.
             along_x: (L, B, Q, w), largest mask probability of every column, stride 4.
             along_y: (L, B, Q, h), likewise of every row.
             targets: the objects of the batch.
-
-        Raises:
-            UserError: a cost is not finite, because the network has diverged.
         """
         columns, rows = (_padded(projection, targets) for projection in targets.projections)
         cost = self.class_weight * class_cost(logits, targets)
         cost = cost + self.projection_weight * (dice_cost(along_x, columns) + dice_cost(along_y, rows))
         if self.box_weight:
             cost = cost + self.box_weight * _box_cost(along_x, along_y, targets)
-        return assign(cost, targets)
+        return cost
+
+
+class TogetherMatcher:
+    """A ``Matcher`` that assigns, when it is called, what has waited for that too: one transfer for both.
+
+    Args:
+        matcher: whose costs count.
+        waiting: (L, B, Q, N) costs of the same batch.
+
+    Attributes:
+        waited: the match of the waiting costs.
+    """
+
+    def __init__(self, matcher: BoxMatcher, waiting: Tensor) -> None:
+        self.matcher, self.waiting = matcher, waiting
+
+    def __call__(self, logits: Tensor, along_x: Tensor, along_y: Tensor, targets: Targets) -> Match:
+        both = assign(
+            torch.cat([self.waiting, self.matcher.cost(logits, along_x, along_y, targets)]), targets
+        )
+        layers = len(self.waiting)
+        self.waited = Match(both.query[:layers], both.matched[:layers])
+        return Match(both.query[layers:], both.matched[layers:])
 
 
 def class_cost(logits: Tensor, targets: Targets) -> Tensor:

@@ -24,20 +24,39 @@ def pairwise(matched: MatchedBoxes) -> Tensor:
 
 
 class SameLabel(torch.autograd.Function):
-    """-log P(same label) = softplus(a) + softplus(b) - softplus(a + b) of two logits, with its derivative
-    sigmoid(a) - sigmoid(a + b) written out, so that nothing but the logits is kept for the backward pass."""
+    """Sums of -log P(same label) = softplus(a) + softplus(b) - softplus(a + b) of pairs of logits.
+
+    The derivative sigmoid(a) - sigmoid(a + b) is written out and the pairs are gathered once more for it, so
+    that nothing is kept for the backward pass but the masks, and all pairs share one gradient of them.
+
+    Takes logits (L, S) of S places, the first places (P,) of D x P pairs, the second (D, P), weights (D, P),
+    the object (P,) of each first place, and the number T of objects; returns (L, T).
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+    def forward(
+        ctx: Any, logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, target: Tensor, objects: int
+    ) -> Tensor:
+        ctx.save_for_backward(logits, first, second, weight, target)
         softplus = torch.nn.functional.softplus
-        return softplus(a) + softplus(b) - softplus(a + b)
+        sums, a = logits.new_zeros(len(logits), objects), logits.index_select(1, first)
+        for place, share in zip(second, weight, strict=True):
+            b = logits.index_select(1, place)
+            loss = softplus(a).add_(softplus(b)).sub_(softplus(b.add_(a)))
+            sums.index_add_(1, target, loss.mul_(share))
+        return sums
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        both = (a + b).sigmoid()
-        return gradient * (a.sigmoid() - both), gradient * (b.sigmoid() - both)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, first, second, weight, target = ctx.saved_tensors
+        result, a = torch.zeros_like(logits), logits.index_select(1, first)
+        for place, share in zip(second, weight, strict=True):
+            b = logits.index_select(1, place)
+            both = (a + b).sigmoid_()
+            each = gradient.index_select(1, target).mul_(share)
+            result.index_add_(1, place, b.sigmoid_().sub_(both).mul_(each))
+            result.index_add_(1, first, a.sigmoid().sub_(both).mul_(each))
+        return result, None, None, None, None, None
 
 
 def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
@@ -55,27 +74,24 @@ def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int
     Returns:
         (L, T) sums and (T,) numbers.
     """
-    layers, objects, height, width = logits.shape
+    _, objects, height, width = logits.shape
     pixels = box_pixels(targets, margin=dilation)
     columns, rows = (projection.bool() for projection in targets.projections)
     position = pixels.y * width + pixels.x
     first = (pixels.target * height * width) + position
     inside = _in_box(columns, rows, pixels.target, pixels.x, pixels.y)
     image = targets.image_index[pixels.target]
-    flat_logits = logits.flatten(1)
-    first_logits = flat_logits.index_select(1, first)
 
-    sums = logits.new_zeros(layers, objects)
-    numbers = logits.new_zeros(objects)
+    seconds, weights = [], []
     for direction, (dy, dx) in enumerate(neighbour_offsets(dilation)):
         exists = edges[image, direction, pixels.y, pixels.x]
         other_inside = _in_box(columns, rows, pixels.target, pixels.x + dx, pixels.y + dy)
-        weight = exists * (inside.to(logits.dtype) + other_inside)
-        second = torch.where(exists, first + dy * width + dx, first)
-        loss = SameLabel.apply(first_logits, flat_logits.index_select(1, second)) * weight
-        sums = sums.index_add(1, pixels.target, loss)
-        numbers = numbers.index_add(0, pixels.target, weight)
-    return sums, numbers
+        weights.append(exists * (inside.to(logits.dtype) + other_inside))
+        seconds.append(torch.where(exists, first + dy * width + dx, first))
+    weight = torch.stack(weights)
+    pairs = first, torch.stack(seconds), weight, pixels.target
+    sums = SameLabel.apply(logits.flatten(1), *pairs, objects)
+    return sums, logits.new_zeros(objects).index_add(0, pixels.target, weight.sum(0))
 
 
 def _in_box(columns: Tensor, rows: Tensor, target: Tensor, x: Tensor, y: Tensor) -> Tensor:

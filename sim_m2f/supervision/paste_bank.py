@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sim_m2f.supervision.targets import STRIDE, Targets
+from sim_m2f.supervision.targets import STRIDE, Targets, numbered
 
 # What a checkpoint calls the attributes of a bank.
 STATE = {
@@ -92,8 +92,7 @@ class PasteBank:
     def slots(self) -> Tensor:
         """(M,) int64: where in ``images`` each object's image is."""
         oldest = self.entered - len(self)
-        image = torch.arange(oldest, self.entered).repeat_interleave(torch.tensor(self.counts))
-        return (image % self.capacity).to(self.labels.device, non_blocking=True)
+        return ((oldest + numbered(self.counts)) % self.capacity).to(self.labels.device, non_blocking=True)
 
     def draw(self, times: int, most: int) -> tuple[Tensor, Tensor]:
         """Draw objects without replacement by score^power, several times independently.

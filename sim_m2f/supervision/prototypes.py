@@ -32,16 +32,24 @@ class Prototypes(nn.Module):
         self.keys = keys
         self.register_buffer("vectors", F.normalize(torch.randn(classes, keys.COUNT, width), dim=-1))
 
-    def sample(self, labels: Tensor, confident: Tensor) -> Tensor:
-        """Indices of the pixels that an update takes, all of a class on all ranks with the same probability.
+    def sample(self, labels: Tensor, confident: Tensor, present: int) -> tuple[Tensor, Tensor]:
+        """The pixels that an update takes, all of a class on all ranks with the same probability.
 
         Args:
             labels: (N,) int64, the classes of the pixels' objects.
             confident: (N,) bool, whether the pixel surely belongs to its object; only these count.
+            present: how many classes there are among the labels.
+
+        Returns:
+            (M,) indices and (M,) classes, C for a place that is left over: M is known without asking the
+            device.
         """
         own = torch.zeros(len(self.vectors), device=labels.device).index_add(0, labels, confident.float())
         share = own * ranks() / sum_over_ranks(own).clamp(min=1)
-        return sample_per_class(labels, confident, (self.keys.PIXELS_PER_CLASS * share).round())
+        index, taken = sample_per_class(labels, confident, (self.keys.PIXELS_PER_CLASS * share).round())
+        most = present * self.keys.PIXELS_PER_CLASS * ranks()
+        first = (~taken).int().argsort(stable=True)[:most]
+        return index[first], torch.where(taken, labels[index], len(self.vectors))[first]
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -49,18 +57,20 @@ class Prototypes(nn.Module):
 
         Args:
             features: (N, d) the teacher's features of N pixels, of any length.
-            labels: (N,) int64, the classes of their objects.
+            labels: (N,) int64, the classes of their objects; a pixel of class C does not count.
         """
         features = F.normalize(features.float(), dim=-1)
         classes, count, width = self.vectors.shape
-        scores = torch.einsum("nd,nld->nl", features, self.vectors[labels])
-        plan = sinkhorn(scores, labels, classes, self.keys.EPSILON, self.keys.ITERATIONS)
+        vectors = F.pad(self.vectors, (0, 0, 0, 0, 0, 1))  # and those of class C
+        scores = torch.einsum("nd,nld->nl", features, vectors[labels])
+        plan = sinkhorn(scores, labels, classes + 1, self.keys.EPSILON, self.keys.ITERATIONS)
         slot = labels * count + plan.argmax(1)
-        sums = features.new_zeros(classes * count, width).index_add(0, slot, features)
-        numbers = features.new_zeros(classes * count).index_add(0, slot, features.new_ones(len(slot)))
-        sums, numbers = sum_over_ranks(sums), sum_over_ranks(numbers).view(classes, count, 1)
+        slots = (classes + 1) * count
+        sums = sum_over_ranks(features.new_zeros(slots, width).index_add(0, slot, features))
+        numbers = sum_over_ranks(features.new_zeros(slots).index_add(0, slot, features.new_ones(len(slot))))
+        sums, numbers = (total.view(classes + 1, count, -1)[:-1] for total in (sums, numbers))
         momentum = self.keys.MOMENTUM
-        centroid = sums.view(classes, count, width) / numbers.clamp(min=1)
+        centroid = sums / numbers.clamp(min=1)
         moved = F.normalize(momentum * self.vectors + (1 - momentum) * centroid, dim=-1)
         self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors))
 
@@ -82,19 +92,22 @@ class Prototypes(nn.Module):
         return scores.gather(1, own).amax(1)
 
 
-def sample_per_class(labels: Tensor, allowed: Tensor, limits: Tensor) -> Tensor:
-    """Indices of so many allowed pixels of every class at most, each of a class with the same probability.
+def sample_per_class(labels: Tensor, allowed: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """So many allowed pixels of every class at most, each of a class with the same probability.
 
     Args:
         labels: (N,) int64.
         allowed: (N,) bool.
         limits: (C,) most of each class.
+
+    Returns:
+        (N,) indices of all pixels in another order, and (N,) bool, which of them are drawn.
     """
     shuffled = torch.randperm(len(labels), device=labels.device)
     key = torch.where(allowed, labels, -1)[shuffled]
     key, order = key.sort(stable=True)
     rank = torch.arange(len(labels), device=labels.device) - torch.searchsorted(key, key)
-    return shuffled[order[(key >= 0) & (rank < limits[key])]]
+    return shuffled[order], (key >= 0) & (rank < limits[key])
 
 
 def sinkhorn(scores: Tensor, labels: Tensor, classes: int, epsilon: float, iterations: int) -> Tensor:

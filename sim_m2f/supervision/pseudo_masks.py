@@ -116,8 +116,8 @@ class PseudoMasks(nn.Module):
         """Let the prototypes follow the teacher's features (B, d, h, w) at pixels with a confident M_I."""
         confident = labels.instance > self.sim.PROTOTYPES.CONFIDENT
         classes = targets.labels[labels.pixels.target]
-        chosen = self.prototypes.sample(classes, confident)
-        self.prototypes.update(features_at(features, targets, labels.pixels, chosen), classes[chosen])
+        chosen, classes = self.prototypes.sample(classes, confident, len(targets.classes))
+        self.prototypes.update(features_at(features, targets, labels.pixels, chosen), classes)
 
     @torch.no_grad()
     def evidence(
@@ -209,9 +209,9 @@ def positive_masks(
     overlap = iou(boxes, targets.relative_boxes[:, None])
     weight = probability * overlap
     matched = (weight.gather(2, match.query[..., None])[..., 0] + LEAST_WEIGHT) * match.matched
-    taken = match.matched.new_zeros(batch, count + 1)  # a column more is that of the objects left over
-    taken[targets.image_index, torch.where(match.matched[-1], match.query[-1], count)] = True
-    free = ~taken[targets.image_index, :count]
+    free = match.matched.new_ones(batch, count + 1)  # a column more is that of the objects left over
+    own = targets.image_index, torch.where(match.matched[-1], match.query[-1], count)
+    free = free.index_put(own, free.new_zeros(()))[targets.image_index, :count]
     claims = torch.where(free & (overlap[-1] >= min_iou), weight[-1], 0.0)
     further, further_query = claims.topk(min(queries, count), dim=1)
     return PositiveMasks(
@@ -235,12 +235,12 @@ def instance_probability(
     Returns:
         (P,) probabilities; 0 for an object without a mask.
     """
-    image = targets.image_index[pixels.target]
-    total = torch.zeros(len(image), device=image.device)
-    for layer, query, weight in zip(masks.layer, masks.query, masks.weight, strict=True):
-        values = mask_logits[layer][image, query[pixels.target], pixels.y, pixels.x].float().sigmoid()
-        total = total + values * weight[pixels.target]
-    return total / masks.weight.sum(0).clamp(min=LEAST_WEIGHT)[pixels.target]
+    _, queries, height, width = mask_logits[0].shape
+    first = (targets.image_index * queries + masks.query)[:, pixels.target] * (height * width)
+    positions = first + (pixels.y * width + pixels.x)
+    values = [mask_logits[layer].flatten()[at] for layer, at in zip(masks.layer, positions, strict=True)]
+    share = masks.weight / masks.weight.sum(0).clamp(min=LEAST_WEIGHT)
+    return (torch.stack(values).float().sigmoid() * share[:, pixels.target]).sum(0)
 
 
 def positive_thresholds(

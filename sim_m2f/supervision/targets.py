@@ -101,6 +101,14 @@ class BoxPixels:
         return there, exists & (self.y[there] == self.y + dy)
 
 
+def numbered(counts: Sequence[int]) -> Tensor:
+    """(sum of counts,) int64 on the CPU: 0 so many times, then 1, ...
+
+    ``repeat_interleave`` would wake all threads for it.
+    """
+    return torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], dtype=torch.int64)
+
+
 def map_size(maps: Tensor) -> tuple[int, int]:
     """Height and width of maps (..., h, w)."""
     return maps.shape[-2], maps.shape[-1]
@@ -118,7 +126,7 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
     labels = torch.cat([target["labels"].reshape(-1) for target in targets])
     pasted, pasted_index, pasted_masks = _pasted(targets, size, device)
     classes, class_index = labels.cpu().unique(return_inverse=True)
-    image_index = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    image_index = numbered(counts)
     return Targets(
         labels=labels.to(device, non_blocking=True),
         image_index=image_index.to(device, non_blocking=True),

@@ -1,0 +1,81 @@
+"""Weights in autocast's precision, cast all together; autocast itself casts each one where it is used."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sim_m2f.modeling.frozen_norm import NormedConv
+
+Place = tuple[dict[str, Any], str]  # parameters or buffers of a module, and the name of one
+LOWERED = nn.Linear, nn.Conv2d, nn.MultiheadAttention  # what autocast computes in low precision
+
+
+def lowered(x: Tensor) -> Tensor:
+    """In autocast's precision where autocast is on."""
+    dtype = _autocast_dtype(x.device)
+    return x.to(dtype) if dtype else x
+
+
+@contextmanager
+def lowered_weights(network: nn.Module) -> Iterator[None]:
+    """The weights of the network's linear layers and convolutions are in autocast's precision meanwhile.
+
+    Those of a convolution with a frozen norm are multiplied by it before they are cast. Gradients reach the
+    weights themselves. Where autocast is off, nothing is done.
+    """
+    dtype = _autocast_dtype(next(network.parameters()).device)
+    if dtype is None:
+        yield
+        return
+    modules = [module for module in network.modules() if isinstance(module, LOWERED)]
+    normed = [module for module in modules if isinstance(module, NormedConv)]
+    weights: list[Tensor] = [conv.weight for conv in normed]
+    scales: list[Tensor] = [conv.scale for conv in normed if conv.scale is not None]
+    products = torch._foreach_mul(weights, scales) if normed else ()
+    places: list[Place] = [(conv._parameters, "weight") for conv in normed]
+    places += [(conv._buffers, "shift") for conv in normed]
+    others = [module._parameters for module in modules if not isinstance(module, NormedConv)]
+    places += [(own, name) for own in others for name in own if own[name] is not None]
+    kept = [(own, name, own[name]) for own, name in [*places, *((conv._buffers, "scale") for conv in normed)]]
+    values = [*products, *(value for _, _, value in kept[len(products) : len(places)])]
+    try:
+        for learning in (True, False):
+            some = [pair for pair in zip(places, values, strict=True) if pair[1].requires_grad == learning]
+            copies = _Lower.apply(dtype, *(value for _, value in some))
+            for ((own, name), _), copy in zip(some, copies, strict=True):
+                own[name] = copy
+        for conv in normed:
+            conv._buffers["scale"] = None
+        yield
+    finally:
+        for own, name, value in kept:
+            own[name] = value
+
+
+class _Lower(torch.autograd.Function):
+    """Tensors in another precision, and their gradients in float32, by one fused call each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_copies(tensors, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        copies = iter(_copies([g for g in gradients if g is not None], torch.float32))
+        return None, *(None if gradient is None else next(copies) for gradient in gradients)
+
+
+def _copies(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
