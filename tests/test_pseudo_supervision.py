@@ -14,9 +14,9 @@ import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
+from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
-from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
 from sim_m2f.supervision.pseudo_masks import (
