@@ -130,6 +130,7 @@ def main() -> None:
     cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
     if args.run:
         cfg, network = trained(args.run)
+        network.cpu()
     truth = read_coco(eval_sources(cfg)[0], read_masks=True)
     scored = coco_metrics.load_truth(truth.annotations_file)
     ious: dict[str, list[float]] = defaultdict(list)

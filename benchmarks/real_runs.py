@@ -35,12 +35,12 @@ REAL = shipped_configs() / "real" / "rows"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a row of a set, from a seed."""
+    """One run: a row with its configuration, the results file it belongs in, and what is special about it."""
 
-    set: str
     row: str
-    seed: int
     cfg: CfgNode
+    results: Path
+    settings: str = ""
 
     @property
     def folder(self) -> Path:
@@ -65,7 +65,7 @@ def configuration(name: str, row: str, seed: int, args: argparse.Namespace) -> C
     return cfg
 
 
-def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[str, dict] | None]") -> None:
+def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[Path, dict]]") -> None:
     """Train and measure, in a process of its own, which writes to the log in the run's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     log = (job.folder / "log.txt").open("a", buffering=1)
@@ -74,21 +74,21 @@ def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[str, dict] | Non
     torch.set_num_threads(1)
     try:
         build_trainer(job.cfg).train()
-        queue.put((job.set, measure(job.row, job.folder, "")))
+        queue.put((job.results, measure(job.row, job.folder, job.settings)))
     except (Exception, SystemExit):
         traceback.print_exc()
         sys.exit(1)
 
 
-def run_all(jobs: list[Job], args: argparse.Namespace) -> int:
-    """Run all, ``args.jobs`` at a time; returns how many failed."""
+def run_all(jobs: list[Job], at_a_time: int) -> int:
+    """Run all, several at a time; returns how many failed."""
     fork = multiprocessing.get_context("fork")
     queue = fork.SimpleQueue()
     waiting, running, failed = list(reversed(jobs)), dict[BaseProcess, Job](), 0
     gc.freeze()
     with tqdm(total=len(jobs), unit="run", mininterval=0) as bar:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
+            while waiting and len(running) < at_a_time:
                 job = waiting.pop()
                 process = fork.Process(target=run_job, args=(job, queue))
                 process.start()
@@ -97,8 +97,7 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> int:
             for process in [process for process in running if not process.is_alive()]:
                 job = running.pop(process)
                 while not queue.empty():
-                    name, row = queue.get()
-                    store(args.results / f"real_{name}.json", row)
+                    store(*queue.get())
                 if process.exitcode:
                     failed += 1
                     bar.write(f"{job.folder}: failed, see log.txt there")
@@ -106,10 +105,8 @@ def run_all(jobs: list[Job], args: argparse.Namespace) -> int:
     return failed
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="+", metavar="SET", help="people, pennfudan, nuclei or coco_more")
-    parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What says how rows are trained."""
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -117,14 +114,21 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("output/real"), metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sets", nargs="+", metavar="SET", help="people, pennfudan, nuclei or coco_more")
+    parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
+    add_run_arguments(parser)
     args = parser.parse_args()
     jobs = [
-        Job(name, Path(row).stem, seed, configuration(name, row, seed, args))
+        Job(Path(row).stem, configuration(name, row, seed, args), args.results / f"real_{name}.json")
         for seed in args.seeds
         for name in args.sets
         for row in args.rows
     ]
-    return min(run_all(jobs, args), 1)
+    return min(run_all(jobs, args.jobs), 1)
 
 
 if __name__ == "__main__":

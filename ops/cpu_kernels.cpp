@@ -138,9 +138,8 @@ void read_points(const Problem& p, int64_t image, int64_t query, int64_t head, P
   for (int64_t k = 0; k < s.count; ++k)
     s.shift_x[k] = s.pair[2 * k] - A(0.5), s.shift_y[k] = s.pair[2 * k + 1] - A(0.5);
   for (int64_t level = 0; level < p.levels; ++level) {
-    A centre[2];
     const int64_t* stride = p.reference_strides;
-    load(p.reference, p.point_type, image * stride[0] + query * stride[1] + level * stride[2], 2, centre);
+    const A* centre = static_cast<const A*>(p.reference) + image * stride[0] + query * stride[1] + level * stride[2];
     for (int64_t k = level * p.points; k < (level + 1) * p.points; ++k) s.x[k] = centre[0], s.y[k] = centre[1];
   }
   softmax(s.attention, s.count, s.padded);

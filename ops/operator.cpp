@@ -62,6 +62,10 @@ Type number_type(ScalarType type) {
   }
 }
 
+ScalarType accumulation_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Checks one argument against value: device, shape (where one is known) and type.
 void check(const char* name, const Tensor& argument, const Tensor& value, const Sizes& shape) {
   if (argument.is_cuda() != value.is_cuda() || argument.get_device_index() != value.get_device_index())
@@ -112,8 +116,7 @@ struct Arguments {
   Arguments(const Tensor& value_, const Tensor& shapes_, const Tensor& starts_, const Tensor& locations_,
             const Tensor& weights_, const std::optional<Tensor>& reference_) {
     check_all(value_, shapes_, starts_, locations_, weights_, reference_);
-    const bool same = locations_.scalar_type() == value_.scalar_type() && weights_.scalar_type() == value_.scalar_type() &&
-                      (!reference_ || reference_->scalar_type() == value_.scalar_type());
+    const bool same = locations_.scalar_type() == value_.scalar_type() && weights_.scalar_type() == value_.scalar_type();
     const ScalarType point_type = same ? value_.scalar_type() : ScalarType::Float;
     value = dense(value_);
     shapes = dense(shapes_);
@@ -130,7 +133,7 @@ struct Arguments {
     problem.starts = starts.const_data_ptr<int64_t>();
     problem.locations = locations.const_data_ptr();
     problem.weights = weights.const_data_ptr();
-    if (reference_) set_reference(torch::stable::to(*reference_, point_type));
+    if (reference_) set_reference(torch::stable::to(*reference_, accumulation_type(value)));
     if (!value.is_cuda()) check_levels(shapes, starts, problem.keys);
   }
 
@@ -191,10 +194,6 @@ Tensor run_forward(Arguments& arguments) {
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // of value, locations, weights
-
-ScalarType accumulation_type(const Tensor& value) {
-  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 
 // Atomic additions need zeros in the accumulation type; the CPU kernels write every number of the gradient themselves.
 Tensor new_grad_value(const Tensor& value) {

@@ -13,19 +13,19 @@ enum class Type { f32, f64, f16, bf16 };
 // Fused form: `locations` are offsets in pixels from the reference points, `weights` are logits.
 struct Problem {
   int64_t batch, keys, heads, channels, queries, levels, points;
-  Type value_type, point_type;  // of value, output, gradients of both; of locations and their gradient, weights, reference
+  Type value_type, point_type;  // of value, output, gradients of both; of locations and their gradient, weights
   const void* value;            // (batch, keys, heads, channels)
   const int64_t* shapes;        // (levels, 2): height, width
   const int64_t* starts;        // (levels)
   const void* locations;        // (batch, queries, heads, levels, points, 2): x, y
   const void* weights;          // (batch, queries, heads, levels, points)
-  const void* reference;        // (batch, queries, levels, 2): x, y
+  const void* reference;        // (batch, queries, levels, 2): x, y, in the accumulation type: float; double for f64
   int64_t reference_strides[3];
   const void* grad_output;  // backward: (batch, queries, heads * channels)
   void* output;                // forward
   void* grad_value;
   void* grad_locations;
-  void* grad_weights;  // in the accumulation type: float; double for f64
+  void* grad_weights;  // in the accumulation type
 
   int64_t samples() const { return levels * points; }
 };

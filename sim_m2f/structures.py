@@ -68,7 +68,8 @@ class Target(TypedDict):
     labels: (N,) int64, 0 to C-1.
     boxes: (N, 4) float xyxy in pixels of the network's input.
     valid: (H, W) bool, False on padding and on rows without usable annotation; all usable where absent.
-    masks: (N, H, W) bool, for mask supervision only.
+    masks: (N, H, W) bool, for supervision by masks only.
+    known: (N,) bool, whose mask is annotated; False where "masks" is empty.
     pasted: (N,) bool, objects that copy-paste has put there.
     pasted_masks: (N, h, w) bool at stride 4, their visible pixels; False for all others.
     """
@@ -77,6 +78,7 @@ class Target(TypedDict):
     boxes: Tensor
     valid: NotRequired[Tensor]
     masks: NotRequired[Tensor]
+    known: NotRequired[Tensor]
     pasted: NotRequired[Tensor]
     pasted_masks: NotRequired[Tensor]
 
@@ -88,7 +90,8 @@ class Annotated(TypedDict):
     boxes: (N, 4) float32 xyxy in its pixels.
     labels: (N,) int64.
     valid: (H, W) uint8, 0 on rows without usable annotation.
-    masks: (N, H, W) uint8, for mask supervision only.
+    masks: (N, H, W) uint8, for supervision by masks only.
+    known: (N,) bool, whose mask is annotated.
     """
 
     image: tv_tensors.Image
@@ -96,6 +99,7 @@ class Annotated(TypedDict):
     labels: Tensor
     valid: tv_tensors.Mask
     masks: NotRequired[tv_tensors.Mask]
+    known: NotRequired[Tensor]
 
 
 class Sample(TypedDict):
@@ -105,7 +109,8 @@ class Sample(TypedDict):
     boxes: (N, 4) float32 xyxy in its pixels.
     labels: (N,) int64.
     valid: (h, w) bool.
-    masks: (N, h, w) bool, for mask supervision only.
+    masks: (N, h, w) bool, for supervision by masks only.
+    known: (N,) bool, whose mask is annotated.
     image_id: id in the JSON.
     original_size: height and width in the JSON.
     """
@@ -115,6 +120,7 @@ class Sample(TypedDict):
     labels: Tensor
     valid: Tensor
     masks: NotRequired[Tensor]
+    known: NotRequired[Tensor]
     image_id: int
     original_size: Size
 

@@ -99,7 +99,7 @@ def test_steps_may_be_fractions_of_the_run():
     [
         ("INPUT.RANDOM_FLIP", "horizontl", "'horizontl' does not exist; take horizontal, vertical or none"),
         ("MODEL.RESNETS.NORM", "LN", "'LN' does not exist; take FrozenBN, BN, SyncBN or GN"),
-        ("MODEL.SIM.SUPERVISION", "points", "'points' does not exist; take box or mask"),
+        ("MODEL.SIM.SUPERVISION", "points", "'points' does not exist; take box, mixed or mask"),
         ("TRACKERS", ("tensorboard", "visdom"), "'visdom' does not exist"),
         ("MODEL.DEVICE", "cuda:1", "take auto, cpu or cuda"),
         ("SOLVER.OPTIMIZER", "SGD", "the only choice is 'ADAMW'"),

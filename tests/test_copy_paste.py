@@ -432,7 +432,7 @@ def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
     images = random_images(1)
     objects = flatten_targets([make_target([[0, 0, 32, 32], [32, 0, 64, 32]])], (8, 16), CPU)
     masks = torch.rand(2, 8, 16)
-    colors = ColorLabels(masks, torch.tensor([0.9, 0.4]))
+    colors = ColorLabels(masks, torch.tensor([0.9, 0.4]), torch.ones(2))
     valid = torch.ones(1, 8, 16, dtype=torch.bool)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))

@@ -102,7 +102,7 @@ def test_default_architectures_end_with_ptx(monkeypatch):
 
 
 @pytest.mark.skipif(nvcc is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.slow
 def test_cuda_kernels_compile_without_spills(tmp_path, architecture):
     """ptxas reports no spilled register and no stack in any kernel."""

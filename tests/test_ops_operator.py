@@ -222,6 +222,83 @@ def test_fused_front_in_half_precision_is_the_rounded_exact_result(device, dtype
         assert ((result.double() - exact).abs() <= rounding).all()
 
 
+PIXELS = [  # levels whose pixels are the queries: whole tiles, cut ones, thin levels and some without pixels
+    ((8, 16), (4, 8), (2, 4)),
+    ((13, 17), (7, 9), (3, 5)),
+    ((1, 30), (0, 4), (11, 1), (5, 0), (9, 9)),
+]
+
+
+def pixel_problem(shapes, **sizes):
+    return random_problem(shapes=shapes, queries=sum(h * w for h, w in shapes), **sizes)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shapes", PIXELS[:2])
+@pytest.mark.parametrize("channels", [16, 32, 64, 20])
+def test_queries_that_are_pixels(device, shapes, channels):
+    """The CUDA kernels take them in tiles of 8 x 8."""
+    problem = pixel_problem(shapes, channels=channels)
+    grad_output = noise(problem)
+    results = forward_and_gradients(problem.to(torch.float32).to(device), grad_output.float().to(device))
+    for result, expected in zip(results, expected_results(problem, grad_output), strict=True):
+        assert distance(result, expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_pixels_of_thin_and_empty_levels(device):
+    """The definition by loops, as grid_sample takes no empty level."""
+    problem = pixel_problem(PIXELS[2], batch=1, heads=2, channels=8, points=2)
+    problem.locations.nan_to_num_(0)  # a level without pixels
+    output = attend(problem.to(torch.float32).to(device))
+    assert distance(output, by_loops(problem)) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_queries_on_the_same_pixels(device):
+    """All sums of a tile fall on the same rows of the gradient."""
+    problem = pixel_problem(((16, 24), (8, 12)), heads=2)
+    problem.locations[..., 0] = problem.locations[..., 0] / 64 + 0.5
+    problem.locations[..., 1] = problem.locations[..., 1] / 64 + 0.25
+    grad_output = noise(problem)
+    results = forward_and_gradients(problem.to(torch.float32).to(device), grad_output.float().to(device))
+    for result, expected in zip(results[:2], expected_results(problem, grad_output), strict=False):
+        assert distance(result, expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("points", [1, 9, 70])
+def test_few_and_many_points(device, points):
+    """So many that a block's memory holds smaller tiles, or none."""
+    problem = random_problem(shapes=((7, 5), (4, 6)), points=points, queries=21)
+    grad_output = noise(problem)
+    results = forward_and_gradients(problem.to(torch.float32).to(device), grad_output.float().to(device))
+    for result, expected in zip(results, expected_results(problem, grad_output), strict=True):
+        assert distance(result, expected.detach()) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("channels", [20, 32])
+@compiled
+def test_half_offsets_with_float32_reference_points(device, dtype, channels):
+    """As under autocast: the results are those of the same offsets and logits in float32."""
+    problem = random_problem(channels=channels)
+    value, reference, offsets, logits = fused_inputs(problem, (1, 3))
+    offsets = (4 * offsets).round() / 4 + 1 / 8
+    reference = torch.full_like(reference, 0.4)  # not a number of the lower precision
+    inputs = [value.to(dtype), reference, offsets.to(dtype), logits.to(dtype)]
+    grad_output = noise(problem).to(dtype).to(device)
+    results = fused_results(problem.shapes, [tensor.to(device) for tensor in inputs], grad_output)
+    wide = [inputs[0], reference, inputs[2].float(), inputs[3].float()]
+    expected = fused_results(problem.shapes, [tensor.to(device) for tensor in wide], grad_output)
+    for index in (0, 1, 3, 4):
+        result, same = results[index], expected[index]
+        assert result.dtype == dtype
+        allowed = torch.finfo(dtype).eps * same.float().abs() + 1e-5 * same.float().abs().max()
+        assert ((result.float() - same.float()).abs() <= allowed).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradcheck(device):
     problem = random_problem(batch=1, heads=2, channels=3, queries=4, points=2).to(device).with_grad()

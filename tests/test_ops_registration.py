@@ -93,6 +93,26 @@ def test_autocast_keeps_the_precision_of_locations(device, dtype):
 
 
 @compiled
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_leaves_offsets_and_logits_in_the_lower_precision(device, dtype):
+    """Where they have it; reference points are float32 in any case."""
+    arguments = [tensor.detach() for tensor in fused_arguments(device)]
+    value, shapes, starts, reference, offsets, logits = arguments
+    lower = [tensor.to(dtype).requires_grad_() for tensor in (value, offsets, logits)]
+    with torch.autocast(device, dtype=dtype):
+        output = torch.ops.msda.ms_deform_attn_fused(lower[0], shapes, starts, reference, lower[1], lower[2])
+    arguments = lower[0], shapes, starts, reference, lower[1].float(), lower[2].float()
+    expected = torch.ops.msda.ms_deform_attn_fused(*arguments)
+    assert output.dtype == dtype
+    assert torch.equal(output, expected)
+    results = [torch.autograd.grad(result.float().sum(), lower) for result in (output, expected)]
+    for result, same in zip(*results, strict=True):
+        assert result.dtype == dtype
+        torch.testing.assert_close(result, same)
+
+
+@compiled
 def test_autocast_leaves_float64_alone():
     value, shapes, starts, locations, weights = plain_arguments(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -143,15 +143,20 @@ def _no_second_derivative(ctx, *grads):
 
 
 def _autocast(name: str, device_type: str):
-    """Under autocast value is lowered; locations and weights stay in float32, because small steps matter."""
-    operator = getattr(torch.ops.msda, name)
+    """Under autocast value is lowered; locations and weights are float32, because small steps matter.
 
-    def rule(value, shapes, starts, *points):
+    So are reference points; offsets and logits that a layer computed in the lower precision stay in it.
+    """
+    operator = getattr(torch.ops.msda, name)
+    fused = name == "ms_deform_attn_fused"
+
+    def rule(value, shapes, starts, first, *others):
         if value.dtype != torch.float64:
             value = value.to(torch.get_autocast_dtype(device_type))
-            points = [point.float() for point in points]
+            first = first.float()
+            others = [other if fused and other.dtype == value.dtype else other.float() for other in others]
         with torch.amp.autocast(device_type, enabled=False):
-            return operator(value, shapes, starts, *points)
+            return operator(value, shapes, starts, first, *others)
 
     return rule
 

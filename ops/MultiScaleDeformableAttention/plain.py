@@ -56,9 +56,8 @@ def ms_deform_attn_fused(
     Returns:
         (N, Q, M * D) in the type of ``value``.
     """
-    sizes = torch.tensor(
-        [(width, height) for _, height, width in levels], dtype=offsets.dtype, device=offsets.device
-    )
+    wide = torch.promote_types(reference.dtype, offsets.dtype)
+    sizes = torch.tensor([(width, height) for _, height, width in levels], dtype=wide, device=offsets.device)
     locations = reference[:, :, None, :, None] + offsets / sizes[:, None]
-    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    weights = logits.flatten(3).softmax(-1, dtype=torch.promote_types(wide, logits.dtype)).view(logits.shape)
     return ms_deform_attn(value, levels, locations, weights)

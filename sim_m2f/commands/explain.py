@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num_images < 1:
         raise UserError(f"--num-images {args.num_images}: give a number of at least 1")
     cfg = configuration(args.config_file, args.opts)
-    if cfg.MODEL.SIM.SUPERVISION != "box":
+    if cfg.MODEL.SIM.SUPERVISION == "mask":
         raise UserError("MODEL.SIM.SUPERVISION mask: no pseudo masks to explain; take a run from boxes")
     folder = args.folder or Path(cfg.OUTPUT_DIR) / FOLDER
     weights = "" if cfg.MODEL.WEIGHTS.startswith(TIMM) else cfg.MODEL.WEIGHTS

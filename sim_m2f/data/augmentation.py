@@ -54,6 +54,8 @@ def drop_thin_boxes(sample: Annotated) -> Annotated:
     remaining: Annotated = {**sample, "boxes": boxes[kept], "labels": sample["labels"][kept]}
     if "masks" in sample:
         remaining["masks"] = sample["masks"][kept]
+    if "known" in sample:
+        remaining["known"] = sample["known"][kept]
     return remaining
 
 

@@ -35,7 +35,7 @@ class ImageRecord:
     boxes: np.ndarray  # (N, 4) float64 xyxy, pixels of the image, within it
     labels: np.ndarray  # (N,) int64, 0..C-1
     annotation_ids: list[int]
-    segmentations: list[Any] | None  # as in the JSON; None: not read
+    segmentations: list[Any] | None  # as in the JSON, None where there is none; None: not read
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,33 @@ class CocoData:
     zero_area: int  # boxes of zero area that were left out
 
 
-def read_coco(source: DatasetSource, read_masks: bool) -> CocoData:
+def read_coco(source: DatasetSource, read_masks: bool, some_masks: bool = False) -> CocoData:
     """Read and check a data set.
 
     Args:
         source: where it is.
         read_masks: keep the segmentations and check them; if False they are never looked at.
+        some_masks: annotations may lack them.
 
     Raises:
         UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
-    data, problems = inspect_coco(source, read_masks)
+    data, problems = inspect_coco(source, read_masks, some_masks)
     if problems:
         more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         raise UserError("\n".join(problems[:MAX_LINES] + more))
     return data
 
 
-def inspect_coco(source: DatasetSource, read_masks: bool) -> tuple[CocoData, list[str]]:
+def inspect_coco(
+    source: DatasetSource, read_masks: bool, some_masks: bool = False
+) -> tuple[CocoData, list[str]]:
     """Like ``read_coco``, but all problems are returned, beside what could be read.
 
     Raises:
         UserError: the file is not a COCO JSON at all.
     """
-    reader = _Reader(source, read_masks)
+    reader = _Reader(source, read_masks, some_masks)
     names = {item["id"]: item["name"] for item in reader.records("categories")}
     images = {item["id"]: item for item in reader.records("images")}
     reader.report_missing_images(images.values())
@@ -127,8 +130,8 @@ RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
 class _Reader:
     """Goes through the lists of one JSON, gives what is right and collects what is wrong."""
 
-    def __init__(self, source: DatasetSource, read_masks: bool) -> None:
-        self.source, self.read_masks = source, read_masks
+    def __init__(self, source: DatasetSource, read_masks: bool, some_masks: bool) -> None:
+        self.source, self.read_masks, self.some_masks = source, read_masks, some_masks
         self.content = load_json(source.annotations)
         self.problems: list[str] = []
         self.zero_area = 0
@@ -178,6 +181,9 @@ class _Reader:
             elif is_folder:
                 self.report(f"image id {image['id']}", f"{path} is a folder, not an image; replace it")
 
+    def segmentations(self, items: Iterable[Record]) -> list[Any] | None:
+        return [item.get("segmentation") or None for item in items] if self.read_masks else None
+
     def image_records(self, images: dict[int, Record], category_ids: list[int]) -> list[ImageRecord]:
         """The images with their targets, in the order of the JSON."""
         labels = {category: label for label, category in enumerate(category_ids)}
@@ -192,7 +198,7 @@ class _Reader:
                 boxes=np.array([box for _, box in own], np.float64).reshape(-1, 4),
                 labels=np.array([labels[item["category_id"]] for item, _ in own], np.int64),
                 annotation_ids=[item["id"] for item, _ in own],
-                segmentations=[item["segmentation"] for item, _ in own] if self.read_masks else None,
+                segmentations=self.segmentations(item for item, _ in own),
             )
             for image, own in zip(images.values(), targets.values(), strict=True)
         ]
@@ -213,8 +219,9 @@ class _Reader:
             if box[0] == box[2] or box[1] == box[3]:
                 self.zero_area += 1
                 return None
-            shape = item.get("segmentation")
-            if self.read_masks and (fault := segmentation_problem(shape, image["height"], image["width"])):
+            shape, size = item.get("segmentation"), (image["height"], image["width"])
+            wanted = self.read_masks and (shape or not self.some_masks)
+            if wanted and (fault := segmentation_problem(shape, *size)):
                 faults.append(f"segmentation {fault}")
         for fault in faults:
             self.report(f"annotation id {item['id']}", fault)

@@ -97,18 +97,22 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
     if record.segmentations is not None:
         masks = [read_mask(data, record, index) for index in range(len(record.labels))]
         sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
+        sample["known"] = torch.tensor([shape is not None for shape in record.segmentations])
     return sample
 
 
 def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
-    """The mask (H, W) uint8 of one object of an image whose masks were read.
+    """The mask (H, W) uint8 of one object of an image whose masks were read; empty where it has none.
 
     Raises:
         UserError: the segmentation cannot be decoded.
     """
     assert record.segmentations is not None
+    segmentation = record.segmentations[index]
+    if segmentation is None:
+        return np.zeros((record.height, record.width), np.uint8)
     try:
-        return decode_segmentation(record.segmentations[index], record.height, record.width)
+        return decode_segmentation(segmentation, record.height, record.width)
     except ValueError as error:
         where = f"{data.annotations_file}: annotation id {record.annotation_ids[index]}"
         raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error

@@ -71,7 +71,7 @@ def train_loader(
     Images have INPUT.IMAGE_SIZE pixels a side (rounded up to MODEL.MASK_FORMER.SIZE_DIVISIBILITY).
 
     Args:
-        cfg: the configuration; segmentations are read only if MODEL.SIM.SUPERVISION is "mask".
+        cfg: the configuration; segmentations are not read if MODEL.SIM.SUPERVISION is "box".
         start_iteration: the iteration whose batch comes first.
         rank, world_size: this process among all; they divide the global batch, in order.
 
@@ -81,7 +81,8 @@ def train_loader(
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     if batch_size % world_size:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use a multiple of the {world_size} ranks")
-    data = [read_coco(source, cfg.MODEL.SIM.SUPERVISION == "mask") for source in train_sources(cfg)]
+    kind = cfg.MODEL.SIM.SUPERVISION
+    data = [read_coco(source, kind != "box", kind == "mixed") for source in train_sources(cfg)]
     check_classes(cfg, data)
     if rank == 0:
         print_notes(data)
@@ -124,6 +125,7 @@ def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -
     }
     if "masks" in samples[0]:
         parts["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
+        parts["known"] = torch.cat([sample["known"] for sample in samples]).split(counts)
     targets = [dict(zip(parts, of_image, strict=True)) for of_image in zip(*parts.values(), strict=True)]
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {

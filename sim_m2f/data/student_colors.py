@@ -1,4 +1,4 @@
-"""Strong colours of what the student sees; teacher and losses see the images as they are (BoxTeacher)."""
+"""Strong colour augmentation for the student; teacher and losses see the images as they are (BoxTeacher)."""
 
 import torch
 from torch import Tensor

@@ -66,7 +66,7 @@ class Metrics(Hook):
         if settled and not self.warned and fill < OUTLINE_FILL and solidity < OUTLINE_SOLIDITY:
             self.warned = True
             sim = trainer.cfg.MODEL.SIM
-            unguarded = sim.SUPERVISION == "box" and not sim.FILL_GUARD.ENABLED
+            unguarded = sim.SUPERVISION != "mask" and not sim.FILL_GUARD.ENABLED
             advice = "; set MODEL.SIM.FILL_GUARD.ENABLED True" if unguarded else ""
             shares = f"they fill {fill:.0%} of their boxes and {solidity:.0%} of their own extent"
             tqdm.write(f"step {trainer.iteration}: masks are outlines: {shares}{advice}")

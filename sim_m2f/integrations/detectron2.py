@@ -52,8 +52,8 @@ class SIMMask2Former(nn.Module):
     """The network and its criterion behind detectron2's interface.
 
     In training it takes detectron2's list of {"image" (3, H, W), "instances"} and returns losses; Instances
-    need ``gt_classes`` and ``gt_boxes``, and ``gt_masks`` for MODEL.SIM.SUPERVISION mask only. Otherwise it
-    returns detectron2's list of {"instances"}.
+    need ``gt_classes``, ``gt_boxes`` and, unless MODEL.SIM.SUPERVISION is box, ``gt_masks``; if mixed, they
+    are empty where they are not known. Otherwise it returns detectron2's list of {"instances"}.
 
     Raises:
         UserError: copy-paste is asked for, whose bank of images only this project's own trainer keeps, or a
@@ -108,8 +108,9 @@ class SIMMask2Former(nn.Module):
         padding = (0, size[1] - width, 0, size[0] - height)
         valid = F.pad(torch.ones(height, width, dtype=torch.bool), padding)
         target: Target = {"labels": annotated.gt_classes, "boxes": annotated.gt_boxes.tensor, "valid": valid}
-        if self.cfg.MODEL.SIM.SUPERVISION == "mask":
+        if self.cfg.MODEL.SIM.SUPERVISION != "box":
             target["masks"] = F.pad(annotated.gt_masks.tensor, padding)
+            target["known"] = target["masks"].flatten(1).any(1)
         return target
 
 
@@ -162,7 +163,7 @@ class SIMTrainer(DefaultTrainer):
             is_train=True,
             augmentations=[*([transforms.RandomFlip(**flips)] if any(flips.values()) else []), jitter, crop],
             image_format=cfg.INPUT.FORMAT,
-            use_instance_mask=cfg.MODEL.SIM.SUPERVISION == "mask",
+            use_instance_mask=cfg.MODEL.SIM.SUPERVISION != "box",
             instance_mask_format="bitmask",
         )
         return build_detection_train_loader(cfg, mapper=mapper)

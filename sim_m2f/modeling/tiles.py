@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from sim_m2f.geometry import extent
 from sim_m2f.modeling.postprocess import STRIDE
 from sim_m2f.structures import LayerOutputs, Outputs, Predictions, Prompts
 
@@ -17,7 +18,7 @@ BATCH = 8  # tiles that the network sees together
 OUTSIDE = -10.0  # mask logit outside of the tile
 LEAST_SCORE = 0.02  # of a query that counts
 MOST = 400  # queries of an image
-DUPLICATE = 0.5  # share of the smaller of two masks of different tiles from which on they are one object
+DUPLICATE = 0.5  # two masks are one object when they share so much of the smaller one
 
 
 def tiled(
@@ -25,8 +26,10 @@ def tiled(
 ) -> Predictions:
     """The last layer's outputs for one image, tile by tile where it is larger than one.
 
-    Of two masks from different tiles that cover each other, one stays: one that its tile does not cut, before
-    one that it does; else that of the higher score. A prompted box goes to the tile in whose middle it lies.
+    A mask that an inner border of its tile cuts is left out where a neighbour sees it whole, that is, where
+    it ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile
+    does not cut before one that it does, else that of the higher score. A prompted box goes to the tile in
+    whose middle it lies.
 
     Args:
         network: ``Mask2Former``.
@@ -107,8 +110,8 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
     area = inside.sum((2, 3))
     confidence = (masks.sigmoid() * inside).sum((2, 3)) / area.clamp(min=1)
     score = logits.softmax(-1)[..., :-1].amax(-1) * confidence
-    rank = score - _cut(inside, corners, canvas).float()
-    rank = rank.masked_fill((score < LEAST_SCORE) | (area == 0), -2.0).flatten()
+    cut, rest = _cut(inside, corners, canvas)
+    rank = (score - cut.float()).masked_fill((score < LEAST_SCORE) | (area == 0) | rest, -2.0).flatten()
     order = rank.argsort(descending=True)[: max(1, min(MOST, int((rank > -2).sum())))]
     tiles, queries = order // masks.shape[1], order % masks.shape[1]
     full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
@@ -123,12 +126,18 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
     return {"pred_logits": logits[tiles, queries][kept][None], "pred_masks": full[kept][None]}
 
 
-def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """(n, Q) bool: whether a mask reaches a border of its tile that is none of the image."""
-    ends = corners + corners.new_tensor(inside.shape[-2:])
-    inner = torch.stack([corners > 0, ends < ends.new_tensor(canvas)], dim=-1)[:, None]  # (n, 1, axis, side)
-    rows, columns = inside[..., [0, -1], :].any(-1), inside[..., [0, -1]].any(-2)
-    return (torch.stack([rows, columns], dim=-2) & inner).flatten(2).any(-1)
+def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(n, Q) bool: whether a mask reaches an inner border of its tile; and ends within OVERLAP of it."""
+    height, width = inside.shape[-2:]
+    size = corners.new_tensor([height, width])
+    inner = torch.stack([corners > 0, corners + size < corners.new_tensor(canvas)], dim=-1)[:, None]
+    top, bottom = extent(inside.any(-1))
+    left, right = extent(inside.any(-2))
+    to_border = torch.stack([top, height - bottom, left, width - right], dim=-1).unflatten(-1, (2, 2))
+    beyond = torch.stack([bottom, height - top, right, width - left], dim=-1).unflatten(-1, (2, 2))
+    reaches = (to_border == 0) & inner
+    rest = reaches & (beyond < OVERLAP * size[:, None])
+    return reaches.flatten(2).any(-1), rest.flatten(2).any(-1)
 
 
 def _on_canvas(masks: Tensor, corners: Tensor, canvas: tuple[int, int]) -> Tensor:

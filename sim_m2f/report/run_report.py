@@ -27,7 +27,11 @@ from sim_m2f.report.page import Example, Page, render
 
 RELIABILITY = "reliability.png"
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
-SUPERVISION = {"box": "Trained from bounding boxes alone. ", "mask": "Trained from masks (the upper bound). "}
+SUPERVISION = {
+    "box": "Trained from bounding boxes alone. ",
+    "mixed": "Trained from bounding boxes, and from masks where there are any. ",
+    "mask": "Trained from masks (the upper bound). ",
+}
 
 Entry = dict[str, Any]  # of COCO's results
 

@@ -10,7 +10,7 @@ from sim_m2f.supervision.matched import MatchedBoxes, per_object
 def box_fill(matched: MatchedBoxes) -> Tensor:
     """The loss towards the filled box per annotated object, summed over the layers."""
     loss = box_fill_loss(matched.masks, matched.objects.box_masks)
-    return per_object(loss, matched.annotated, matched.objects)
+    return per_object(loss, matched.by_box, matched.objects)
 
 
 def box_fill_loss(logits: Tensor, box_masks: Tensor) -> Tensor:

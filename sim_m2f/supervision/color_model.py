@@ -36,10 +36,12 @@ class ColorLabels:
     Attributes:
         masks: (T, h, w), stride 4, 0 outside of the object's box.
         quality: (T,), IoU of the box around the mask and the annotated one.
+        confidence: (T,), mean probability of the pixels above one half, 0 where there is none.
     """
 
     masks: Tensor
     quality: Tensor
+    confidence: Tensor
 
 
 @torch.no_grad()
@@ -59,7 +61,10 @@ def color_labels(
     fine = corrected(logits, images, valid, targets, keys, prior)
     masks = F.avg_pool2d(fine[:, None], FINER)[:, 0]
     projections = mask_projections([_logits(masks)[None]])
-    return ColorLabels(masks, iou(projection_boxes(*projections)[0, 0], targets.relative_boxes))
+    quality = iou(projection_boxes(*projections)[0, 0], targets.relative_boxes)
+    inside = masks > 0.5
+    confidence = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    return ColorLabels(masks, quality, confidence)
 
 
 @torch.no_grad()

@@ -9,11 +9,15 @@ from sim_m2f.supervision.matched import MatchedBoxes, per_object
 def color_model(matched: MatchedBoxes) -> Tensor:
     """Cross-entropy and dice at uncertain points, as towards true masks, per annotated object.
 
-    They are weighted by how well the corrected mask fits its box, and left out below MIN_IOU. Points lie
+    They are weighted by how well the corrected mask fits its box, and left out below MIN_IOU; one that is
+    surer than others of the batch, by its confidence to the power TRUST, counts more than they. Points lie
     outside of the boxes too: without the zeros there, masks spread over like objects beside theirs.
     """
     supervision, colors = matched.supervision, matched.supervision.colors
     assert colors is not None
-    good = colors.quality * (colors.quality >= supervision.sim.COLOR_MODEL.MIN_IOU)
+    keys = supervision.sim.COLOR_MODEL
+    fit = colors.quality * (colors.quality >= keys.MIN_IOU)
+    sure = fit * colors.confidence**keys.TRUST
+    good = sure * (fit.sum() / sure.sum().clamp(min=1e-6))
     cross_entropy, dice = mask_losses(matched.masks, colors.masks, *supervision.points)
-    return per_object(good * (cross_entropy + dice), matched.annotated, matched.objects)
+    return per_object(good * (cross_entropy + dice), matched.by_box, matched.objects)

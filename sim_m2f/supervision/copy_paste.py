@@ -86,7 +86,7 @@ class CopyPaste:
     def remember(self, images: Tensor, matched: Matched) -> None:
         """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice.
 
-        Masks corrected by colour are preferred where they are made.
+        True masks are preferred where they are known, then masks corrected by colour.
         """
         if not isinstance(matched, MatchedBoxes):
             return
@@ -97,13 +97,17 @@ class CopyPaste:
             masks, scores = made.labels.masks(matched.objects)
         else:
             return
+        if made.truth is not None:
+            truth = F.avg_pool2d(made.truth.float(), STRIDE) > 0.5
+            masks = masks.index_copy(0, matched.objects.known_index, truth)
+            scores = scores.index_fill(0, matched.objects.known_index, 1.0)
         self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
 
 
 def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:
     """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks are learned from boxes."""
     sim = cfg.MODEL.SIM
-    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "box" else None
+    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION != "mask" else None
 
 
 @torch.no_grad()

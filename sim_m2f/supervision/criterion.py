@@ -19,6 +19,7 @@ from sim_m2f.supervision.color_model import ColorLabels, color_labels
 from sim_m2f.supervision.color_term import color_model
 from sim_m2f.supervision.fill_guard import fill_guard
 from sim_m2f.supervision.gated_masks import gated_masks
+from sim_m2f.supervision.known_masks import known_masks, known_truth
 from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
 from sim_m2f.supervision.level_set import level_set
 from sim_m2f.supervision.mask_criterion import MaskCriterion
@@ -44,12 +45,13 @@ TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
     "loss_gated_masks": ("GATED_MASKS", gated_masks),
     "loss_color_model": ("COLOR_MODEL", color_model),
     "loss_copy_paste": ("COPY_PASTE", copy_paste),
+    "loss_known_masks": ("KNOWN_MASKS", known_masks),
 }
 LABELLED = ("PSEUDO_SEMANTIC", "SELF_CORRECTION", "GATED_MASKS")  # groups of those that need pseudo masks
 
 
 class SIMCriterion(Criterion):
-    """Learning from boxes alone (SIM, CVPR 2023); see ``Criterion`` for the call."""
+    """Learning from boxes (SIM, CVPR 2023) and from known masks; see ``Criterion`` for the call."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg)
@@ -111,7 +113,8 @@ class SIMCriterion(Criterion):
             "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
         }
         made = matched.supervision
-        given: dict[str, object] = {**dict.fromkeys(LABELLED, made.labels), "COLOR_MODEL": made.colors}
+        given: dict[str, object] = dict.fromkeys(LABELLED, made.labels)
+        given |= {"COLOR_MODEL": made.colors, "KNOWN_MASKS": made.truth}
         for name, (group, term) in TERMS.items():
             keys = self.sim[group]
             weight = term_weight(keys, self.step, self.max_iter)
@@ -140,7 +143,7 @@ class SIMCriterion(Criterion):
         rgb, valid = self.pixels.undo(images), _valid(targets, images)
         colors = self._colors(outputs, objects, match, rgb, valid)
         run = self.sim, self.points, self.step, self.max_iter
-        return Supervision(*run, rgb, valid, features, labels, colors)
+        return Supervision(*run, rgb, valid, features, labels, colors, known_truth(targets, images.device))
 
     def _colors(
         self, outputs: Outputs, objects: Targets, match: Match, rgb: Tensor, valid: Tensor
@@ -158,7 +161,7 @@ class SIMCriterion(Criterion):
 
 def build_criterion(cfg: CfgNode) -> Criterion:
     """The criterion that MODEL.SIM.SUPERVISION names, its prototypes drawn from ``cfg.SEED``."""
-    kinds: dict[str, type[Criterion]] = {"box": SIMCriterion, "mask": MaskCriterion}
+    kinds: dict[str, type[Criterion]] = {"box": SIMCriterion, "mixed": SIMCriterion, "mask": MaskCriterion}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(cfg.SEED)
         return kinds[cfg.MODEL.SIM.SUPERVISION](cfg)

@@ -18,4 +18,4 @@ def fill_guard(matched: MatchedBoxes) -> Tensor:
     keys = supervision.sim.BOX_FILL
     at_work = fade_out(supervision.step, resolve_steps(keys.STEPS, supervision.max_iter)) * (keys.WEIGHT > 0)
     loss = box_fill_loss(matched.masks, matched.objects.box_masks)
-    return per_object((matched.deficit - at_work).clamp(min=0) * loss, matched.annotated, matched.objects)
+    return per_object((matched.deficit - at_work).clamp(min=0) * loss, matched.by_box, matched.objects)

@@ -17,4 +17,4 @@ def gated_masks(matched: MatchedBoxes) -> Tensor:
     good = labels.quality * (labels.quality >= supervision.sim.GATED_MASKS.MIN_QUALITY)
     truth = labels.soft_masks(matched.objects)
     cross_entropy, dice = mask_losses(matched.masks, truth, *supervision.points)
-    return per_object(good * (cross_entropy + dice), matched.annotated, matched.objects)
+    return per_object(good * (cross_entropy + dice), matched.by_box, matched.objects)

@@ -25,7 +25,7 @@ def level_set(matched: MatchedBoxes) -> Tensor:
         (region_energy(masks, values[image, :, pixels.y, pixels.x], pixels, len(objects)) for values in maps),
         start=masks.new_zeros(len(masks), len(objects)),
     )
-    return per_object(energy, matched.annotated, objects)
+    return per_object(energy, matched.by_box, objects)
 
 
 def region_energy(masks: Tensor, values: Tensor, pixels: BoxPixels, objects: int) -> Tensor:

@@ -37,6 +37,12 @@ class Matched:
         """The match without the objects that copy-paste has put there."""
         return Match(self.match.query, self.match.matched & ~self.objects.pasted)
 
+    @cached_property
+    def by_box(self) -> Match:
+        """The match of the objects that learn from their boxes: neither pasted nor with a true mask."""
+        matched = self.annotated.matched.index_fill(1, self.objects.known_index, False)
+        return Match(self.match.query, matched)
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -51,6 +57,7 @@ class Supervision:
         teacher_features: (B, d, h, w) the teacher's mask features, if there is a teacher.
         labels: of the P pixels of the boxes, if there is a teacher.
         colors: masks corrected by colour, if they are used.
+        truth: (S, H, W) bool, the true masks of ``objects.known_index``, if there are any.
     """
 
     sim: CfgNode
@@ -62,6 +69,7 @@ class Supervision:
     teacher_features: Tensor | None
     labels: PseudoLabels | None
     colors: ColorLabels | None
+    truth: Tensor | None = None
 
     @cached_property
     def edges(self) -> Tensor:
@@ -89,7 +97,7 @@ class MatchedBoxes(Matched):
         """(L, P) bool: pixels of the boxes with a label, of annotated objects that have a query."""
         labels = self.supervision.labels
         assert labels is not None
-        return (labels.final != IGNORED) & self.annotated.matched[:, labels.pixels.target]
+        return (labels.final != IGNORED) & self.by_box.matched[:, labels.pixels.target]
 
     @cached_property
     def labelled_number(self) -> Tensor:

@@ -13,7 +13,7 @@ from sim_m2f.supervision.targets import Targets, box_pixels
 
 def pairwise(matched: MatchedBoxes) -> Tensor:
     """The pairwise loss per counted edge, summed over the layers; less where the fill guard is at work."""
-    supervision, match = matched.supervision, matched.annotated
+    supervision, match = matched.supervision, matched.by_box
     dilation = supervision.sim.PAIRWISE.DILATION
     sums, numbers = pairwise_loss(matched.masks, matched.objects, supervision.edges, dilation)
     counted = number_over_ranks((numbers * match.matched).sum(1))

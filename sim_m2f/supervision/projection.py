@@ -9,7 +9,7 @@ from sim_m2f.supervision.matched import MatchedBoxes, per_object
 def projection(matched: MatchedBoxes) -> Tensor:
     """The projection loss per annotated object, summed over the layers."""
     loss = projection_loss(matched.masks, *matched.objects.projections)
-    return per_object(loss, matched.annotated, matched.objects)
+    return per_object(loss, matched.by_box, matched.objects)
 
 
 def projection_loss(logits: Tensor, columns: Tensor, rows: Tensor) -> Tensor:

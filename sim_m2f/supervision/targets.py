@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Targets:
         pasted: (T,) bool, objects of other images with a pseudo mask.
         pasted_index: (S,) int64, which objects these are.
         pasted_masks: (S, h, w) bool, their masks at stride 4.
+        known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         size: (h, w) of the maps at stride 4.
     """
 
@@ -40,6 +42,7 @@ class Targets:
     pasted: Tensor
     pasted_index: Tensor
     pasted_masks: Tensor
+    known_index: Tensor
     size: tuple[int, int]
 
     def __len__(self) -> int:
@@ -127,6 +130,7 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         pasted=pasted,
         pasted_index=pasted_index,
         pasted_masks=pasted_masks,
+        known_index=_flags(targets, "known").nonzero().flatten().to(device, non_blocking=True),
         size=size,
     )
 
@@ -135,16 +139,19 @@ def _pasted(
     targets: Sequence[Target], size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) flags, (S,) indices and (S, h, w) masks of the pasted objects."""
-    none = (torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets)
-    flags = torch.cat(
-        [target.get("pasted", other).cpu() for target, other in zip(targets, none, strict=True)]
-    )
+    flags = _flags(targets, "pasted")
     index = flags.nonzero().flatten().to(device, non_blocking=True)
     if not len(index):
         nothing = torch.zeros(0, *size, dtype=torch.bool, device=device)
         return flags.to(device, non_blocking=True), index, nothing
     masks = torch.cat([target["pasted_masks"].to(device, non_blocking=True) for target in targets])
     return flags.to(device, non_blocking=True), index, masks.index_select(0, index)
+
+
+def _flags(targets: Sequence[Target], name: Literal["pasted", "known"]) -> Tensor:
+    """(T,) bool on the CPU: a flag of the objects, False where it is not given."""
+    none = (torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets)
+    return torch.cat([target.get(name, other).cpu() for target, other in zip(targets, none, strict=True)])
 
 
 def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -26,7 +26,7 @@ def teacher_terms(cfg: CfgNode) -> list[str]:
         "GATED_MASKS": sim.GATED_MASKS.ENABLED,
         "COPY_PASTE": sim.COPY_PASTE.ENABLED and not sim.COLOR_MODEL.ENABLED,
     }
-    terms = [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION == "box"]
+    terms = [f"MODEL.SIM.{term}" for term, used in uses.items() if used and sim.SUPERVISION != "mask"]
     needed_by = [*terms, *(["TEST.USE_TEACHER"] if cfg.TEST.get("USE_TEACHER") else [])]
     if needed_by and not sim.TEACHER.ENABLED:
         raise UserError(f"{needed_by[0]} needs a teacher; set MODEL.SIM.TEACHER.ENABLED True")

@@ -1,0 +1,99 @@
+"""What masks of some objects add to boxes of all: the curve that tells what to draw.
+
+    python benchmarks/mixed_masks.py people --seeds 0 1 2 --steps 300 --jobs 2 --weights FILE
+
+Trains configs/<set>/boxes.yaml with MODEL.SIM.SUPERVISION mixed on copies of the training annotations in
+which a share of the objects, drawn by the seed, keeps its segmentation. Rows go into
+benchmarks/results/mixed_<set>.json; with --jobs 0 nothing is trained. Prints the table and draws
+docs/mixed_<set>.png, beside supervision by masks (real_<set>.json).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from matplotlib.figure import Figure
+from real import RESULTS, cell
+from real_runs import Job, add_run_arguments, configuration, run_all
+
+from sim_m2f.config import CfgNode
+from sim_m2f.data.catalog import train_sources
+from sim_m2f.errors import UserError
+
+
+def with_some_masks(cfg: CfgNode, share: float, folder: Path) -> CfgNode:
+    """The configuration with annotations of which so many percent keep their segmentation."""
+    (source,) = train_sources(cfg)
+    content = json.loads(source.annotations.read_text())
+    annotations = content["annotations"]
+    order = np.random.default_rng(cfg.SEED).permutation(len(annotations))
+    for index in order[round(share / 100 * len(annotations)) :]:
+        annotations[index].pop("segmentation", None)
+    file = folder / f"masks_{share:g}_{cfg.SEED}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.SIM.SUPERVISION, cfg.OUTPUT_DIR = "mixed", f"{cfg.OUTPUT_DIR}_masks_{share:g}"
+    cfg.DATASETS.TRAIN_ANNOTATIONS, cfg.DATASETS.TRAIN_IMAGES = str(file), str(source.image_root)
+    cfg.freeze()
+    return cfg
+
+
+def settings(share: float) -> str:
+    return f"{share:g} % of the masks"
+
+
+def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:
+    """The table, and the curve with a dot per seed."""
+    whole = fmean(row["segm/AP"] for row in masks) if masks else float("nan")
+    print("| masks of | seeds | AP | AP75 | AP / mask supervision's |\n|---|---|---|---|---|")
+    figure = Figure(figsize=(5, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot(xlabel="objects with a mask, %", ylabel="mask AP")
+    means = []
+    for share in shares:
+        own = [row for row in rows if row["settings"] == settings(share)]
+        scores, strict = ([row[key] for row in own] for key in ("segm/AP", "segm/AP75"))
+        means.append(fmean(scores))
+        print(f"| {share:g} % | {len(own)} | {cell(scores)} | {cell(strict)} | {means[-1] / whole:.2f} |")
+        axes.plot([share] * len(scores), scores, "o", color="#d55e00", markersize=4)
+    axes.plot(shares, means, color="#0072b2", label="boxes of all, masks of some")
+    axes.axhline(whole, color="#000000", linestyle="--", label="supervision by masks")
+    axes.set_xscale("symlog", linthresh=5)
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(RESULTS.parents[1] / f"docs/mixed_{name}.png")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("set", metavar="SET", help="people, pennfudan, nuclei or coco_more")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0, 5, 10, 25, 100], metavar="PERCENT")
+    add_run_arguments(parser)
+    args = parser.parse_args()
+    path = args.results / f"mixed_{args.set}.json"
+    jobs = []
+    for seed in args.seeds if args.jobs else []:
+        cfg = configuration(args.set, "best", seed, args)
+        for share in args.shares:
+            own = with_some_masks(cfg, share, args.output / args.set)
+            jobs.append(Job("mixed", own, path, settings(share)))
+    failed = run_all(jobs, args.jobs)
+    rows, real = (json.loads(file.read_text()) for file in (path, args.results / f"real_{args.set}.json"))
+    masks = [
+        row for row in real if row["row"] == "mask" and "settings" not in row and row["steps"] == args.steps
+    ]
+    trained = [share for share in args.shares if any(row["settings"] == settings(share) for row in rows)]
+    report(args.set, rows, masks, trained)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")

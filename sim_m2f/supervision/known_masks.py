@@ -1,0 +1,26 @@
+"""Mixed supervision: objects whose true mask is annotated learn from it, the others from their boxes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sim_m2f.structures import Target
+from sim_m2f.supervision.mask_supervision import mask_losses
+from sim_m2f.supervision.matched import MatchedBoxes, per_object
+
+
+def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | None:
+    """(S, H, W) bool, in pixels of the input: the masks that are known; None where masks are not read."""
+    own = [target["masks"][target["known"]] for target in targets if "known" in target]
+    return torch.cat(own).to(device, non_blocking=True) if own else None
+
+
+def known_masks(matched: MatchedBoxes) -> Tensor:
+    """Cross-entropy and dice at uncertain points, as in supervision by masks, per annotated object."""
+    truth, points, objects = matched.supervision.truth, matched.supervision.points, matched.objects
+    assert truth is not None
+    index = objects.known_index
+    cross_entropy, dice = mask_losses(matched.masks.index_select(1, index), truth, *points)
+    loss = torch.zeros_like(matched.match.matched, dtype=dice.dtype).index_add(1, index, cross_entropy + dice)
+    return per_object(loss, matched.annotated, objects)

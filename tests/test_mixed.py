@@ -1,0 +1,110 @@
+"""Mixed supervision: masks where they are annotated, boxes elsewhere, in one batch."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import sim_m2f
+from sim_m2f.data.catalog import DatasetSource, find_source
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.loader import train_loader
+from sim_m2f.errors import UserError
+from sim_m2f.supervision.criterion import TERMS, build_criterion
+from sim_m2f.supervision.matched import per_object
+from sim_m2f.supervision.projection import projection_loss
+
+OWN = {"loss_ce", "loss_known_masks"}
+
+
+@pytest.fixture
+def mixed_cfg(small_cfg, tmp_path):
+    """The embedded shapes; of every image every second annotation has lost its segmentation."""
+    source = find_source("shapes_train")
+    content = json.loads(source.annotations.read_text())
+    for annotation in content["annotations"][1::2]:
+        del annotation["segmentation"]
+    (tmp_path / "some.json").write_text(json.dumps(content))
+    small_cfg.MODEL.SIM.SUPERVISION = "mixed"
+    small_cfg.DATASETS.TRAIN_ANNOTATIONS = str(tmp_path / "some.json")
+    small_cfg.DATASETS.TRAIN_IMAGES = str(source.image_root)
+    return small_cfg
+
+
+def step(cfg, batch, change=None):
+    """The losses of one batch, and the gradient of their sum (or of one) towards the mask logits."""
+    network, criterion = sim_m2f.build_model(cfg).eval(), build_criterion(cfg)
+    outputs = network(batch["images"])
+    outputs["pred_masks"].retain_grad()
+    torch.manual_seed(0)
+    losses, matched = criterion(outputs, change or batch["targets"], batch["images"])
+    return losses, matched, outputs
+
+
+def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
+    batch = next(iter(train_loader(mixed_cfg)))
+    known = torch.cat([target["known"] for target in batch["targets"]])
+    masks = torch.cat([target["masks"] for target in batch["targets"]])
+    assert 0 < known.sum() < len(known)
+    assert torch.equal(masks.flatten(1).any(1), known)
+
+
+def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_them(mixed_cfg):
+    batch = next(iter(train_loader(mixed_cfg)))
+    losses, matched, outputs = step(mixed_cfg, batch)
+    known = torch.cat([target["known"] for target in batch["targets"]])
+    assert set(losses) >= {"loss_known_masks", "loss_projection"}
+    only_unknown = projection_loss(matched.masks, *matched.objects.projections)[:, ~known].sum() / len(known)
+    weight = mixed_cfg.MODEL.SIM.PROJECTION.WEIGHT
+    assert torch.allclose(losses["loss_projection"], weight * only_unknown)
+    losses["loss_known_masks"].backward()
+    image, query = matched.objects.image_index, matched.match.query[-1]
+    moved = outputs["pred_masks"].grad[image, query].flatten(1).any(1)
+    assert torch.equal(moved, known)
+
+
+def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
+    """Cross-entropy and dice equal those of the mask criterion at the same points, weighted by 5."""
+    batch = next(iter(train_loader(mixed_cfg)))
+    targets = [{**t, "known": torch.ones_like(t["known"]), "masks": t["masks"]} for t in batch["targets"]]
+    losses, matched, outputs = step(mixed_cfg, batch, targets)
+    names = [name for name in losses if name not in OWN]
+    assert all(losses[name] == 0 for name in names)
+    assert set(names) <= set(TERMS)
+    mask_cfg = mixed_cfg.clone()
+    mask_cfg.MODEL.SIM.SUPERVISION = "mask"
+    criterion = build_criterion(mask_cfg)
+    truth = torch.cat([target["masks"] for target in targets])
+    torch.manual_seed(0)
+    expected = criterion._losses(criterion.layers(outputs), matched, truth)
+    assert torch.allclose(losses["loss_known_masks"], expected["loss_mask"] + expected["loss_dice"])
+
+
+def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
+    batch = next(iter(train_loader(mixed_cfg)))
+    targets = [{**t, "known": torch.zeros_like(t["known"])} for t in batch["targets"]]
+    mixed, _, _ = step(mixed_cfg, batch, targets)
+    mixed_cfg.MODEL.SIM.SUPERVISION = "box"
+    plain = [{name: target[name] for name in ("labels", "boxes", "valid")} for target in targets]
+    boxes, _, _ = step(mixed_cfg, batch, plain)
+    assert mixed.keys() - boxes.keys() == {"loss_known_masks"}
+    assert mixed["loss_known_masks"] == 0
+    assert all(torch.equal(mixed[name], boxes[name]) for name in boxes)
+
+
+def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cfg):
+    paths = mixed_cfg.DATASETS.TRAIN_ANNOTATIONS, mixed_cfg.DATASETS.TRAIN_IMAGES
+    source = DatasetSource("some", *map(Path, paths))
+    assert read_coco(source, read_masks=True, some_masks=True).images
+    with pytest.raises(UserError, match="segmentation is missing"):
+        read_coco(source, read_masks=True)
+
+
+def test_the_loss_is_per_annotated_object(mixed_cfg):
+    batch = next(iter(train_loader(mixed_cfg)))
+    _, matched, _ = step(mixed_cfg, batch)
+    ones = torch.ones(matched.match.matched.shape)
+    known = torch.cat([target["known"] for target in batch["targets"]])
+    shares = [per_object(ones, match, matched.objects) for match in (matched.annotated, matched.by_box)]
+    assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
