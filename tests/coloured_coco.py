@@ -28,7 +28,7 @@ class ColourNetwork(nn.Module):
         classes[:, 3] = 0.0
         self.register_buffer("classes", classes)
 
-    def forward(self, images: Tensor, auxiliary: bool = True) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, auxiliary: bool = True, prompts: None = None) -> dict[str, Tensor]:
         masks = self.head(F.avg_pool2d(images, 4))  # in training mode the dropout would spoil the masks
         return {"pred_logits": self.classes.expand(len(images), 3, 4), "pred_masks": 10 * (masks - 0.5)}
 
