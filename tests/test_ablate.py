@@ -39,8 +39,8 @@ OVERRIDES = {
     "broken.yaml": "MODEL: {SEM_SEG_HEAD: {NUM_CLASSES: 3}}\n",
 }
 REAL_ROWS = [
-    *("projection", "boxinst", "feature_affinity", "pseudo_semantic", "self_correction", "mask_weighting"),
-    *("sim", "level_set", "gate", "prompts", "colors", "best", "mask"),
+    *("projection", "boxinst", "feature_affinity", "pseudo_semantic", "self_correction", "sim"),
+    *("copy_paste", "level_set", "gate", "prompts", "colors", "best", "mask"),
 ]
 SWITCHES = {  # the one that each row turns on
     "1_projection": None,
