@@ -1,60 +1,44 @@
 """Frozen batch norms computed by the convolutions before them: one pass over a map instead of three."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution and the frozen norm behind it, which multiplies its weight and sets its bias.
+    """A convolution and the frozen norm behind it, which multiplies its weight and sets its bias."""
 
-    ``scale`` (C, 1, 1, 1) and ``shift`` (C,) of the norm are computed when its numbers come, not at every
-    call. Without a scale, the weight has it already.
-    """
+    norm: tuple[Any]  # in a tuple, so that it is no submodule
+    lowered: tuple[Tensor, Tensor] | None  # weight and bias in another precision, see ``low_precision``
 
-    scale: Tensor | None
-    shift: Tensor
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of both."""
+        (norm,) = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.scale is None else self.weight * self.scale
-        return self._conv_forward(x, weight, self.shift)
+        return self._conv_forward(x, *(self.lowered or self.folded()))
 
 
-class _Applied:
-    """A norm that the convolution before applies, which learns of its numbers."""
+class _AppliedNorm(FrozenBatchNorm2d):
+    """A norm that the convolution before has applied."""
 
-    conv: tuple[NormedConv]  # in a tuple, so that it is no submodule
-
-    def fold(self: Any) -> None:
-        conv = self.conv[0]
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        conv.register_buffer("scale", scale[:, None, None, None], persistent=False)
-        conv.register_buffer("shift", self.bias - self.running_mean * scale, persistent=False)
-
-    def _load_from_state_dict(self: Any, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
-        with torch.no_grad():
-            self.fold()
-
-
-class _AppliedNorm(_Applied, FrozenBatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
-class _AppliedNormAct(_Applied, FrozenBatchNormAct2d):
-    """With an activation, which is left to do."""
+class _AppliedNormAct(FrozenBatchNormAct2d):
+    """A norm with an activation, of which the convolution before has applied the norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act(self.drop(x))
 
 
-APPLIED: dict[type[nn.Module], Callable[..., Any]] = {
+APPLIED: dict[type[nn.Module], type[nn.Module]] = {
     FrozenBatchNorm2d: _AppliedNorm,
     FrozenBatchNormAct2d: _AppliedNormAct,
 }
@@ -63,11 +47,10 @@ APPLIED: dict[type[nn.Module], Callable[..., Any]] = {
 def fold_frozen_norms(body: nn.Module) -> None:
     """Let every convolution without bias apply the frozen batch norm that follows it in its parent, in place.
 
-    Parameters, buffers in ``state_dict`` and their names stay as they are.
+    Parameters, buffers and their names stay as they are.
     """
-    for parent in list(body.modules()):
+    for parent in body.modules():
         for conv, norm in itertools.pairwise(parent.children()):
             if type(conv) is nn.Conv2d and type(norm) in APPLIED and conv.bias is None:
-                conv.__class__, norm.__class__ = NormedConv, APPLIED[type(norm)]  # type: ignore[assignment]
-                norm.conv = (conv,)  # type: ignore[assignment]
-                norm.fold()  # type: ignore[operator]
+                conv.__class__, norm.__class__ = NormedConv, APPLIED[type(norm)]
+                conv.norm, conv.lowered = (norm,), None  # type: ignore[assignment]

@@ -1,5 +1,6 @@
 """Weights in autocast's precision, cast all together; autocast itself casts each one where it is used."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,27 +33,31 @@ def lowered_weights(network: nn.Module) -> Iterator[None]:
         return
     modules = [module for module in network.modules() if isinstance(module, LOWERED)]
     normed = [module for module in modules if isinstance(module, NormedConv)]
-    weights: list[Tensor] = [conv.weight for conv in normed]
-    scales: list[Tensor] = [conv.scale for conv in normed if conv.scale is not None]
-    products = torch._foreach_mul(weights, scales) if normed else ()
-    places: list[Place] = [(conv._parameters, "weight") for conv in normed]
-    places += [(conv._buffers, "shift") for conv in normed]
     others = [module._parameters for module in modules if not isinstance(module, NormedConv)]
-    places += [(own, name) for own in others for name in own if own[name] is not None]
-    kept = [(own, name, own[name]) for own, name in [*places, *((conv._buffers, "scale") for conv in normed)]]
-    values = [*products, *(value for _, _, value in kept[len(products) : len(places)])]
+    places: list[Place] = [(own, name) for own in others for name in own if own[name] is not None]
+    kept = [own[name] for own, name in places]
+    copies = iter(_lower([*kept, *itertools.chain(*(conv.folded() for conv in normed))], dtype))
     try:
-        for learning in (True, False):
-            some = [pair for pair in zip(places, values, strict=True) if pair[1].requires_grad == learning]
-            copies = _Lower.apply(dtype, *(value for _, value in some))
-            for ((own, name), _), copy in zip(some, copies, strict=True):
-                own[name] = copy
+        for (own, name), copy in zip(places, copies, strict=False):
+            own[name] = copy
         for conv in normed:
-            conv._buffers["scale"] = None
+            conv.lowered = next(copies), next(copies)
         yield
     finally:
-        for own, name, value in kept:
+        for (own, name), value in zip(places, kept, strict=True):
             own[name] = value
+        for conv in normed:
+            conv.lowered = None
+
+
+def _lower(values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The same tensors in another precision, those with and those without a gradient by a call each."""
+    result: dict[int, Tensor] = {}
+    for learning in (True, False):
+        some = [index for index, value in enumerate(values) if value.requires_grad == learning]
+        copies = _Lower.apply(dtype, *(values[index] for index in some))
+        result |= zip(some, copies, strict=True)
+    return [result[index] for index in range(len(values))]
 
 
 class _Lower(torch.autograd.Function):

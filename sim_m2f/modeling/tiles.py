@@ -43,7 +43,8 @@ def tiled(
     """
     height, width = images.shape[-2:]
     if not tile or max(height, width) <= tile:
-        return cast(Predictions, network(images, auxiliary=False, prompts=prompts))
+        given = {"prompts": prompts} if prompts else {}
+        return cast(Predictions, network(images, auxiliary=False, **given))
     corners = tile_corners(height, width, tile)
     sides = min(tile, height), min(tile, width)
     crops = torch.cat([images[..., y : y + sides[0], x : x + sides[1]] for y, x in corners.tolist()])
@@ -52,8 +53,8 @@ def tiled(
     parts: list[Outputs] = []
     for start in range(0, len(crops), BATCH):
         part = slice(start, start + BATCH)
-        own = Prompts(placed[0].boxes[part], placed[0].labels[part]) if placed else None
-        parts.append(network(crops[part], auxiliary=False, prompts=own))
+        own = {"prompts": Prompts(placed[0].boxes[part], placed[0].labels[part])} if placed else {}
+        parts.append(network(crops[part], auxiliary=False, **own))
     logits = torch.cat([part["pred_logits"].float() for part in parts])
     masks = torch.cat([part["pred_masks"].float() for part in parts])
     canvas = height // STRIDE, width // STRIDE
