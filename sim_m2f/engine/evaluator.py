@@ -44,8 +44,8 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> di
     for source in sources:
         loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
         below = "" if source is sources[0] else f"{source.name}/"
-        kept = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.TILE
-        scores = evaluate(model, loader, folder / below, accelerator, *kept)
+        keys = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.TILE
+        scores = evaluate(model, loader, folder / below, accelerator, *keys)
         metrics |= {f"{below}{name}": value for name, value in scores.items()}
     return metrics
 
