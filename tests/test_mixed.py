@@ -11,6 +11,7 @@ from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import train_loader
 from sim_m2f.errors import UserError
+from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.matched import per_object
 from sim_m2f.supervision.projection import projection_loss
@@ -108,3 +109,9 @@ def test_the_loss_is_per_annotated_object(mixed_cfg):
     known = torch.cat([target["known"] for target in batch["targets"]])
     shares = [per_object(ones, match, matched.objects) for match in (matched.annotated, matched.by_box)]
     assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
+
+
+def test_copy_paste_is_refused(mixed_cfg):
+    mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = True
+    with pytest.raises(UserError, match="cannot cover known masks"):
+        build_copy_paste(mixed_cfg, torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.errors import UserError
 from sim_m2f.geometry import mask_extents
 from sim_m2f.structures import Target
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
@@ -86,7 +87,7 @@ class CopyPaste:
     def remember(self, images: Tensor, matched: Matched) -> None:
         """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice.
 
-        True masks are preferred where they are known, then masks corrected by colour.
+        Masks corrected by colour are preferred where they are made.
         """
         if not isinstance(matched, MatchedBoxes):
             return
@@ -97,17 +98,20 @@ class CopyPaste:
             masks, scores = made.labels.masks(matched.objects)
         else:
             return
-        if made.truth is not None:
-            truth = F.avg_pool2d(made.truth.float(), STRIDE) > 0.5
-            masks = masks.index_copy(0, matched.objects.known_index, truth)
-            scores = scores.index_fill(0, matched.objects.known_index, 1.0)
         self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
 
 
 def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:
-    """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks are learned from boxes."""
+    """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks are learned from boxes.
+
+    Raises:
+        UserError: some masks are known, which pasting would have to cover.
+    """
     sim = cfg.MODEL.SIM
-    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION != "mask" else None
+    if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "mixed":
+        fault = "MODEL.SIM.COPY_PASTE: cannot cover known masks (MODEL.SIM.SUPERVISION mixed)"
+        raise UserError(f"{fault}; set MODEL.SIM.COPY_PASTE.ENABLED False")
+    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "box" else None
 
 
 @torch.no_grad()
