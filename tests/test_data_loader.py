@@ -3,10 +3,14 @@
 import copy
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from pycocotools.coco import COCO
 from small_coco import SIZES, save, small_coco, write_images
@@ -225,6 +229,22 @@ def test_a_broken_image_is_one_line_from_any_worker(source, workers):
         first_batches(6, config(source, "DATALOADER.NUM_WORKERS", workers))
     assert str(error.value).startswith(f"{path}: cannot be decoded (")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_process_ends_while_its_workers_wait(source):
+    """Python ends the processes that are left with SIGTERM and waits for them; workers block that signal."""
+    script = f"""
+import sys
+from pathlib import PosixPath, WindowsPath
+from test_data_loader import DatasetSource, config, loader
+source = {source!r}
+batches = iter(loader.train_loader(config(source, "DATALOADER.NUM_WORKERS", 2)))
+next(batches)
+sys.modules["kept"] = batches  # as a traceback that somebody keeps does
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "ops"), str(ROOT / "tests")])
+    command, environment = [sys.executable, "-c", script], {**os.environ, "PYTHONPATH": path}
+    subprocess.run(command, env=environment, check=True, timeout=60)
 
 
 def test_runs_that_do_not_make_up_the_mask_are_told_with_their_annotation(tmp_path):

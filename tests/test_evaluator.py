@@ -172,12 +172,13 @@ def test_two_ranks_count_every_image_once(coloured, tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run(
+    ended = subprocess.run(
         [*command, str(script), str(coloured), str(tmp_path / "two")],
-        check=True,
         capture_output=True,
+        text=True,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
     )
+    assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "two" / RESULTS_FILE).read_text() == (tmp_path / "one" / RESULTS_FILE).read_text()
     assert (tmp_path / "two/rank0of2").read_text() == (tmp_path / "two/rank1of2").read_text() == repr(one)
 

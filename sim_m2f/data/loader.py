@@ -1,7 +1,9 @@
 """Batches for the network: the same sequence for any number of workers and ranks, from any iteration on."""
 
+import atexit
 import contextlib
 import itertools
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -75,6 +77,14 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kill the workers that are left: Python would ask with SIGTERM, which they block, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def train_loader(
