@@ -80,6 +80,38 @@ def grabcut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     return found if found.any() else filled(image, box)
 
 
+class Comparison:
+    """Masks of annotated boxes against the true ones, by row: mean IoU, share above 0.75, AP."""
+
+    def __init__(self, truth: CocoData) -> None:
+        self.truth = truth
+        self.ious: dict[str, list[float]] = defaultdict(list)
+        self.results: dict[str, list[dict]] = defaultdict(list)
+
+    def add(self, row: str, image: ImageRecord, masks: np.ndarray) -> None:
+        """The masks (N, H, W) of an image's N boxes; AP takes first those that fit their boxes best."""
+        for index, (mask, rle) in enumerate(zip(masks, encode_masks(masks), strict=True)):
+            true = read_mask(self.truth, image, index).astype(bool)
+            self.ious[row].append(float((mask & true).sum() / max((mask | true).sum(), 1)))
+            category = self.truth.category_ids[int(image.labels[index])]
+            found = {"image_id": image.id, "category_id": category, "segmentation": rle}
+            self.results[row].append({**found, "bbox": [0, 0, 1, 1], "score": fit(mask, image.boxes[index])})
+
+    def table(self) -> list[dict]:
+        """An entry per row; IoU and AP in percent."""
+        scored = coco_metrics.load_truth(self.truth.annotations_file)
+        return [
+            {
+                "row": row,
+                "objects": len(values),
+                "mIoU": round(100 * float(np.mean(values)), 2),
+                "above 0.75": round(100 * float(np.mean(np.array(values) > 0.75)), 1),
+                "AP": round(coco_metrics.score(scored, self.results[row])["segm/AP"], 2),
+            }
+            for row, values in self.ious.items()
+        ]
+
+
 def of_network(
     cfg: CfgNode, network: Mask2Former | None, batch: Batch, image: ImageRecord
 ) -> dict[str, Tensor]:
@@ -132,30 +164,20 @@ def main() -> None:
         cfg, network = trained(args.run)
         network.cpu()
     truth = read_coco(eval_sources(cfg)[0], read_masks=True)
-    scored = coco_metrics.load_truth(truth.annotations_file)
-    ious: dict[str, list[float]] = defaultdict(list)
-    results: dict[str, list[dict]] = defaultdict(list)
+    comparison = Comparison(truth)
     for image, rows in labelled(cfg, network, truth):
         for row, masks in rows.items():
-            encoded = encode_masks(masks)
-            for index, (mask, rle) in enumerate(zip(masks, encoded, strict=True)):
-                true = read_mask(truth, image, index).astype(bool)
-                ious[row].append(float((mask & true).sum() / max((mask | true).sum(), 1)))
-                category = truth.category_ids[int(image.labels[index])]
-                found = {"image_id": image.id, "category_id": category, "segmentation": rle}
-                results[row].append({**found, "bbox": [0, 0, 1, 1], "score": fit(mask, image.boxes[index])})
+            comparison.add(row, image, masks)
     table = [
-        {
-            "row": row,
-            **({"seed": cfg.SEED, "steps": cfg.SOLVER.MAX_ITER} if row.startswith("network") else {}),
-            "objects": len(values),
-            "mIoU": round(100 * float(np.mean(values)), 2),
-            "above 0.75": round(100 * float(np.mean(np.array(values) > 0.75)), 1),
-            "AP": round(coco_metrics.score(scored, results[row])["segm/AP"], 2),
-        }
-        for row, values in ious.items()
+        entry
+        | ({"seed": cfg.SEED, "steps": cfg.SOLVER.MAX_ITER} if entry["row"].startswith("network") else {})
+        for entry in comparison.table()
     ]
-    path = RESULTS / f"labels_{args.set}.json"
+    write_table(RESULTS / f"labels_{args.set}.json", table)
+
+
+def write_table(path: Path, table: list[dict]) -> None:
+    """A line per entry, in the file and on the screen."""
     path.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in table) + "\n]\n")
     print(path.read_text())
 
