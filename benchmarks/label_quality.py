@@ -31,6 +31,7 @@ from sim_m2f.data.loader import eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.geometry import iou, mask_extents
+from sim_m2f.labelling.masks import ellipse as touching_ellipse
 from sim_m2f.modeling import Mask2Former
 from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.pixels import Pixels
@@ -58,10 +59,7 @@ def filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
 
 def ellipse(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """(H, W) bool: the ellipse that touches the sides of the box."""
-    y, x = np.indices(image.shape[:2]) + 0.5
-    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
-    inside = ((x - centre[0]) / half[0]) ** 2 + ((y - centre[1]) / half[1]) ** 2 < 1
-    return inside & filled(image, box)
+    return touching_ellipse(box, *image.shape[:2]) & filled(image, box)
 
 
 def grabcut(image: np.ndarray, box: np.ndarray) -> np.ndarray:

@@ -390,9 +390,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def write(report: dict, output: Path) -> None:
-    """The cases so far, whole or not at all."""
+    """The cases so far, whole or not at all; a line per entry of a list."""
     temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    parts = []
+    for key, value in report.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+        parts.append(f" {json.dumps(key)}: {text}")
+    temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     temporary.replace(output)
 
 
