@@ -2,9 +2,9 @@
 
 A process that has imported everything forks, so that a run of a few steps takes seconds. What a run is doing
 is seen from outside: the functions that make up its phases are wrapped here, and the package knows nothing.
+The page at the end shows one curve of its losses, since drawing all of them takes as long as the run.
 """
 
-import atexit
 import contextlib
 import json
 import os
@@ -26,6 +26,8 @@ from torch.utils.data import dataloader
 
 from sim_m2f.cli import main
 from sim_m2f.engine.trainer import Trainer
+from sim_m2f.report import run_report
+from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.hooks import MethodFigures, RunPage
 
 START = "start"
@@ -97,6 +99,7 @@ class Phases:
     def watch(self) -> None:
         """From now on; the start ends with the first batch."""
         self.started.enter_context(self.phase(START))
+        run_report.draw_curves = lambda series: draw_curves({"total_loss": series["total_loss"]})
         for name, (owner, function) in PHASES.items():
             setattr(owner, function, self._watched(getattr(owner, function), name))
 
@@ -144,8 +147,13 @@ def run(
     for rank, log in enumerate(logs):
         pid = os.fork()
         if pid == 0:
-            _enter(folder, log, rank, ranks, port)
-            _child(arguments, Phases(fault if fault and fault.rank == rank else None, told))
+            try:
+                _enter(folder, log, rank, ranks, port)
+                _train(arguments, Phases(fault if fault and fault.rank == rank else None, told))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         pids.append(pid)
     statuses = _waited(pids, start + patience)
     end = time.monotonic()
@@ -167,22 +175,16 @@ def _enter(folder: Path, log: Path, rank: int, ranks: int, port: int) -> None:
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
 
 
-def _child(arguments: list[str], phases: Phases) -> None:
+def _train(arguments: list[str], phases: Phases) -> None:
     """Train and end this process."""
-    status = 1
+    phases.watch()
     try:
-        phases.watch()
         status = main(["train", *arguments])
         Path("durations.json").write_text(json.dumps(phases.durations))
-        atexit._run_exitfuncs()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(status)
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _waited(pids: list[int], deadline: float) -> list[int]:
