@@ -135,8 +135,7 @@ def run(
 ) -> Ended:
     """``sim-m2f train`` in a folder; its durations are in durations.json there when it has come to its end.
 
-    Ranks are not watched by a launcher: those that a fault leaves alone have to end by themselves, and are
-    killed after ``patience`` seconds.
+    What has not ended after ``patience`` seconds is killed.
     """
     told, start = RawArray("d", 2), time.monotonic()
     with socket.socket() as free:
@@ -188,14 +187,21 @@ def _train(arguments: list[str], phases: Phases) -> None:
 
 
 def _waited(pids: list[int], deadline: float) -> list[int]:
-    """The statuses of processes, which are killed at a deadline."""
+    """The statuses of ranks. Where one fails, the others get SIGTERM, as by torchrun; a deadline kills."""
     statuses: dict[int, int] = {}
+    told = False
     while len(statuses) < len(pids):
         for pid in set(pids) - set(statuses):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
                 statuses[pid] = os.waitstatus_to_exitcode(status)
-            elif time.monotonic() > deadline:
+        left = set(pids) - set(statuses)
+        if any(statuses.values()) and not told:
+            told = True
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            for pid in left:
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)
     return [statuses[pid] for pid in pids]
