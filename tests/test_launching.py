@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,21 +13,82 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, SMALL
 from test_broken_input import CONFIG, data, overrides  # noqa: F401 (a fixture)
-from test_reliability import command, last_state
-from test_training import train_losses
+from test_reliability import command, errors, last_state, train
 
 from sim_m2f.cli import main
+from sim_m2f.distributed import once_per_node
+from sim_m2f.engine.launch import launch
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ADDRESS = "tcp://127.0.0.1:29500"
+
+# How a rank ends by which others have to be ended: what it does, what is said last, the exit status.
+ENDS = {
+    "killed": ("os.kill(os.getpid(), 9)", "error: rank 1: ended by SIGKILL", 128 + signal.SIGKILL),
+    "error": ("recorded('UserError: a.json: broken'); sys.exit(2)", "error: rank 1: a.json: broken", 2),
+}
+RANK = """
+import json, os, sys, time
+
+def recorded(message):  # as torch does
+    told = {{"message": message, "extraInfo": {{"py_callstack": "", "timestamp": int(time.time())}}}}
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        json.dump({{"message": told}}, file)
+
+if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] in "{restarts}":
+    {end}
+time.sleep(0 if "{restarts}" == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "1" else 60)
+"""
+
+
+@pytest.fixture
+def _signals():
+    """torchrun's handlers stay."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize("name", ENDS)
+def test_one_rank_ends_the_others_and_its_error_is_told_last(capsys, tmp_path, name):
+    end, last, status = ENDS[name]
+    script = tmp_path / "rank.py"
+    script.write_text(RANK.format(end=end, restarts="01"))
+    assert launch([str(script)], 2, 1, 0, ADDRESS, 1) == status
+    assert capsys.readouterr().err.splitlines()[-1] == last
+    script.write_text(RANK.format(end=end, restarts="0"))
+    assert launch([str(script)], 2, 1, 0, ADDRESS, 1) == 0
+
+
+def test_a_rank_records_its_error_for_the_launcher(capsys, tmp_path, data, monkeypatch):  # noqa: F811
+    sets = overrides(tmp_path, data)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert train(tmp_path / "output", *sets, "DATASETS.TEST_IMAGES", str(tmp_path / "none")) == 2
+    recorded = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert f"error: {recorded.removeprefix('UserError: ')}" == errors(capsys)
+
+
+def test_what_is_wrong_with_the_command_is_told_before_ranks_are_started(capsys, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_0000001.pth")
+    keys = ["--config-file", CONFIG, "--num-gpus=2", "--max-restarts=1"]
+    for flags, word in (([], "holds a run already"), (["--overwrite"], "--max-restarts")):
+        assert main(["train", *keys, *flags, *SMALL, "OUTPUT_DIR", str(output)]) == 2
+        assert word in errors(capsys)
 
 
 class Started:
     """A command with everything that it starts, all of which ends with the block."""
 
     def __init__(self, arguments: list[str], log: Path, **environment: str) -> None:
-        self.arguments, self.log, self.environment = arguments, log, ENVIRONMENT | environment
+        self.arguments, self.log = arguments, log
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
 
     def __enter__(self) -> "Started":
         streams = {"stdout": self.log.open("w"), "stderr": subprocess.STDOUT}
@@ -41,7 +103,7 @@ class Started:
                 found += [child] if word in " ".join(child.cmdline()) else []
         return found
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.time() + seconds
         while not condition():
             assert self.process.poll() is None, self.log.read_text()
@@ -54,55 +116,6 @@ class Started:
                 with contextlib.suppress(psutil.Error):
                     each.kill()
             self.process.wait()
-
-
-def said(log: Path) -> list[str]:
-    return [line for line in log.read_text().splitlines() if line.strip()]
-
-
-@pytest.mark.slow
-def test_ranks_restart_by_themselves_and_tell_last_who_was_killed(tmp_path, data):  # noqa: F811
-    output, log = tmp_path / "output", tmp_path / "log.txt"
-    sets = [*overrides(tmp_path, data), "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "100000"]
-    flags = ["--num-gpus=2", "--max-restarts=1"]
-    with Started([sys.executable, "train_net.py", *command(output, *sets, *flags)], log) as run:
-        run.wait_for((output / "last_checkpoint").exists)
-        run.family("train_net.py")[1].kill()
-        run.wait_for(lambda: "goes on after step" in log.read_text())
-        steps = len(train_losses(output))
-        run.wait_for(lambda: len(train_losses(output)) > steps)
-        run.family("train_net.py")[1].kill()
-        assert run.process.wait(15) == 128 + signal.SIGKILL
-    assert last_state(output)["iteration"] >= 2
-    assert "SIGKILL" in said(log)[-1]
-    assert "Traceback" not in log.read_text()
-
-
-@pytest.mark.slow
-def test_the_error_of_the_rank_that_failed_is_told_last(tmp_path, data):  # noqa: F811
-    """The first rank finds the fault of the test set, while the others wait for it."""
-    output, log = tmp_path / "output", tmp_path / "log.txt"
-    sets = overrides(tmp_path, data)
-    data["annotations"][1]["segmentation"] = "nonsense"
-    (tmp_path / "test.json").write_text(json.dumps(data))
-    sets += ["DATASETS.TEST_ANNOTATIONS", str(tmp_path / "test.json"), "--num-gpus=2"]
-    with Started([sys.executable, "train_net.py", *command(output, *sets)], log) as run:
-        assert run.process.wait(120) == 2
-    assert said(log)[-1].startswith("error: rank 0: ")
-    assert "test.json: annotation id 2: segmentation" in said(log)[-1]
-    assert "Traceback" not in log.read_text()
-
-
-def test_what_is_wrong_with_the_command_is_told_before_ranks_are_started(capsys, tmp_path):
-    output = tmp_path / "output"
-    output.mkdir()
-    (output / "last_checkpoint").write_text("model_0000001.pth")
-    keys = ["--config-file", CONFIG, "--num-gpus=2", "--max-restarts=1"]
-    for flags, word in (([], "holds a run already"), (["--overwrite"], "--max-restarts")):
-        assert main(["train", *keys, *flags, *SMALL, "OUTPUT_DIR", str(output)]) == 2
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        assert word in errors[0]
 
 
 SRUN = """#!/bin/bash
@@ -121,8 +134,8 @@ sys.exit(main())
 
 
 @pytest.mark.slow
-def test_two_nodes_of_slurm_leave_a_checkpoint_and_are_queued_again(tmp_path, data):  # noqa: F811
-    """examples/slurm.sh on two agents of this machine, and the signal that comes before the time is up."""
+def test_two_nodes_of_slurm_restart_leave_a_checkpoint_and_are_queued_again(tmp_path, data):  # noqa: F811
+    """examples/slurm.sh with two agents on this machine: a rank is killed, later the time is up."""
     for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("sim-m2f", SIM_M2F)):
         (tmp_path / name).write_text(script)
         (tmp_path / name).chmod(0o755)
@@ -134,43 +147,42 @@ def test_two_nodes_of_slurm_leave_a_checkpoint_and_are_queued_again(tmp_path, da
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'ops'}"
     with Started(["examples/slurm.sh", *command(output, *sets)], log, **environment) as job:
         job.wait_for((output / "last_checkpoint").exists)
-        for process in job.family("sim-m2f"):
+        job.family("-u")[-1].kill()  # torchrun starts ranks so
+        job.wait_for(lambda: "goes on after step" in log.read_text())
+        steps = last_state(output)["iteration"]
+        job.wait_for(lambda: f"step {steps + 2}/" in log.read_text().partition("goes on")[2])
+        for process in job.family(sys.executable):
             process.terminate()
-        assert job.process.wait(20) == 128 + signal.SIGTERM
+        assert job.process.wait(60) == 128 + signal.SIGTERM
     assert requeued.read_text() == "requeue 7\n"
     assert f"stopped after step {last_state(output)['iteration']}" in log.read_text()
+    assert "Traceback" not in log.read_text()
 
 
-ONCE = """
-import os, sys
-from pathlib import Path
-import torch.distributed as dist
-from sim_m2f.distributed import once_per_node
+def rank(number: int, per_node: int, parsed: Path, meeting: Path) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
+    dist.init_process_group("gloo", f"file://{meeting}", rank=number, world_size=2)
 
-def work():
-    with Path(sys.argv[1]).open("a") as file:
-        file.write(os.environ["RANK"])
-    return ["parsed by", os.environ["RANK"]]
+    def parse() -> list[str]:
+        with parsed.open("a") as file:
+            file.write(str(number))
+        return [f"of rank {number}"]
 
-dist.init_process_group("gloo")
-print(*once_per_node(work))
-once_per_node(lambda: 1 / 0)
-"""
+    parsed.with_name(f"got{number}").write_text(once_per_node(parse)[0])
+    once_per_node(lambda: sys.exit(3))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("per_node", "parsed"), [(2, ["0", "0"]), (1, ["0", "1"])])
-def test_a_file_is_parsed_once_on_every_machine(tmp_path, per_node, parsed):
-    """Where that fails, one rank says why and the others end beside it."""
-    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": str(per_node), "MASTER_ADDR": "127.0.0.1"}
-    world |= {"MASTER_PORT": str(29650 + per_node)}
-    arguments = [sys.executable, "-c", ONCE, str(tmp_path / "parsed")]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranks = [
-        subprocess.Popen(arguments, cwd=ROOT, env={**ENVIRONMENT, **world, "RANK": str(rank)}, **streams)
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=60) for rank in ranks]
-    assert [output for output, _ in outputs] == [f"parsed by {rank}\n" for rank in parsed]
-    assert sorted((tmp_path / "parsed").read_text()) == sorted(set(parsed))
-    assert [rank.returncode for rank in ranks] == ([1, 2] if per_node == 2 else [1, 1])
+@pytest.mark.parametrize(("per_node", "parsing"), [(2, ["0", "0"]), (1, ["0", "1"])])
+def test_a_file_is_parsed_once_on_every_machine(tmp_path, per_node, parsing):
+    """Where that fails on the first rank, the others end too."""
+    fork = multiprocessing.get_context("fork")
+    paths = tmp_path / "parsed", tmp_path / "meeting"
+    ranks = [fork.Process(target=rank, args=(number, per_node, *paths)) for number in range(2)]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    assert sorted(paths[0].read_text()) == sorted(set(parsing))
+    got = [(tmp_path / f"got{number}").read_text() for number in range(2)]
+    assert got == [f"of rank {number}" for number in parsing]
+    assert [each.exitcode for each in ranks] == ([3, 2] if per_node == 2 else [3, 3])

@@ -77,7 +77,8 @@ def _told(error: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
-def _consequence(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int]:
-    """Orders failures: one that said why, before a killed rank, before those that this left alone."""
+def _consequence(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
+    """Orders failures: one that said why, a killed rank, one left alone, one that torchrun has ended."""
     failure = item[1]
-    return not isinstance(failure.message, dict), failure.exitcode > 0, failure.timestamp
+    unsaid, stopped = not isinstance(failure.message, dict), failure.exitcode == -signal.SIGTERM
+    return unsaid, stopped, failure.exitcode > 0, failure.timestamp
