@@ -1,12 +1,15 @@
 """The few places where ranks have to know of each other; in a single process each returns its argument."""
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_first_rank() -> bool:
@@ -58,12 +61,39 @@ def ranks() -> int:
 
 
 def gather_on_first_rank(value: Any) -> list[Any]:
-    """Every rank's object on rank 0, which alone receives them; an empty list elsewhere."""
+    """Every rank's object on rank 0, which alone receives them, by way of CPUs; an empty list elsewhere."""
     if not _distributed():
         return [value]
     values = [None] * ranks() if is_first_rank() else None
-    dist.gather_object(value, values)
+    dist.gather_object(value, values, group=_group_of_cpus())
     return values or []
+
+
+def once_per_node(work: Callable[[], T]) -> T:
+    """What ``work`` returns, done by the first rank of each machine and given to its others; all call it.
+
+    Raises:
+        SystemExit: on the others, with status 2, where ``work`` raises on the first, which tells why.
+    """
+    if not _distributed():
+        return work()
+    group = _group_of_node()
+    first = dist.get_global_rank(group, 0)
+    done: list[list[T]] = [[]]
+    try:
+        if dist.get_rank() == first:
+            done = [[work()]]
+    finally:
+        dist.broadcast_object_list(done, first, group)
+    if not done[0]:
+        raise SystemExit(2)
+    return done[0][0]
+
+
+@functools.cache
+def _group_of_node() -> Any:
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; the same on every machine
+    return dist.new_subgroups(size, backend="gloo")[0]
 
 
 def copy_from_first_rank(tensors: Sequence[Tensor]) -> None:

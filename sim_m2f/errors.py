@@ -4,6 +4,8 @@ import re
 
 # What PyTorch says on a GPU and on the host, and of a data worker that the system has ended.
 _NO_MEMORY = r"OutOfMemoryError|MemoryError|can't allocate memory|killed by signal: (Killed|Bus error)"
+# What it says where a rank does not answer any more, over gloo and NCCL.
+_NO_RANK = r"gloo/|DistNetworkError|remote process exited"
 
 
 class UserError(Exception):
@@ -20,6 +22,13 @@ def memory_problem(error: BaseException) -> str | None:
     training = "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE or DATALOADER.NUM_WORKERS"
     tests = "INPUT.MAX_SIZE_TEST (or set TEST.TILE)"
     return f"out of memory ({first_line(error)}); lower {training}, in tests {tests}"
+
+
+def rank_problem(error: BaseException) -> str | None:
+    """One line where an error means that another rank has ended, which says why itself."""
+    if not re.search(_NO_RANK, f"{type(error).__name__}: {error}"):
+        return None
+    return f"another rank has ended ({first_line(error)}); see what it said"
 
 
 def first_line(error: BaseException) -> str:

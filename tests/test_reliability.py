@@ -247,6 +247,23 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path, finished, sets
 
 
 @pytest.mark.slow
+def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, sets, monkeypatch):
+    """Its checkpoint was written before it."""
+    output, periods = tmp_path / "output", ["TEST.EVAL_PERIOD", "1", "SOLVER.MAX_ITER", "3"]
+    with monkeypatch.context() as patch:
+        ended = "sim_m2f.engine.trainer.Trainer.evaluate"
+        patch.setattr(ended, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            train(output, *sets, *periods)
+    assert last_state(output)["iteration"] == 1
+    assert train(output, "--resume", *sets, *periods) == 0
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], "total_loss" in line) for line in lines] == [
+        (step, losses) for step in range(3) for losses in (True, False)
+    ]
+
+
+@pytest.mark.slow
 def test_a_finished_run_does_not_repeat_its_last_line(finished, sets):
     before = (finished / "metrics.jsonl").read_text()
     assert train(finished, "--resume", *sets) == 0

@@ -6,17 +6,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
+from sim_m2f.engine.launch import launch
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, rank_problem
 from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
@@ -34,19 +32,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-machines", type=int, default=1, help="machines")
     parser.add_argument("--machine-rank", type=int, default=0, help="number of this machine, from 0")
     parser.add_argument("--dist-url", default="tcp://127.0.0.1:29500", help="address of machine 0")
+    restarts = "start all ranks again so often where one dies; they go on from the last checkpoint"
+    parser.add_argument("--max-restarts", type=_count, default=0, help=restarts)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of its keys")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit status."""
-    if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ and (
+        arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
+    ):
         return _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
-    with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
-        if arguments.eval_only:
-            _evaluate(cfg, arguments.resume)
-        else:
-            build_trainer(cfg, arguments.resume, arguments.overwrite).train()
+    try:
+        with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
+            if arguments.eval_only:
+                _evaluate(cfg, arguments.resume)
+            else:
+                resume = arguments.resume or arguments.max_restarts > 0  # ``_launch`` has let no other run in
+                build_trainer(cfg, resume, arguments.overwrite).train()
+    except Exception as error:
+        if not rank_problem(error):
+            get_error_handler().record_exception(error)  # for the launcher
+        raise
     return 0
 
 
@@ -77,6 +91,18 @@ def _is_first_rank() -> bool:
 
 
 def configuration(config_file: str, overrides: list[str]) -> CfgNode:
+    """``read_configuration``; tells which of its keys do nothing."""
+    cfg = read_configuration(config_file, overrides)
+    unheeded, warning = without_effect(cfg), extent_warning(cfg)
+    if unheeded and _is_first_rank():
+        where = "see sim_m2f/config/without_effect.yaml"
+        print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
+    if warning and _is_first_rank():
+        print(f"warning: {warning}", file=sys.stderr)
+    return cfg
+
+
+def read_configuration(config_file: str, overrides: list[str]) -> CfgNode:
     """The defaults, changed by a YAML file and by ``KEY VALUE`` pairs.
 
     Raises:
@@ -87,12 +113,6 @@ def configuration(config_file: str, overrides: list[str]) -> CfgNode:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
-    unheeded, warning = without_effect(cfg), extent_warning(cfg)
-    if unheeded and _is_first_rank():
-        where = "see sim_m2f/config/without_effect.yaml"
-        print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
-    if warning and _is_first_rank():
-        print(f"warning: {warning}", file=sys.stderr)
     cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).expanduser())
     cfg.freeze()
     return cfg
@@ -109,26 +129,12 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
 
 
 def _launch(arguments: argparse.Namespace) -> int:
-    """Run torchrun with one process per GPU and the same command line; returns the status of the first ended.
-
-    Its report of a process that ended, or of a signal, is left out: the process has said why.
-    """
-    try:
-        address = urlsplit(arguments.dist_url)
-        host, port = address.hostname, address.port
-    except ValueError:
-        host, port = None, None
-    if not host or not port:
-        raise UserError(f"--dist-url: {arguments.dist_url} is no address; write tcp://HOST:PORT")
-    options = [
-        *(f"--nproc-per-node={arguments.num_gpus}", f"--nnodes={arguments.num_machines}"),
-        *(f"--node-rank={arguments.machine_rank}", f"--master-addr={host}", f"--master-port={port}"),
-    ]
-    try:
-        torchrun.run(torchrun.parse_args([*options, *sys.argv]))
-    except SignalException as error:
-        return 128 + error.sigval
-    except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status  # below 0: the signal that ended it
-    return 0
+    """Start the ranks of this machine with the same command line; its faults are told once, before that."""
+    cfg = read_configuration(arguments.config_file, arguments.opts)
+    if arguments.max_restarts and arguments.overwrite:
+        advice = f"remove {cfg.OUTPUT_DIR} or choose another OUTPUT_DIR"
+        raise UserError(f"--overwrite: would remove what a restart goes on with (--max-restarts); {advice}")
+    if not (arguments.resume or arguments.overwrite or arguments.eval_only):
+        refuse_used(Path(cfg.OUTPUT_DIR))
+    machines = arguments.num_machines, arguments.machine_rank, arguments.dist_url
+    return launch(sys.argv, arguments.num_gpus, *machines, arguments.max_restarts)

@@ -18,6 +18,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
+from sim_m2f.distributed import once_per_node
 from sim_m2f.errors import UserError
 from sim_m2f.structures import Batch, Sample, Target
 
@@ -106,7 +107,8 @@ def train_loader(
     if batch_size % world_size:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use a multiple of the {world_size} ranks")
     kind = cfg.MODEL.SIM.SUPERVISION
-    data = [read_coco(source, kind != "box", kind == "mixed") for source in train_sources(cfg)]
+    sources = train_sources(cfg)
+    data = once_per_node(lambda: [read_coco(source, kind != "box", kind == "mixed") for source in sources])
     check_classes(cfg, data)
     if rank == 0:
         print_notes(data)
@@ -124,7 +126,7 @@ def eval_loader(
     Raises:
         UserError: the data are wrong; while iterating, an image cannot be decoded.
     """
-    data = read_coco(source, read_masks=False)
+    data = once_per_node(lambda: read_coco(source, read_masks=False))
     check_classes(cfg, [data])
     own = range(rank, len(data.images), world_size)
     return Batches(cfg, EvalDataset(cfg, data), least_size=1, sampler=own)

@@ -1,6 +1,7 @@
 """Runs a network over a test set, writes its detections in COCO's results format and scores them."""
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from pycocotools import mask as mask_utils
 from torch import nn
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from sim_m2f.data.coco import CocoData
 from sim_m2f.data.dataset import EvalDataset
 from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.distributed import gather_on_first_rank
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -83,11 +85,11 @@ def evaluate(
     data = loader.dataset.data
     scored = data.has_annotations and accelerator.is_main_process
     truth = coco_metrics.load_truth(data.annotations_file) if scored else None
-    seen, results = _detect(model, loader, accelerator, top_k, tile)
-    seen, results = gather_object(seen), gather_object(results)
+    shares = gather_on_first_rank(_detect(model, loader, accelerator, top_k, tile))
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
-        results = _in_order(results, seen, [image.id for image in data.images])
+        seen, found = (list(itertools.chain.from_iterable(parts)) for parts in zip(*shares, strict=True))
+        results = _in_order(found, seen, [image.id for image in data.images])
         write_file(output_dir / RESULTS_FILE, json.dumps(results))
         (output_dir / METRICS_FILE).unlink(missing_ok=True)
         if truth is None:

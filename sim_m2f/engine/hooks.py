@@ -9,6 +9,7 @@ from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
+from sim_m2f.distributed import largest_number
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
 from sim_m2f.engine.run_folder import remove_leftovers, remove_run
@@ -103,6 +104,14 @@ class Checkpoints(Hook):
 
 class Evaluation(Hook):
     """Scores the test sets every TEST.EVAL_PERIOD steps and at the end."""
+
+    def before_train(self, trainer: Trainer) -> None:
+        """Makes up for an evaluation that was cut short, between the last checkpoint and its scores."""
+        within = 0 < trainer.iteration < trainer.cfg.SOLVER.MAX_ITER
+        if within and trainer.due(trainer.cfg.TEST.EVAL_PERIOD):
+            missing = trainer.logger is not None and not trainer.logger.scored
+            if largest_number(missing):
+                self.after_train(trainer)
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:

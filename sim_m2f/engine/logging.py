@@ -29,6 +29,9 @@ class MetricsLogger:
         start: the first step to come; what a previous run wrote of later steps is dropped, and a line that a
             killed process left unfinished.
         accelerator: its trackers are started.
+
+    Attributes:
+        scored: whether the previous run wrote scores after the last losses that are kept.
     """
 
     def __init__(self, output_dir: Path, start: int, accelerator: Accelerator) -> None:
@@ -37,6 +40,7 @@ class MetricsLogger:
         kept = [line for line, record in records if record["iteration"] < start]
         write_file(self.path, "".join(f"{line}\n" for line in kept))
         self.last = kept[-1] if kept else ""
+        self.scored = bool(kept) and "total_loss" not in json.loads(self.last)
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:

@@ -1,0 +1,84 @@
+"""Starts the ranks of a run on this machine by torchrun, and tells last why the first of them failed."""
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from sim_m2f.errors import UserError
+
+PATIENCE = 120  # seconds that ranks have for the checkpoint of an ordered stop, where torchrun can be told
+WAIT = 600  # seconds that machines wait for the first one
+
+
+def launch(
+    command: Sequence[str], processes: int, machines: int, machine: int, address: str, restarts: int
+) -> int:
+    """Run a Python file once for every rank of this machine; several machines find each other by c10d.
+
+    Args:
+        command: the file and its arguments, the same for all ranks.
+        processes: ranks per machine.
+        machines: how many machines call this.
+        machine: this one's number, from 0.
+        address: tcp://HOST:PORT of machine 0, where several have to meet.
+        restarts: how often all ranks are started again after one of them has failed.
+
+    Returns:
+        the exit status: 0, that of the rank that failed first, or 128 and the signal that ended it or this.
+
+    Raises:
+        UserError: the address is none.
+    """
+    options = [f"--nproc-per-node={processes}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
+    options += _meeting(machines, machine, address)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
+    try:
+        torchrun.run(torchrun.parse_args([*options, *command]))
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        return _told(error)
+    return 0
+
+
+def _meeting(machines: int, machine: int, address: str) -> list[str]:
+    """torchrun's options on where the machines meet."""
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if not host or not port:
+        raise UserError(f"--dist-url: {address} is no address; write tcp://HOST:PORT")
+    if machines == 1:
+        return ["--standalone", "--local-addr=localhost"]
+    conf = f"--rdzv-conf=is_host={machine == 0},read_timeout={WAIT}"
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{port}", "--rdzv-id=sim-m2f", conf]
+
+
+def _told(error: ChildFailedError) -> int:
+    """Say last what the rank said that failed first, since other ranks have spoken after it; its status."""
+    rank, failure = min(error.failures.items(), key=_consequence)
+    said: Any = failure.message  # a text is not the rank's
+    lines: list[str] = []
+    if isinstance(said, dict):
+        lines = said["message"].removeprefix("UserError: ").splitlines()
+    elif failure.exitcode < 0:
+        lines = [f"ended by {signal.Signals(-failure.exitcode).name}"]
+    for line in lines:
+        print(f"error: rank {rank}: {line}", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def _consequence(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
+    """Orders failures: one that said why, a killed rank, one left alone, one that torchrun has ended."""
+    failure = item[1]
+    unsaid, stopped = not isinstance(failure.message, dict), failure.exitcode == -signal.SIGTERM
+    return unsaid, stopped, failure.exitcode > 0, failure.timestamp
