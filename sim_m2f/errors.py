@@ -22,6 +22,11 @@ def memory_problem(error: BaseException) -> str | None:
     return f"out of memory ({first_line(error)}); lower {training}, in tests {tests}"
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text that files and terminals take: without zeros and halves of characters."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value and "\0" not in value
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, for a message of one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

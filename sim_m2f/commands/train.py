@@ -21,6 +21,8 @@ from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
 
+MOST = 1024  # machines, or processes of one
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
@@ -39,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit status."""
+    for flag, least in {"num_gpus": 1, "num_machines": 1, "machine_rank": 0}.items():
+        if not least <= getattr(arguments, flag) <= MOST:
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name} is {getattr(arguments, flag)}; give a number from {least} to {MOST}")
     if arguments.num_gpus * arguments.num_machines > 1 and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)

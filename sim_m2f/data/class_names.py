@@ -20,7 +20,8 @@ def class_names(cfg: CfgNode) -> list[str]:
     """
     number = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     try:
-        categories = load_json(eval_sources(cfg)[0].annotations)["categories"]
+        source = eval_sources(cfg)[0]
+        categories = load_json(source.annotations, source.limits)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):
         names = coco_names() if all(name.startswith("coco_") for name in cfg.DATASETS.TEST) else []
