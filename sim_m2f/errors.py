@@ -22,9 +22,11 @@ def memory_problem(error: BaseException) -> str | None:
     return f"out of memory ({first_line(error)}); lower {training}, in tests {tests}"
 
 
-def is_text(value: object) -> bool:
-    """Whether it is a text that files and terminals take: without zeros and halves of characters."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value and "\0" not in value
+def is_line(value: object) -> bool:
+    """Whether it is a text of one line that files and terminals take: no zeros, no halves of characters."""
+    if not isinstance(value, str) or "\0" in value or len(value.splitlines()) > 1:
+        return False
+    return value.encode(errors="ignore").decode() == value
 
 
 def first_line(error: BaseException) -> str:

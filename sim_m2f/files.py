@@ -34,7 +34,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """What a JSON file holds: an object, or a list if ``kind`` is list.
 
     Raises:
-        UserError: the file cannot be read, is not JSON, has a key twice in an object, or holds something else.
+        UserError: the file cannot be read, is not JSON, has a key twice, or holds something else.
     """
     refuse_special(path)
     try:

@@ -149,16 +149,9 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """ "runs", "one line", or what must not be."""
-        if self.touched or (self.status == 0) == bool(self.lines):
-            return "broken"
-        return (
-            "runs"
-            if self.status == 0
-            else "one line"
-            if (self.status, len(self.lines)) == (2, 1)
-            else "broken"
-        )
+        """What it may be, "runs" or "one line" (of several problems, one each); or "broken"."""
+        expected = 2 if self.lines else 0
+        return "broken" if self.touched or self.status != expected else "one line" if self.lines else "runs"
 
 
 def run(arguments: list[str], folder: Path) -> Outcome:

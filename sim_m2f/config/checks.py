@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_yaml
 from sim_m2f.config.node import CfgNode, leaf_keys, value_of
-from sim_m2f.errors import UserError, is_text
+from sim_m2f.errors import UserError, is_line
 
 _LARGEST = 2**32
 _FAR = 1.25  # factor between extents that positions learned from one of them do not bridge
@@ -41,8 +41,8 @@ def validate(cfg: CfgNode) -> None:
                 raise UserError(f"{key} is {value}; use a finite number")
             if isinstance(one, int) and abs(one) > _LARGEST:
                 raise UserError(f"{key} is {reprlib.repr(one)}; use a number of at most {_LARGEST}")
-            if isinstance(one, str) and not is_text(one):
-                raise UserError(f"{key} is {one!r}; leave out what is no character")
+            if isinstance(one, str) and not is_line(one):
+                raise UserError(f"{key} is {reprlib.repr(one)}; use a text of one line")
     for key, divisor in _LIMITS["MULTIPLES"]:
         number = value_of(cfg, divisor) if isinstance(divisor, str) else divisor
         if value_of(cfg, key) % number:

@@ -18,7 +18,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.image import LIMITS, is_outside, read_image
 from sim_m2f.data.segmentation import segmentation_problem
-from sim_m2f.errors import UserError, is_text
+from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json, refuse_special
 
 WHERE_FROM = "check DATASETS.* and $DETECTRON2_DATASETS"
@@ -136,7 +136,7 @@ Record = dict[str, Any]  # an object in one of the lists of the JSON
 Check = tuple[str, Callable[[Any], bool]]  # what a value has to be, in words, and whether it is
 WHOLE: Check = ("a whole number of 64 bits", lambda value: type(value) is int and abs(value) < 2**63)
 SIZE: Check = ("a positive whole number", lambda value: type(value) is int and 0 < value < 2**31)
-LINE: Check = ("a text of one line", lambda value: is_text(value) and len(value.splitlines()) == 1)
+LINE: Check = ("a text of one line", lambda value: is_line(value) and value != "")
 PRESENT: Check = ("", lambda value: True)
 # For each list of the JSON: what one record is called and what its keys must hold.
 RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
