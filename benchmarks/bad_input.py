@@ -42,15 +42,15 @@ def tables(results: list[Result]) -> str:
 
 def collect(sound: Path) -> list[Result]:
     """Break copies of the sound folder in every way, and note what is said."""
-    from mistakes import COMMANDS, kinds
+    from mistakes import kinds, words
     from mutations import FILES
     from sound_folder import server
 
     results = []
     with server() as address:
         for kind in kinds():
-            words = [word.replace("SERVER", address) for word in kind.arguments]
-            result = tried(sound, words, kind.damage)
+            arguments = [word.replace("SERVER", address) for word in kind.arguments]
+            result = tried(sound, arguments, kind.damage)
             results.append(
                 {
                     "area": kind.area,
@@ -59,7 +59,7 @@ def collect(sound: Path) -> list[Result]:
                     "line": result["line"].replace(address, "SERVER"),
                 }
             )
-    for name, (file, mutate, (command, *more)) in FILES.items():
+    for name, (file, mutate, command) in FILES.items():
         for seed in SEEDS:
             content = mutate((sound / file).read_bytes(), random.Random(seed))
 
@@ -67,7 +67,7 @@ def collect(sound: Path) -> list[Result]:
                 (folder / file).unlink()
                 (folder / file).write_bytes(content)
 
-            result = tried(sound, [*COMMANDS.get(command, [command]), *more], damage)
+            result = tried(sound, words(command), damage)
             results.append({"area": CHANGED, "what": f"{name}: seed {seed}", **result})
     return results
 

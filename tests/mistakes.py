@@ -55,6 +55,7 @@ COMMANDS = {
     "label": ["label", "--model", "model", *ANNOTATIONS, "--output", "out"],
     "predict": ["predict", "images/1.png", "--model", "model", "--output", "out"],
     "export": ["export", "model", "--format", "safetensors", "--output", "out"],
+    "trained": ["export", "run", "--format", "safetensors", "--output", "out"],
     "report": ["report", "run"],
     "explain": ["explain", *CONFIG],
     "ablate": ["ablate", *CONFIG, "--output", "out"],
@@ -81,8 +82,13 @@ def kinds() -> Iterator[Kind]:
     """All of them, in the order of the documents."""
     for area, rows in TABLE.items():
         for what, command, said, damage in rows:
-            name, *more = command.split(" ") if isinstance(command, str) else command
-            yield Kind(area, what, [*COMMANDS[name], *more], said, damage)
+            yield Kind(area, what, words(command), said, damage)
+
+
+def words(command: str | list[str]) -> list[str]:
+    """A command line; its first word stands for all that ``COMMANDS`` has of it."""
+    name, *more = command.split(" ") if isinstance(command, str) else command
+    return [*COMMANDS[name], *more]
 
 
 ELSEWHERE = (

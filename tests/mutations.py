@@ -75,30 +75,25 @@ def mutated_yaml(content: bytes, random: Random) -> bytes:
     return yaml.safe_dump(mutated_value(yaml.safe_load(content), random)).encode()
 
 
-EXPORT = "--format", "safetensors", "--output", "out"
 # By name: the file, how it is changed, the command that reads it.
 FILES = {
-    "COCO JSON, values": ("boxes.json", mutated_json, ["check"]),
-    "COCO JSON, bytes": ("boxes.json", mutated_bytes, ["convert", "--format", "yolo,labelme,cvat,png"]),
-    "configuration, values": (
-        "base.yaml",
-        mutated_yaml,
-        ["sim-m2f", "export", "model", "--config-file", "config.yaml", *EXPORT],
-    ),
-    "configuration, bytes": (
-        "base.yaml",
+    "COCO JSON, values": ("boxes.json", mutated_json, "check"),
+    "COCO JSON, bytes": ("boxes.json", mutated_bytes, "convert --format yolo,labelme,cvat,png"),
+    "configuration, values": ("base.yaml", mutated_yaml, "export --config-file config.yaml"),
+    "configuration, bytes": ("base.yaml", mutated_bytes, "export --config-file config.yaml"),
+    "PNG": ("images/1.png", mutated_bytes, "check"),
+    "JPEG": ("images/2.jpg", mutated_bytes, "check"),
+    "checkpoint": (
+        "run/model_final.pth",
         mutated_bytes,
-        ["sim-m2f", "export", "model", "--config-file", "config.yaml", *EXPORT],
+        "trained",
     ),
-    "PNG": ("images/1.png", mutated_bytes, ["check"]),
-    "JPEG": ("images/2.jpg", mutated_bytes, ["check"]),
-    "checkpoint": ("run/model_final.pth", mutated_bytes, ["sim-m2f", "export", "run", *EXPORT]),
-    "weights of a model folder": ("model/model.safetensors", mutated_bytes, ["sim-m2f", "export", "model", *EXPORT]),
-    "class names of a model folder": ("model/classes.json", mutated_json, ["sim-m2f", "export", "model", *EXPORT]),
-    "VOC XML": ("voc/1.xml", mutated_bytes, ["voc"]),
-    "CVAT XML": ("cvat.xml", mutated_bytes, ["cvat"]),
-    "LabelMe": ("labelme/1.json", mutated_json, ["labelme"]),
-    "Label Studio": ("tasks.json", mutated_json, ["labelstudio"]),
-    "YOLO": ("yolo/1.txt", mutated_bytes, ["yolo"]),
-    "CSV": ("boxes.csv", mutated_bytes, ["csv"]),
+    "weights of a model folder": ("model/model.safetensors", mutated_bytes, "export"),
+    "class names of a model folder": ("model/classes.json", mutated_json, "export"),
+    "VOC XML": ("voc/1.xml", mutated_bytes, "voc"),
+    "CVAT XML": ("cvat.xml", mutated_bytes, "cvat"),
+    "LabelMe": ("labelme/1.json", mutated_json, "labelme"),
+    "Label Studio": ("tasks.json", mutated_json, "labelstudio"),
+    "YOLO": ("yolo/1.txt", mutated_bytes, "yolo"),
+    "CSV": ("boxes.csv", mutated_bytes, "csv"),
 }

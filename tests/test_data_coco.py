@@ -56,10 +56,6 @@ def broken_annotation(**changes):
     return lambda content, folder: content["annotations"][0].update(changes)
 
 
-def broken_image(**changes):
-    return lambda content, folder: content["images"][0].update(changes)
-
-
 def append_copy(key):
     return lambda content, folder: content[key].append(dict(content[key][0]))
 
@@ -92,7 +88,10 @@ BROKEN = {
     "empty image file": (replace_file(b""), ["images/11.png", "not an image"]),
     "text instead of an image": (replace_file(b"hello"), ["images/11.png", "not an image"]),
     "folder instead of an image": (replace_by_folder, ["image id 11", "11.png", "folder"]),
-    "another size": (broken_image(height=61), ["images/11.png", "80 x 60", "80 x 61"]),
+    "another size": (
+        lambda c, _: c["images"][2].update(height=91),
+        ["images/15.png", "90 x 90", "90 x 91"],
+    ),
     "NaN in a box": (broken_annotation(bbox=[1, math.nan, 3, 4]), ["annotation id 101", "not finite"]),
     "infinity in a box": (broken_annotation(bbox=[1, 2, math.inf, 4]), ["annotation id 101", "not finite"]),
     "negative box": (broken_annotation(bbox=[10, 10, -3, 4]), ["annotation id 101", "negative"]),

@@ -240,6 +240,8 @@ def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
 def test_a_split_keeps_classes_balanced(tmp_path):
     generator = np.random.default_rng(0)
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]
+    for image in images:
+        (tmp_path / image["file_name"]).touch()
     classes = generator.choice([5, 7, 9], 600, p=[0.8, 0.18, 0.02])
     annotations = [
         {"id": n, "image_id": int(generator.choice(150)) * 3, "category_id": int(label), "bbox": [1, 1, 2, 2]}
