@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "ops")]
 RESULTS, PAGE = ROOT / "benchmarks/results/bad_input.json", ROOT / "docs/bad_input.md"
-SEEDS = range(20)  # files changed at random, of each kind
+SEEDS = range(10)  # files changed at random, of each kind
 CHANGED = "changed at random"
 LONGEST = 200  # characters of a line that are shown
 Result = dict[str, str]

@@ -32,14 +32,17 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE"), help=meaning)
 
 
-def limits(args: argparse.Namespace) -> CfgNode:
-    """INPUT.LIMITS with what --set says.
+def limits(args: argparse.Namespace, cfg: CfgNode | None = None) -> CfgNode:
+    """INPUT.LIMITS of a configuration, by default the default one, after what --set says is done to it.
 
     Raises:
         UserError: a key or a value has a fault.
     """
-    cfg = get_cfg()
-    cfg.merge_from_list([item for pair in args.set for item in pair])
+    cfg = cfg or get_cfg()
+    for key, value in args.set:
+        if not key.startswith("INPUT.LIMITS."):
+            raise UserError(f"--set {key}: takes keys of INPUT.LIMITS; see sim_m2f/config/defaults.yaml")
+        cfg.merge_from_list([key, value])
     validate(cfg)
     return cfg.INPUT.LIMITS
 

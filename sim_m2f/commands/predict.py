@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from sim_m2f.commands.check import add_limits
+from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.image import image_files
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
-    model.cfg.merge_from_list([item for pair in args.set for item in pair])
+    limits(args, model.cfg)
     categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
     category_ids = list(range(1, len(categories) + 1))
     images: list[dict[str, Any]] = []

@@ -9,6 +9,7 @@ import functools
 import operator
 import os
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,7 @@ from fvcore.common.config import CfgNode as FvcoreNode
 from sim_m2f.config.shipped import find_config
 from sim_m2f.errors import UserError
 
-LARGEST = 1_000_000  # bytes of a file; PyYAML takes minutes for more
+LARGEST = 100_000  # bytes of a file; PyYAML takes seconds for as many
 LONGEST = 200  # characters of a key
 
 
@@ -38,7 +39,7 @@ class CfgNode(FvcoreNode):
         if file.exists() and not file.is_file():
             raise UserError(f"{file}: not a file; give the path of a YAML file")
         if file.exists() and file.stat().st_size > LARGEST:
-            raise UserError(f"{file}: is larger than a megabyte, no configuration; give another file")
+            raise UserError(f"{file}: is larger than {LARGEST} bytes, no configuration; give another file")
         _refuse_twice(file)
         return super()._open_cfg(filename)
 
@@ -110,7 +111,7 @@ def _refuse_twice(file: Path) -> None:
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
+            if twice := [key for key, count in Counter(keys).items() if count > 1]:
                 raise UserError(f"{file}: the key {twice[0]} stands twice in one group; leave one out")
             waiting += [value for _, value in node.value]
         else:
