@@ -9,6 +9,7 @@ import signal
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError, memory_problem, rank_problem
@@ -19,11 +20,18 @@ COMMANDS = (
 )
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a mistake as everything else here does, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run ``sim-m2f COMMAND ...``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     about = "Instance masks learned from bounding boxes alone."
-    parser = argparse.ArgumentParser(prog="sim-m2f", description=about)
+    parser = OneLineParser(prog="sim-m2f", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         source = (Path(__file__).parent / "commands" / f"{name}.py").read_text(encoding="utf-8")
@@ -42,6 +50,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _missing(error: ModuleNotFoundError) -> int:
     print(f"error: the package {error.name} is missing; see 'sim-m2f doctor'", file=sys.stderr)
     return 2
+
+
+def _file_problem(error: OSError) -> str | None:
+    """One line for an error of the system about a file, or a full disk."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{error}; free space, or write elsewhere"
+    return f"{error.filename}: {error.strerror}; check the path" if error.filename else None
 
 
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
@@ -71,9 +86,8 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would flush into it
         return 128 + signal.SIGPIPE
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        problem = f"{error}; free space, or write elsewhere" if full else None
-        problem = problem or memory_problem(error) or rank_problem(error)
+        problem = _file_problem(error) if isinstance(error, OSError) else memory_problem(error)
+        problem = problem or rank_problem(error)
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

@@ -31,6 +31,13 @@ def rank_problem(error: BaseException) -> str | None:
     return f"another rank has ended ({first_line(error)}); see what it said"
 
 
+def is_line(value: object) -> bool:
+    """Whether it is a text of one line that files and terminals take: no zeros, no halves of characters."""
+    if not isinstance(value, str) or "\0" in value or len(value.splitlines()) > 1:
+        return False
+    return value.encode(errors="ignore").decode() == value
+
+
 def first_line(error: BaseException) -> str:
     """What an exception of a library says, for a message of one line; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -16,21 +18,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
 
 
-def refuse_special(path: Path) -> None:
-    """Raises UserError for a pipe or a device, whose reader may wait for ever."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise UserError(f"{path}: is not a regular file; give the path of a file")
+def refuse_special(path: Path, megabytes: float = math.inf) -> None:
+    """Raises UserError for a pipe or a device, whose reader may wait for ever, and for a larger file."""
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise UserError(f"{path}: is not a regular file; give the path of a file")
+        size = path.stat().st_size / 1e6 if path.is_file() else 0
+    except (OSError, ValueError) as error:  # of names that no file can have
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from error
+    if size > megabytes:
+        fault = f"has {size:,.1f} MB, more than INPUT.LIMITS.FILE_SIZE ({megabytes:,})"
+        raise UserError(f"{path}: {fault}; raise it, or take a smaller file")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
     """What a JSON file holds: an object, or a list if ``kind`` is list.
 
     Raises:
-        UserError: the file cannot be read, is not JSON, or holds something else.
+        UserError: the file cannot be read, is not JSON, has a key twice, or holds something else.
     """
     refuse_special(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
@@ -39,6 +48,15 @@ def read_json(path: Path, kind: type = dict) -> Any:
         found, expected = type(content).__name__, "an object" if kind is dict else "a list"
         raise UserError(f"{path}: holds a JSON {found}, not {expected}; take another file")
     return content
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands twice, Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 @contextlib.contextmanager

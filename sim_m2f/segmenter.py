@@ -127,7 +127,7 @@ class Segmenter(nn.Module):
             if boxes is not None:
                 raise UserError("boxes belong to one image; call predict once for each image")
             return [self.predict(image, threshold) for image in images]
-        pixels = _pixels(images)
+        pixels = _pixels(images, self.cfg.INPUT.LIMITS)
         original = pixels.shape[-2], pixels.shape[-1]
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size = resized.shape[-2], resized.shape[-1]
@@ -156,9 +156,7 @@ class Segmenter(nn.Module):
         self, images: Tensor, boxes: Any, labels: Any, size: Size, original: Size, colors: bool
     ) -> Instances:
         """The masks of boxes in pixels of the original image, from its input (1, 3, H, W)."""
-        if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:
-            advice = "leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
-            raise UserError(f"this network knows no boxes; {advice}")
+        self.require_prompts()
         boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
         classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
@@ -175,6 +173,12 @@ class Segmenter(nn.Module):
             size = FINER * size[0], FINER * size[1]
         masks, scores = masks_in_boxes(logits, boxes, size, original)
         return self._named(labels, scores, boxes, masks)
+
+    def require_prompts(self) -> None:
+        """Raises UserError unless the network has learned to answer boxes."""
+        if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:
+            advice = "leave them out, or train with MODEL.SIM.PROMPTS.ENABLED True"
+            raise UserError(f"this network knows no boxes; {advice}")
 
     @property
     def trained(self) -> TrainedNetwork:
@@ -222,10 +226,10 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
         raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error
 
 
-def _pixels(image: ImageLike) -> Tensor:
+def _pixels(image: ImageLike, limits: CfgNode) -> Tensor:
     """(3, H, W) uint8 RGB."""
     if isinstance(image, (str, Path)):
-        image = read_image(Path(image))
+        image = read_image(Path(image), limits=limits)
     if isinstance(image, Image.Image):
         image = to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -227,9 +228,11 @@ def test_a_broken_file_is_named(data, tmp_path, capsys, name):
 
 def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
     folder, content = data
-    content["images"][0]["file_name"] = "../../5.png"
+    content["images"][0]["file_name"] = "../5.png"
     (folder / "set.json").write_text(json.dumps(content))
-    convert(folder, tmp_path / "a/b/out", folder / "set.json", "--format", "labelme,yolo,png")
+    shutil.copy(folder / "5.png", tmp_path)
+    outside = "--set", "INPUT.LIMITS.OUTSIDE", "True"
+    convert(folder, tmp_path / "a/b/out", folder / "set.json", "--format", "labelme,yolo,png", *outside)
     assert (tmp_path / "a/b/out/labelme/5.json").exists()
     assert not [file for file in (tmp_path / "a").rglob("*5*") if "out" not in file.parts]
 
@@ -237,6 +240,8 @@ def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
 def test_a_split_keeps_classes_balanced(tmp_path):
     generator = np.random.default_rng(0)
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]
+    for image in images:
+        (tmp_path / image["file_name"]).touch()
     classes = generator.choice([5, 7, 9], 600, p=[0.8, 0.18, 0.02])
     annotations = [
         {"id": n, "image_id": int(generator.choice(150)) * 3, "category_id": int(label), "bbox": [1, 1, 2, 2]}

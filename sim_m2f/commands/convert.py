@@ -4,9 +4,11 @@ import argparse
 import json
 from pathlib import Path
 
-from sim_m2f.data.coco import load_json
-from sim_m2f.data.formats.base import images_of
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.commands.check import add_limits, limits
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import read_coco
+from sim_m2f.data.formats.base import images_of, mask_of, objects
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, output_formats, read_annotations
 from sim_m2f.data.split import part, split_images
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -22,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     split = "share of the objects for validation: train.json and val.json beside annotations.json"
     parser.add_argument("--split", type=float, default=0.0, metavar="SHARE", help=split)
     parser.add_argument("--seed", type=int, default=0, help="of the split")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the annotations; returns the exit status.
+    """Check and write the annotations; returns the exit status.
 
     Raises:
         UserError: there is nothing of the kind, or it has a fault.
@@ -33,9 +36,13 @@ def run(args: argparse.Namespace) -> int:
     if args.split and not 0 < args.split < 1:
         raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
     formats = output_formats(args.format)
-    content = load_json(as_coco(args.annotations, args.images, args.input, args.output / "annotations.json"))
-    if args.input == COCO:
-        write_file(args.output / "annotations.json", json.dumps(content))
+    source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
+    content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
+    read_coco(source, read_masks=False, content=content)
+    for image, annotations in images_of(content):
+        for annotation in objects(annotations):
+            mask_of(image, annotation)
+    write_file(args.output / "annotations.json", json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
     if args.split:
@@ -48,8 +55,10 @@ def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[P
     """Write train.json and val.json; returns their paths.
 
     Raises:
-        UserError: one of both would be empty, or a file cannot be written.
+        UserError: one of both would be empty, the seed is negative, or a file cannot be written.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; give a whole number from 0 on")
     held = split_images(content, share, seed)
     rest = {image["id"] for image in content["images"]} - held
     if not held or not rest:

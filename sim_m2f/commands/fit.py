@@ -21,7 +21,6 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import MAX_LINES, CocoData, load_json, read_coco
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
-from sim_m2f.data.image import read_image
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trial import Trial, trial
@@ -115,7 +114,7 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     else:
         (args.output / FILE).unlink(missing_ok=True)
     label_set(Labeller(model, quality, quality.colors, keep_overlaps=False), sets.boxes, args.output, formats)
-    masks = DatasetSource("masks", args.output / MASKS, args.images)
+    masks = DatasetSource("masks", args.output / MASKS, args.images, cfg.INPUT.LIMITS)
     page = write_report(args.output, read_coco(sets.val, read_masks=False), labelled=masks)
     print(f"masks of the boxes: {masks.annotations}")
     print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")
@@ -128,37 +127,39 @@ def find_sets(args: argparse.Namespace) -> Sets:
     Raises:
         UserError: whatever is wrong with the data, one line each, 20 at most.
     """
-    folder = args.output
-    path = as_coco(args.annotations, args.images, args.input, folder / "boxes.json")
-    boxes = DatasetSource(path.stem, path, args.images)
+    folder, cfg = args.output, get_cfg()
+    cfg.merge_from_list(overrides(args))
+    limits = cfg.INPUT.LIMITS
+    path = as_coco(args.annotations, args.images, args.input, folder / "boxes.json", limits)
+    boxes = DatasetSource(path.stem, path, args.images, limits)
     data = checked(boxes)
     if not any(len(image.labels) for image in data.images):
         raise UserError(f"{path}: no object to learn from (crowds and empty boxes aside); give another file")
-    content = load_json(path)
+    content = load_json(path, limits)
     train, val = boxes, boxes
     if args.val:
         images = args.val_images or args.images
-        path = as_coco(args.val, images, args.input, folder / "val.json")
-        checked(DatasetSource(path.stem, path, images))
-        own = load_json(path)
+        path = as_coco(args.val, images, args.input, folder / "val.json", limits)
+        checked(DatasetSource(path.stem, path, images, limits))
+        own = load_json(path, limits)
         same = with_categories(own, content["categories"], path)
         if same != own:
             path = folder / "val.json"
             write_file(path, json.dumps(same))
-        val = DatasetSource(path.stem, path, images)
+        val = DatasetSource(path.stem, path, images, limits)
     elif len(data.images) >= FEWEST:
         parts = write_split(content, VALIDATION, args.seed, folder)
-        train, val = (DatasetSource(path.stem, path, args.images) for path in parts)
-    return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations)))
+        train, val = (DatasetSource(path.stem, path, args.images, limits) for path in parts)
+    return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
 
 
 def checked(source: DatasetSource) -> CocoData:
-    """The data set, every image decoded; segmentations are looked at where every object has one.
+    """The data set, every image and every segmentation decoded.
 
     Raises:
         UserError: it has problems: one line each, 20 at most.
     """
-    data, problems = inspect_set(source, _has_masks(load_json(source.annotations)))
+    data, problems = inspect_set(source)
     if problems:
         more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         raise UserError("\n".join(problems[:MAX_LINES] + more))
@@ -199,9 +200,14 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     cfg.DATALOADER.NUM_WORKERS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
-    cfg.merge_from_list([item for item in args.opts if item != "--"])
+    cfg.merge_from_list(overrides(args))
     validate(cfg)
     return cfg
+
+
+def overrides(args: argparse.Namespace) -> list[str]:
+    """KEY VALUE pairs of the command line."""
+    return [item for item in args.opts if item != "--"]
 
 
 def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
@@ -252,7 +258,7 @@ def labelling_seconds(cfg: CfgNode, tried: Trial, sets: Sets) -> float:
     images = [image for image in sets.data.images if len(image.labels)]
     image = sorted(images, key=lambda each: len(each.labels))[len(images) // 2]
     start = time.perf_counter()
-    pixels = read_image(sets.data.image_root / image.file_name, image.height, image.width)
+    pixels = sets.data.read_image(image)
     label(model, pixels, image.boxes, image.labels, colors=True)
     seconds = time.perf_counter() - start
     validated = len(read_coco(sets.val, read_masks=False).images)

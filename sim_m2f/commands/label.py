@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.errors import UserError
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val", type=Path, metavar="JSON", help="COCO JSON with masks to fit scores to")
     parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="its images (those of --images)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,12 +42,13 @@ def run(args: argparse.Namespace) -> int:
         UserError: the arguments, the network or the data have a fault; see ``label_set``.
     """
     formats = output_formats(args.format)
-    annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json")
-    source = DatasetSource(annotations.stem, annotations, args.images)
+    own = limits(args)
+    annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json", own)
+    source = DatasetSource(annotations.stem, annotations, args.images, own)
     model = from_pretrained(args.model, args.config_file, args.device)
     if args.val:
         images = args.val_images or args.images
-        quality = calibrate(model, DatasetSource(args.val.stem, args.val, images), args.output)
+        quality = calibrate(model, DatasetSource(args.val.stem, args.val, images, own), args.output)
     elif args.val_images:
         raise UserError("--val-images: give --val, the JSON of these images, too")
     else:

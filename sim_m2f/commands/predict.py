@@ -11,6 +11,8 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from sim_m2f.commands.check import add_limits, limits
+from sim_m2f.data.image import image_files
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
     given = [Path(os.path.abspath(path)) for path in args.images]
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
+    limits(args, model.cfg)
     categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
     category_ids = list(range(1, len(categories) + 1))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     problems = []
-    named = zip(tqdm(files, "predict", unit="image"), _names(files, given), strict=True)
+    named = zip(tqdm(files, "predict", unit="image", disable=None), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
         try:
             detected = model.predict(file, args.threshold)
@@ -77,8 +81,7 @@ def _images_in(path: Path) -> list[Path]:
     """The path itself, or the images in the folder and below, in the order of their names."""
     if not path.is_dir():
         return [path]
-    known = Image.registered_extensions()
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+    files = image_files(path)
     if not files:
         raise UserError(f"{path}: holds no image; give a folder of images, or their paths")
     return files

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.config import get_cfg
 from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import read_coco
@@ -17,9 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, help="folder of its images")
     parser.add_argument("--min-score", type=float, default=0.5, help="least score that is drawn (0.5)")
     parser.add_argument("--num-images", "--num-pictures", type=int, default=16, help="images drawn (16)")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if not 0 <= args.min_score <= 1:
+        raise UserError(f"--min-score is {args.min_score}; scores are from 0 to 1")
+    if args.num_images < 0:
+        raise UserError(f"--num-images is {args.num_images}; give a whole number from 0 on")
     data = read_coco(_source(args), read_masks=False)
     print(write_report(args.output_dir, data, min_score=args.min_score, num_images=args.num_images))
     return 0
@@ -27,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> DatasetSource:
     if args.annotations and args.images:
-        return DatasetSource(args.annotations.stem, args.annotations, args.images)
+        return DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     if args.annotations or args.images:
         raise UserError("--annotations and --images belong together; give both, or neither and --config-file")
     config_file = args.config_file or args.output_dir / "config.yaml"

@@ -19,6 +19,8 @@ from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
 
+MOST = 1024  # machines, or processes of one
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of Mask2Former's train_net.py."""
@@ -45,9 +47,12 @@ def _count(text: str) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Do what the flags ask for; returns the exit status."""
-    if "WORLD_SIZE" not in os.environ and (
-        arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
-    ):
+    for flag, least in {"num_gpus": 1, "num_machines": 1, "machine_rank": 0}.items():
+        if not least <= getattr(arguments, flag) <= MOST:
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name} is {getattr(arguments, flag)}; give a number from {least} to {MOST}")
+    several = arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
+    if several and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)
     cfg = configuration(arguments.config_file, arguments.opts)
     try:

@@ -1,12 +1,14 @@
 """Every check of a configuration that names and types cannot make; the limits stand in ``limits.yaml``."""
 
 import math
+import reprlib
 from pathlib import Path
 
 from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_yaml
 from sim_m2f.config.node import CfgNode, leaf_keys, value_of
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, is_line
 
+_LARGEST = 2**32
 _FAR = 1.25  # factor between extents that positions learned from one of them do not bridge
 _LIMITS = read_yaml(Path(__file__).with_name("limits.yaml"))
 
@@ -37,6 +39,10 @@ def validate(cfg: CfgNode) -> None:
         for one in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(one, float) and not math.isfinite(one):
                 raise UserError(f"{key} is {value}; use a finite number")
+            if isinstance(one, int) and abs(one) > _LARGEST:
+                raise UserError(f"{key} is {reprlib.repr(one)}; use a number of at most {_LARGEST}")
+            if isinstance(one, str) and not is_line(one):
+                raise UserError(f"{key} is {reprlib.repr(one)}; use a text of one line")
     for key, divisor in _LIMITS["MULTIPLES"]:
         number = value_of(cfg, divisor) if isinstance(divisor, str) else divisor
         if value_of(cfg, key) % number:
@@ -55,7 +61,7 @@ def check_choices(cfg: CfgNode) -> None:
     """
     for key, choices in _LIMITS["CHOICES"].items():
         value = value_of(cfg, key)
-        for one in value if isinstance(value, tuple) else (value,):
+        for one in value if isinstance(value, (list, tuple)) else (value,):
             if one not in choices:
                 known = f"{', '.join(choices[:-1])} or {choices[-1]}"
                 raise UserError(f"{key}: {one!r} does not exist; take {known}")

@@ -8,9 +8,11 @@ import difflib
 import functools
 import operator
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from fvcore.common.config import BASE_KEY
@@ -19,9 +21,27 @@ from fvcore.common.config import CfgNode as FvcoreNode
 from sim_m2f.config.shipped import find_config
 from sim_m2f.errors import UserError
 
+LARGEST = 100_000  # bytes of a file; PyYAML takes seconds for as many
+LONGEST = 200  # characters of a key
+
 
 class CfgNode(FvcoreNode):
     """A configuration that names the nearest known key when one is unknown."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[Any]:
+        """Called for a file and for those that its ``_BASE_`` names.
+
+        Raises:
+            UserError: it is no file, is too large, or a key stands twice.
+        """
+        file = Path(filename)
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: not a file; give the path of a YAML file")
+        if file.exists() and file.stat().st_size > LARGEST:
+            raise UserError(f"{file}: is larger than {LARGEST} bytes, no configuration; give another file")
+        _refuse_twice(file)
+        return super()._open_cfg(filename)
 
     def merge_from_file(self, cfg_filename: str | Path, allow_unsafe: bool = False) -> None:
         """Merge a YAML file (and the files that its ``_BASE_`` names); see ``find_config``.
@@ -31,14 +51,11 @@ class CfgNode(FvcoreNode):
                 or a value has the wrong type.
         """
         cfg_filename = find_config(cfg_filename)
-        if cfg_filename.exists() and not cfg_filename.is_file():
-            raise UserError(f"{cfg_filename}: not a file; give the path of a YAML file")
         try:
-            _refuse_twice(cfg_filename)
             loaded = self.load_yaml_with_base(str(cfg_filename), allow_unsafe=False)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}; give the path of a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{cfg_filename}: not a YAML file: {' '.join(str(error).split())}") from error
         except AssertionError as error:  # of a group in one file that is none in its base
             raise UserError(f"{cfg_filename}: {error}") from error
@@ -85,7 +102,7 @@ class CfgNode(FvcoreNode):
 
 
 def _refuse_twice(file: Path) -> None:
-    """Raises yaml.YAMLError for a key that stands twice in a mapping, of which PyYAML takes the last."""
+    """Raises UserError for a key that stands twice in a mapping, of which PyYAML takes the last."""
     waiting, seen = [yaml.compose(file.read_bytes())], set[int]()
     while waiting:
         node = waiting.pop()
@@ -94,8 +111,8 @@ def _refuse_twice(file: Path) -> None:
         seen.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise yaml.YAMLError(f"the key {twice[0]} stands twice in one group; leave one out")
+            if twice := [key for key, count in Counter(keys).items() if count > 1]:
+                raise UserError(f"{file}: the key {twice[0]} stands twice in one group; leave one out")
             waiting += [value for _, value in node.value]
         else:
             waiting += node.value
@@ -129,7 +146,7 @@ def _checked(
         UserError: a key is unknown, or a value has the wrong type.
     """
     for key, value in values.items():
-        path = f"{prefix}{key}"
+        path = " ".join(f"{prefix}{key}".split())[:LONGEST]
         if key not in group:
             raise UserError(f"{source}: unknown key {path}; did you mean {_nearest(path, root)}?")
         default = group[key]
@@ -143,7 +160,10 @@ def _checked(
 
 
 def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
-    decoded = CfgNode._decode_cfg_value(value)
+    try:
+        decoded = value if isinstance(value, Mapping) else CfgNode._decode_cfg_value(value)
+    except (RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: {path} is nested too deeply; correct it") from error
     if isinstance(default, str):
         decoded = value
     elif isinstance(default, float) and type(decoded) is int:
@@ -151,10 +171,12 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
         elements = [decoded] if isinstance(decoded, str) else decoded
         numbered = enumerate(elements)
-        decoded = type(default)(_coerced(item, default[0], f"{path}[{i}]", source) for i, item in numbered)
+        first = default[0] if default else ""
+        decoded = type(default)(_coerced(item, first, f"{path}[{i}]", source) for i, item in numbered)
     if default is not None and type(decoded) is not type(default):
         expected, found = type(default).__name__, type(decoded).__name__
-        raise UserError(f"{source}: {path} takes a {expected} such as {default!r}, not {value!r} ({found})")
+        given = f"not {reprlib.repr(value)} ({found})"
+        raise UserError(f"{source}: {path} takes a {expected} such as {default!r}, {given}")
     return decoded
 
 

@@ -5,28 +5,30 @@ The names are in ``catalog.yaml`` beside this file; those of COCO, and its folde
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sim_m2f.config import CfgNode
 from sim_m2f.config.defaults import read_yaml
+from sim_m2f.data.image import LIMITS
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.errors import UserError
 
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set: its name, its COCO JSON and the folder that the JSON's file names are relative to."""
+    """A data set: its name, its COCO JSON, the folder of the JSON's file names, and INPUT.LIMITS."""
 
     name: str
     annotations: Path
     image_root: Path
+    limits: CfgNode = field(default_factory=lambda: LIMITS)
 
 
 KNOWN = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
-def find_source(name: str) -> DatasetSource:
+def find_source(name: str, limits: CfgNode = LIMITS) -> DatasetSource:
     """The data set of a name; the shapes set is written into its cache folder if it is not there yet.
 
     COCO lies in ``$DETECTRON2_DATASETS/coco`` (default ``datasets/coco``), or in ``$DETECTRON2_DATASETS``
@@ -47,7 +49,7 @@ def find_source(name: str) -> DatasetSource:
         folder = root
     else:
         folder = root / kind
-    return DatasetSource(name, folder / "annotations" / f"{annotations}.json", folder / images)
+    return DatasetSource(name, folder / "annotations" / f"{annotations}.json", folder / images, limits)
 
 
 def eval_sources(cfg: CfgNode) -> list[DatasetSource]:
@@ -64,11 +66,11 @@ def train_sources(cfg: CfgNode, split: str = "TRAIN") -> list[DatasetSource]:
     annotations, images = cfg.DATASETS[f"{split}_ANNOTATIONS"], cfg.DATASETS[f"{split}_IMAGES"]
     if annotations and images:
         file = Path(annotations).expanduser()
-        return [DatasetSource(file.stem, file, Path(images).expanduser())]
+        return [DatasetSource(file.stem, file, Path(images).expanduser(), cfg.INPUT.LIMITS)]
     key = f"DATASETS.{split}"
     if annotations or images:
         missing = f"{key}_IMAGES" if annotations else f"{key}_ANNOTATIONS"
         raise UserError(f"{missing} is not set; a data set of your own needs both its JSON and its images")
     if not cfg.DATASETS[split]:
         raise UserError(f"{key} names no data set; name one, or give {key}_ANNOTATIONS and _IMAGES")
-    return [find_source(name) for name in cfg.DATASETS[split]]
+    return [find_source(name, cfg.INPUT.LIMITS) for name in cfg.DATASETS[split]]

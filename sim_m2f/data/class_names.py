@@ -7,7 +7,7 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import load_json
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json
 
 NO_CLASS = ("__background__", "N/A")  # entries of torchvision's list that are no class of COCO
@@ -20,7 +20,8 @@ def class_names(cfg: CfgNode) -> list[str]:
     """
     number = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     try:
-        categories = load_json(eval_sources(cfg)[0].annotations)["categories"]
+        source = eval_sources(cfg)[0]
+        categories = load_json(source.annotations, source.limits)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):
         names = coco_names() if all(name.startswith("coco_") for name in cfg.DATASETS.TEST) else []
@@ -39,6 +40,6 @@ def read_class_names(path: Path) -> list[str]:
         UserError: it is not such a file.
     """
     names = read_json(path).get("class_names")
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: class_names is not a list of texts; correct it")
+    if not isinstance(names, list) or not all(map(is_line, names)):
+        raise UserError(f"{path}: class_names is not a list of texts of one line; correct it")
     return names

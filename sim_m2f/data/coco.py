@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.image import LIMITS, is_outside, read_image
 from sim_m2f.data.segmentation import segmentation_problem
-from sim_m2f.errors import UserError
-from sim_m2f.files import read_json
+from sim_m2f.errors import UserError, is_line
+from sim_m2f.files import read_json, refuse_special
 
 WHERE_FROM = "check DATASETS.* and $DETECTRON2_DATASETS"
 MAX_LINES = 20  # problems that one error tells one by one
@@ -50,20 +52,31 @@ class CocoData:
     class_names: list[str]
     has_annotations: bool  # False for a JSON without the key, such as COCO's test-dev
     zero_area: int  # boxes of zero area that were left out
+    limits: CfgNode  # INPUT.LIMITS
+
+    def read_image(self, image: ImageRecord) -> np.ndarray:
+        """The pixels of one of its images; see ``image.read_image``."""
+        return read_image(self.image_root / image.file_name, image.height, image.width, self.limits)
 
 
-def read_coco(source: DatasetSource, read_masks: bool, some_masks: bool = False) -> CocoData:
+def read_coco(
+    source: DatasetSource,
+    read_masks: bool,
+    some_masks: bool = False,
+    content: dict[str, Any] | None = None,
+) -> CocoData:
     """Read and check a data set.
 
     Args:
         source: where it is.
         read_masks: keep the segmentations and check them; if False they are never looked at.
         some_masks: annotations may lack them.
+        content: its JSON, where the annotations are in another format.
 
     Raises:
         UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
-    data, problems = inspect_coco(source, read_masks, some_masks)
+    data, problems = inspect_coco(source, read_masks, some_masks, content)
     if problems:
         more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         raise UserError("\n".join(problems[:MAX_LINES] + more))
@@ -71,17 +84,20 @@ def read_coco(source: DatasetSource, read_masks: bool, some_masks: bool = False)
 
 
 def inspect_coco(
-    source: DatasetSource, read_masks: bool, some_masks: bool = False
+    source: DatasetSource,
+    read_masks: bool,
+    some_masks: bool = False,
+    content: dict[str, Any] | None = None,
 ) -> tuple[CocoData, list[str]]:
     """Like ``read_coco``, but all problems are returned, beside what could be read.
 
     Raises:
         UserError: the file is not a COCO JSON at all.
     """
-    reader = _Reader(source, read_masks, some_masks)
+    reader = _Reader(source, content or load_json(source.annotations, source.limits), read_masks, some_masks)
     names = reader.class_names()
     images = {item["id"]: item for item in reader.records("images")}
-    reader.report_missing_images(images.values())
+    reader.report_images(images.values())
     category_ids = sorted(names)
     data = CocoData(
         name=source.name,
@@ -92,16 +108,19 @@ def inspect_coco(
         class_names=[names[category] for category in category_ids],
         has_annotations="annotations" in reader.content,
         zero_area=reader.zero_area,
+        limits=source.limits,
     )
     return data, reader.problems
 
 
-def load_json(path: Path) -> dict[str, Any]:
+def load_json(path: Path, limits: CfgNode = LIMITS) -> dict[str, Any]:
     """The content of a COCO JSON: an object with the lists "images", "categories" and perhaps "annotations".
 
     Raises:
-        UserError: the file cannot be read, is not JSON, or is not such an object.
+        UserError: the file cannot be read, is larger than ``limits`` (INPUT.LIMITS) allow, is not JSON, or is
+            not such an object.
     """
+    refuse_special(path, limits.FILE_SIZE)
     if not path.exists():
         raise UserError(f"{path}: no such file; {WHERE_FROM}")
     content = read_json(path)
@@ -115,15 +134,14 @@ def load_json(path: Path) -> dict[str, Any]:
 
 Record = dict[str, Any]  # an object in one of the lists of the JSON
 Check = tuple[str, Callable[[Any], bool]]  # what a value has to be, in words, and whether it is
-WHOLE: Check = ("a whole number", lambda value: type(value) is int)
-SIZE: Check = ("a positive whole number", lambda value: type(value) is int and value > 0)
-TEXT: Check = ("a text", lambda value: isinstance(value, str) and value != "")
-NAME: Check = ("a text of one line", lambda value: isinstance(value, str) and len(value.splitlines()) == 1)
+WHOLE: Check = ("a whole number of 64 bits", lambda value: type(value) is int and abs(value) < 2**63)
+SIZE: Check = ("a positive whole number", lambda value: type(value) is int and 0 < value < 2**31)
+LINE: Check = ("a text of one line", lambda value: is_line(value) and value != "")
 PRESENT: Check = ("", lambda value: True)
 # For each list of the JSON: what one record is called and what its keys must hold.
 RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
-    "categories": ("category", {"id": WHOLE, "name": NAME}),
-    "images": ("image", {"id": WHOLE, "file_name": TEXT, "height": SIZE, "width": SIZE}),
+    "categories": ("category", {"id": WHOLE, "name": LINE}),
+    "images": ("image", {"id": WHOLE, "file_name": LINE, "height": SIZE, "width": SIZE}),
     "annotations": ("annotation", {"id": WHOLE, "image_id": WHOLE, "category_id": WHOLE, "bbox": PRESENT}),
 }
 
@@ -131,9 +149,11 @@ RECORDS: dict[str, tuple[str, dict[str, Check]]] = {
 class _Reader:
     """Goes through the lists of one JSON, gives what is right and collects what is wrong."""
 
-    def __init__(self, source: DatasetSource, read_masks: bool, some_masks: bool) -> None:
+    def __init__(
+        self, source: DatasetSource, content: dict[str, Any], read_masks: bool, some_masks: bool
+    ) -> None:
         self.source, self.read_masks, self.some_masks = source, read_masks, some_masks
-        self.content = load_json(source.annotations)
+        self.content = content
         self.problems: list[str] = []
         self.zero_area = 0
 
@@ -172,24 +192,30 @@ class _Reader:
             names[item["id"]] = item["name"]
         return names
 
-    def report_missing_images(self, images: Iterable[Record]) -> None:
-        """Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk."""
-        root = self.source.image_root
+    def report_images(self, images: Iterable[Record]) -> None:
+        """What is missing, too large or outside of the folder.
+
+        Each folder is listed once: asking for 118,000 files one by one takes minutes on a network disk.
+        """
+        root, limits = self.source.image_root, self.source.limits
         if not root.is_dir():
             self.problems.append(f"{root}: no such folder of images; {WHERE_FROM}")
             return
         listed: dict[Path, dict[str, bool]] = {}
         for image in images:
-            path = root / image["file_name"]
+            path, where = root / image["file_name"], f"image id {image['id']}"
+            if problem := limit_problem(image["file_name"], image["height"], image["width"], root, limits):
+                self.report(where, problem)
+                continue
             if path.parent not in listed:
                 listed[path.parent] = {}  # name of each entry -> whether it is a folder
-                with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
-                    listed[path.parent] = {entry.name: entry.is_dir() for entry in entries}
+                with contextlib.suppress(OSError, ValueError), os.scandir(path.parent) as entries:
+                    listed[path.parent] = {entry.name: _is_folder(entry) for entry in entries}
             is_folder = listed[path.parent].get(path.name)
             if is_folder is None:
-                self.report(f"image id {image['id']}", f"{path} is missing; add it or remove the record")
+                self.report(where, f"{path} is missing; add it or remove the record")
             elif is_folder:
-                self.report(f"image id {image['id']}", f"{path} is a folder, not an image; replace it")
+                self.report(where, f"{path} is a folder, not an image; replace it")
 
     def segmentations(self, items: Iterable[Record]) -> list[Any] | None:
         return [item.get("segmentation") or None for item in items] if self.read_masks else None
@@ -236,6 +262,21 @@ class _Reader:
         for fault in faults:
             self.report(f"annotation id {item['id']}", fault)
         return None if faults else box
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Without asking the disk again, links aside, which may lead in a circle."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+
+
+def limit_problem(file_name: str, height: int, width: int, root: Path, limits: CfgNode) -> str | None:
+    """Why an image in ``root`` must not be read, if its record says so; ``limits`` are INPUT.LIMITS."""
+    if width * height > limits.PIXELS:
+        most = f"more than INPUT.LIMITS.PIXELS ({limits.PIXELS:,})"
+        return f"has {width} x {height} pixels, {most}; raise it, or make the image smaller"
+    if not limits.OUTSIDE and is_outside(root, file_name):
+        return f"{root / file_name} is not in the folder of images; set INPUT.LIMITS.OUTSIDE True"
+    return None
 
 
 def box_problem(bbox: Any, height: int, width: int) -> str | None:

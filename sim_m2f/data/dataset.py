@@ -9,7 +9,6 @@ from torchvision.transforms import v2
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation, train_augmentation
 from sim_m2f.data.coco import CocoData, ImageRecord
-from sim_m2f.data.image import read_image
 from sim_m2f.data.segmentation import decode_segmentation
 from sim_m2f.errors import UserError
 from sim_m2f.pixels import Pixels
@@ -84,7 +83,7 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
         UserError: the image or a segmentation cannot be decoded.
     """
     size = (record.height, record.width)
-    pixels = torch.from_numpy(read_image(data.image_root / record.file_name, *size))
+    pixels = torch.from_numpy(data.read_image(record))
     valid = torch.ones(size, dtype=torch.uint8)
     valid[max(record.height - bottom_rows, 0) :] = 0
     boxes = torch.from_numpy(record.boxes).float()

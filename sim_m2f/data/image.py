@@ -1,19 +1,75 @@
 """Reading one image as 8-bit RGB, whatever its file holds, upright as its annotations have it."""
 
+import contextlib
 import functools
+import os
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import refuse_special
 
+LIMITS = get_cfg().INPUT.LIMITS  # the defaults
 DARK = 4095  # 16-bit grey without a larger value is of 12 bits or fewer, and would be nearly black
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``opened`` says it
 
-def read_image(path: Path, height: int | None = None, width: int | None = None) -> np.ndarray:
+
+def is_outside(folder: Path, name: str) -> bool:
+    """Whether a name leads out of a folder, by ".." or from the root; links in the folder are followed."""
+    return not Path(os.path.abspath(folder / name)).is_relative_to(os.path.abspath(folder))
+
+
+@contextlib.contextmanager
+def opened(path: Path, limits: CfgNode) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet.
+
+    Raises:
+        UserError: it is larger than ``limits`` (INPUT.LIMITS) allow; it, or the block, cannot decode it.
+    """
+    refuse_special(path, limits.FILE_SIZE)
+    if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, which fails at twice as many
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.PIXELS)
+    try:
+        with Image.open(path) as stored:
+            if stored.width * stored.height > limits.PIXELS:
+                raise Image.DecompressionBombError
+            yield stored
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        fault = f"has more pixels than INPUT.LIMITS.PIXELS ({limits.PIXELS:,})"
+        raise UserError(f"{path}: {fault}; raise it, or make the image smaller") from error
+    except Exception as error:  # Pillow's decoders raise anything on a broken file
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in a folder and below, told by their names' ends, in the order of their names."""
+    known = Image.registered_extensions()
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)
+
+
+def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
+    """Width and height in pixels, as stored.
+
+    Raises:
+        UserError: see ``opened``.
+    """
+    with opened(path, limits) as stored:
+        return stored.size
+
+
+def read_image(
+    path: Path, height: int | None = None, width: int | None = None, limits: CfgNode = LIMITS
+) -> np.ndarray:
     """Decode an image.
 
     The orientation in the EXIF data is applied when the image then has the size of its record (as in
@@ -22,26 +78,20 @@ def read_image(path: Path, height: int | None = None, width: int | None = None) 
     Args:
         path: the file.
         height, width: its size in the JSON, pixels; None for an image without a record.
+        limits: INPUT.LIMITS.
 
     Returns:
         (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits, a nearly black
         one (12 bits or fewer) by its own range.
 
     Raises:
-        UserError: the file cannot be decoded, or has another size.
+        UserError: the file cannot be decoded, is too large, or has another size.
     """
-    refuse_special(path)
-    try:
-        with Image.open(path) as stored:
-            stored.load()
-            upright = ImageOps.exif_transpose(stored)
-            image = stored if upright.size != (width, height) == stored.size else upright
-            size, pixels = image.size, to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise anything on a broken file
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
+    with opened(path, limits) as stored:
+        stored.load()
+        upright = ImageOps.exif_transpose(stored)
+        image = stored if upright.size != (width, height) == stored.size else upright
+        size, pixels = image.size, to_rgb(image)
     if height and size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
         raise UserError(f"{path}: {sizes}; correct the record or the file")

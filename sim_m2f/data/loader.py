@@ -200,4 +200,4 @@ def print_notes(data: list[CocoData]) -> None:
         empty = sum(not len(image.labels) for image in part.images)
         if part.zero_area or empty:
             left_out = f"{part.zero_area} boxes of zero area and {empty} images without an object"
-            print(f"{part.name}: left out {left_out}", file=sys.stderr)
+            print(f"note: {part.name}: left out {left_out}", file=sys.stderr)

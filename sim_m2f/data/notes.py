@@ -1,5 +1,6 @@
 """What is right in form but will hurt: one line each, told by ``check`` and at the start of every run."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +21,11 @@ def notes(cfg: CfgNode, train: Sequence[CocoData], val: Sequence[CocoData] = ())
 
 
 def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str]:
-    paths = {str((data.image_root / image.file_name).resolve()) for data in train for image in data.images}
+    paths = {os.path.realpath(data.image_root / image.file_name) for data in train for image in data.images}
     found = []
     for data in val:
         own = [data.image_root / image.file_name for image in data.images]
-        shared = [path for path in own if str(path.resolve()) in paths]
+        shared = [path for path in own if os.path.realpath(path) in paths]
         if shared:
             fault = f"{len(shared)} of {len(own)} images are also trained on, such as {shared[0].name}"
             found.append(f"{data.name}: {fault}; its scores will be too good")

@@ -85,7 +85,7 @@ class Trainer:
         self.iteration = 0
         if self.checkpoint:
             self.previous = (
-                cfg_from_text(state["config"]) if "config" in state else cfg
+                cfg_from_text(state["config"], str(self.checkpoint)) if "config" in state else cfg
             )  # in older ones it is not
             self._load_state(state, self.checkpoint)
         self.scheduler = build_scheduler(self.optimizer.optimizer, cfg, self.iteration)

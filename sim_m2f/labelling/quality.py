@@ -105,8 +105,8 @@ def read_quality(folder: Path) -> Quality:
     try:
         quality = Quality(**read_json(folder / FILE))
         weights = [float(weight) for weight in quality.weights]
-        if len(weights) != len(SIGNS) + 1:
-            raise ValueError("another number of weights")
+        if len(weights) != len(SIGNS) + 1 or not np.isfinite(weights).all():
+            raise ValueError(f"its weights are not {len(SIGNS) + 1} finite numbers")
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / FILE}: is damaged ({error}); remove it") from error
     return quality

@@ -16,7 +16,6 @@ from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS
-from sim_m2f.data.image import read_image
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
@@ -48,7 +47,7 @@ class Labeller:
 
     def labels(self, data: CocoData, image: ImageRecord, classes: np.ndarray) -> dict[int, Any]:
         """What the journal notes of an image; ``classes`` (C,) are the network's, by those of the data."""
-        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        pixels = data.read_image(image)
         found = label(self.model, pixels, image.boxes, classes[image.labels], self.colors)
         masks = found.masks
         if not self.keep_overlaps:
@@ -79,9 +78,10 @@ def label_set(labeller: Labeller, source: DatasetSource, output: Path, formats: 
         formats: of ``WRITERS``, written beside masks.json.
 
     Raises:
-        UserError: the data have a fault, the network has no such class, or images cannot be decoded: one line
-            each, after all others are done and noted.
+        UserError: the data have a fault, the network has no such class or knows no boxes, or images cannot be
+            decoded: one line each, after all others are done and noted.
     """
+    labeller.model.require_prompts()
     data = read_coco(source, read_masks=False)
     classes = matching_classes(data, labeller.model.class_names)
     journal = Journal(output, labeller.identity(source))
@@ -96,7 +96,7 @@ def label_set(labeller: Labeller, source: DatasetSource, output: Path, formats: 
             problems.append(str(error))
     if problems:
         raise UserError("\n".join([*problems, "all other images are labelled; the same command goes on"]))
-    content = load_json(source.annotations)
+    content = load_json(source.annotations, source.limits)
     sizes = {image.id: (image.height, image.width) for image in data.images}
     masks = partial(with_mask, sizes=sizes, journal=journal)
     with atomic_write(output / MASKS) as file:
@@ -157,7 +157,7 @@ def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, np.nda
     signs: dict[bool, list[np.ndarray]] = {True: [], False: []}
     ious: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for image in tqdm(images, "calibrate", unit="image", disable=None, leave=False):
-        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        pixels = data.read_image(image)
         truth = np.stack([read_mask(data, image, index) for index in range(len(image.labels))])
         for colors in (True, False):
             found = label(model, pixels, image.boxes, classes[image.labels], colors)

@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import read_coco
-from sim_m2f.data.image import read_image
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.report.drawing import contact_sheet, write_png
@@ -72,7 +71,7 @@ class FirstLook(Hook):
         model = Segmenter(network, trainer.cfg, data.class_names).to(trainer.accelerator.device)
         rows = []
         for image in choose_images([each for each in data.images if len(each.labels)], FIRST_IMAGES):
-            pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+            pixels = data.read_image(image)
             found = model.predict(pixels, boxes=image.boxes, labels=image.labels, colors=True)
             masks, scores = found.masks.cpu().numpy(), found.scores.tolist()
             names = found.names if len(data.class_names) > 1 else [""] * len(masks)

@@ -8,7 +8,6 @@ from PIL import Image
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.dataset import read_mask
-from sim_m2f.data.image import read_image
 from sim_m2f.files import read_json
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.report.page import Example
@@ -32,7 +31,7 @@ def labelled_examples(source: DatasetSource, count: int) -> list[Example]:
     images = sorted((image for image in data.images if len(image.labels)), key=lambda image: worst[image.id])
     examples = []
     for image in images[:count]:
-        pixels = read_image(data.image_root / image.file_name, image.height, image.width)
+        pixels = data.read_image(image)
         masks = np.stack([read_mask(data, image, index) for index in range(len(image.labels))]).astype(bool)
         names = [data.class_names[label] if len(data.class_names) > 1 else "" for label in image.labels]
         own = [scores[number] for number in image.annotation_ids]

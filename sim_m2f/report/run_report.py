@@ -12,7 +12,6 @@ from torchvision.ops import box_convert, box_iou
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord
-from sim_m2f.data.image import read_image
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
@@ -34,6 +33,7 @@ SUPERVISION = {
 }
 
 Entry = dict[str, Any]  # of COCO's results
+ENTRY = {"image_id", "category_id", "bbox", "segmentation", "score"}
 
 
 def write_report(
@@ -114,7 +114,10 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
         raise UserError(f"{path}: no such file; evaluate first (train_net.py --eval-only)")
     detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
     categories = set(data.category_ids)
-    for entry in sorted(read_json(path, list), key=lambda entry: -entry["score"]):
+    entries = read_json(path, list)
+    if not all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries):
+        raise UserError(f"{path}: holds more than detections ({', '.join(sorted(ENTRY))}); evaluate again")
+    for entry in sorted(entries, key=lambda entry: -entry["score"]):
         if entry["image_id"] not in detections or entry["category_id"] not in categories:
             fault = f"was not made from {data.annotations_file}"
             raise UserError(f"{path}: {fault}; give the test set that was evaluated")
@@ -132,7 +135,7 @@ def _example(
     image: ImageRecord, detections: list[Entry], truth: COCO | None, data: CocoData, min_score: float
 ) -> Example:
     """One row of the contact sheet: annotated boxes, predicted masks, true masks, as far as there are any."""
-    pixels = Image.fromarray(read_image(data.image_root / image.file_name, image.height, image.width))
+    pixels = Image.fromarray(data.read_image(image))
     names = dict(zip(data.category_ids, data.class_names, strict=True)) if len(data.class_names) > 1 else {}
     objects = [item for item in truth.imgToAnns[image.id] if not item["iscrowd"]] if truth else []
     predictions = [entry for entry in detections if entry["score"] >= min_score]

@@ -92,15 +92,17 @@ def teacher_weights(state: dict[str, Any]) -> dict[str, Any]:
     return {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
+def load_weights(model: nn.Module, weights: Any, path: str | Path) -> None:
     """Load all weights of the network by name; ``path`` is where they come from.
 
     Raises:
         UserError: a weight is missing, unknown or of another shape.
     """
     own = model.state_dict()
+    weights = weights if isinstance(weights, dict) else {}
     shapes = {name: weight.shape if is_dense(weight) else None for name, weight in weights.items()}
-    unfit = sorted({*own, *shapes} - {name for name in own if own[name].shape == shapes.get(name)})
+    fit = {name for name in own if own[name].shape == shapes.get(name)}
+    unfit = sorted({*own, *shapes} - fit, key=str)
     if unfit:
         fault = f"{len(unfit)} weights are missing, unknown or of another shape, such as {unfit[0]}"
         raise UserError(f"{path}: belongs to another network: {fault}; check MODEL.* and NUM_CLASSES")

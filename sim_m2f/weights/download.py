@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from urllib3.exceptions import HTTPError
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import cache_folder
 from sim_m2f.weights.weight_files import HEAD, weights_problem
 
@@ -53,7 +53,7 @@ def download(address: str) -> Path:
         cause: BaseException = error
         while isinstance(cause, requests.RequestException | HTTPError) and cause.__context__:
             cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or cause
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise UserError(f"{address}: not downloaded ({reason}); the same command goes on with it") from error
     return path
 

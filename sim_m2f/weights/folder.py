@@ -64,6 +64,8 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
             names = read_class_names(folder / CLASSES)
         if (folder / METRICS).exists():
             metrics = read_json(folder / METRICS)
+            if not all(value is None or type(value) in (int, float) for value in metrics.values()):
+                raise UserError(f"{folder / METRICS}: holds more than numbers; remove it")
     if names and len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
         fault = f"has {len(names)} names, the network {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} classes"
         raise UserError(f"{folder / CLASSES}: {fault}; correct it")

@@ -82,8 +82,10 @@ for package in ("numpy.core", "numpy._core"):
     ALLOWED[f"{package}.numeric", "_frombuffer"] = _frombuffer
 
 
-class ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle._Unpickler):
     """Unpickles arrays, tensors and plain containers.
+
+    In Python, since the one in C reserves as much memory as the largest number of a memo says.
 
     Raises:
         ForbiddenPickleError: on anything else, before it is called.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode, get_cfg, value_of
 from sim_m2f.config.defaults import read_yaml
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import write_file
 from sim_m2f.weights.names import to_names, transformers_names
 from sim_m2f.weights.swin import relative_position_indices
@@ -103,6 +103,8 @@ def cfg_from_transformers(
     except ValueError as error:
         raise UserError(f"config.json: id2label has a number for each class ({error}); correct it") from error
     keys = _ours(config) | _backbone_keys(_mapping(config, "backbone_config")) | _pixel_keys(processor or {})
+    if not all(map(is_line, labels.values())):
+        raise UserError("config.json: id2label has a text of one line for each class; correct it")
     if labels:
         keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
     cfg = get_cfg()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ def _read(path: Path) -> Any:
     if kind["safetensors"]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if kind["torch"]:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:  # PyTorch packs without compression
+            raise UserError(f"{path}: unpacks to {unpacked:,} bytes, more than it has; take another file")
     if kind["pickle"]:
         content = read_pickle(path)
         if type(content) is not int or content != TORCH_MAGIC:

@@ -7,8 +7,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from sim_m2f.config import CfgNode
+from sim_m2f.data.image import image_size, is_outside
 from sim_m2f.data.polygons import joined, mask_polygons
-from sim_m2f.data.segmentation import decode_segmentation, encode_masks
+from sim_m2f.data.segmentation import decode_segmentation, encode_masks, segmentation_problem
 from sim_m2f.errors import UserError
 
 Record = dict[str, Any]  # an object of COCO's JSON
@@ -30,10 +32,20 @@ def objects(annotations: Iterable[Record]) -> list[Record]:
 
 
 def mask_of(image: Record, annotation: Record) -> np.ndarray | None:
-    """(H, W) bool; None for an annotation that has a box alone."""
-    if not annotation.get("segmentation"):
+    """(H, W) bool; None for an annotation that has a box alone.
+
+    Raises:
+        UserError: its segmentation has a fault.
+    """
+    shape, size = annotation.get("segmentation"), (image["height"], image["width"])
+    if not shape:
         return None
-    return decode_segmentation(annotation["segmentation"], image["height"], image["width"]).astype(bool)
+    try:
+        if problem := segmentation_problem(shape, *size):
+            raise ValueError(problem)
+        return decode_segmentation(shape, *size).astype(bool)
+    except ValueError as error:
+        raise UserError(f"annotation id {annotation['id']}: segmentation: {error}") from error
 
 
 def polygons_of(image: Record, annotation: Record) -> list[np.ndarray]:
@@ -81,21 +93,41 @@ def write_list(file: IO[str], items: Iterable[Any]) -> None:
 
 
 class Collected:
-    """A data set that a reader puts together, with ids from 1 on."""
+    """A data set that a reader puts together, with ids from 1 on.
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    Args:
+        folder: of the images.
+        limits: INPUT.LIMITS.
+        names: of the classes, where they are known.
+    """
+
+    def __init__(self, folder: Path, limits: CfgNode, names: Iterable[str] = ()) -> None:
+        self.folder, self.limits = folder, limits
         self.category_ids = {name: number for number, name in enumerate(names, start=1)}
         self.images: list[Record] = []
         self.annotations: list[Record] = []
 
-    def add_image(self, file_name: str, width: int, height: int) -> None:
-        """What is added next lies on this image, of this size in pixels."""
-        size = {"width": width, "height": height}
-        self.images.append({"id": len(self.images) + 1, "file_name": file_name, **size})
+    def add_image(self, file_name: str, size: tuple[int, int] | None = None) -> None:
+        """What is added next lies on this image, of this width and height in pixels; by default its file's.
+
+        Raises:
+            ValueError: it lies outside of the folder, or has too many pixels or none.
+            UserError: its file cannot be read.
+        """
+        if not self.limits.OUTSIDE and is_outside(self.folder, file_name):
+            raise ValueError(f"{file_name!r} is not in the folder of images; set INPUT.LIMITS.OUTSIDE True")
+        width, height = size or image_size(self.folder / file_name, self.limits)
+        if not 0 < width * height <= self.limits.PIXELS:
+            most = f"INPUT.LIMITS.PIXELS is {self.limits.PIXELS:,}"
+            raise ValueError(f"{file_name!r} has {width} x {height} pixels; {most}")
+        record = {"id": len(self.images) + 1, "file_name": file_name, "width": width, "height": height}
+        self.images.append(record)
 
     def add_box(self, name: str, corners: Iterable[float]) -> None:
         """An object of the last image: the name of its class and its box xyxy in pixels."""
         x0, y0, x1, y1 = (float(value) for value in corners)
+        if not np.isfinite((x0, y0, x1, y1)).all():
+            raise ValueError(f"box of {name!r} is not finite")
         x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
         self.annotations.append(
             {

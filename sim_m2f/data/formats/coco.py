@@ -16,9 +16,9 @@ def write_polygons(folder: Path, categories: list[Record], images: Iterable[Labe
         for image, own in images:
             records.append(image)
             for annotation in own:
-                polygons = [polygon.ravel().tolist() for polygon in polygons_of(image, annotation)]
-                crowd = annotation.get("iscrowd")
-                yield annotation | ({"segmentation": polygons} if polygons and not crowd else {})
+                shapes = [] if annotation.get("iscrowd") else polygons_of(image, annotation)
+                polygons = [polygon.ravel().tolist() for polygon in shapes]
+                yield annotation | ({"segmentation": polygons} if polygons else {})
 
     with atomic_write(folder / "masks_polygons.json") as file:
         file.write(f'{{"categories": {json.dumps(categories)}, "annotations": ')

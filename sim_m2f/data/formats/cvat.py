@@ -6,12 +6,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, mask_of, objects
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 
 
-def read_cvat(path: Path, images: Path) -> Record:
+def read_cvat(path: Path, images: Path, limits: CfgNode) -> Record:
     """An annotations.xml: its boxes, polygons and masks.
 
     Raises:
@@ -19,12 +20,14 @@ def read_cvat(path: Path, images: Path) -> Record:
     """
     try:
         root = ElementTree.parse(path).getroot()
-        data = Collected(name.text or "" for name in root.iterfind("meta//labels/label/name"))
+        names = (name.text or "" for name in root.iterfind("meta//labels/label/name"))
+        data = Collected(images, limits, names)
         for image in root.iter("image"):
-            data.add_image(image.attrib["name"], int(image.attrib["width"]), int(image.attrib["height"]))
+            size = int(image.attrib["width"]), int(image.attrib["height"])
+            data.add_image(image.attrib["name"], size)
             for shape in image:
                 _add(data, shape.tag, shape.attrib)
-    except (OSError, ElementTree.ParseError, KeyError, ValueError) as error:
+    except (OSError, LookupError, ElementTree.ParseError, ValueError) as error:
         fault = f"no CVAT XML for images ({type(error).__name__}: {error})"
         raise UserError(f"{path}: {fault}; export it from CVAT again") from error
     return data.content(path)
@@ -38,7 +41,10 @@ def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
         data.add_polygons(values["label"], [points])
     elif kind == "mask":
         left, top, width, height = (int(values[key]) for key in ("left", "top", "width", "height"))
-        runs = [int(run) for run in values["rle"].split(",")]
+        runs, image = [int(run) for run in values["rle"].split(",")], data.images[-1]
+        fits = left + width <= image["width"] and top + height <= image["height"]
+        if min(left, top, *runs) < 0 or not fits or sum(runs) != width * height:
+            raise ValueError("a mask that does not fit its image or its size")
         pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         data.add_mask(values["label"], left, top, pixels.reshape(height, width))
 

@@ -4,28 +4,29 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygons_of
 from sim_m2f.errors import UserError
 from sim_m2f.files import read_json, write_file
 
 
-def read_labelme(path: Path, images: Path) -> Record:
+def read_labelme(path: Path, images: Path, limits: CfgNode) -> Record:
     """A folder of JSON files, or one: rectangles, polygons, and circles by the square around them.
 
     Raises:
         UserError: a file is none of LabelMe's; names it.
     """
-    data = Collected()
+    data = Collected(images, limits)
     for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
         content = read_json(file)
         try:
             name = file.parent / content["imagePath"].replace("\\", "/")
             inside = images in name.parents and name.is_file()
             file_name = name.relative_to(images).as_posix() if inside else name.name
-            data.add_image(file_name, int(content["imageWidth"]), int(content["imageHeight"]))
+            data.add_image(file_name, (int(content["imageWidth"]), int(content["imageHeight"])))
             for label, shapes in _objects(content["shapes"]):
                 _add(data, label, shapes)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             fault = f"no LabelMe file ({type(error).__name__}: {error})"
             raise UserError(f"{file}: {fault}; correct it or take it out of the folder") from error
     return data.content(path)

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, objects, polygon_of, write_list
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write, read_json
 
 
-def read_labelstudio(path: Path, images: Path) -> Record:
+def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
     """An export of tasks: the rectangles and polygons of each task's first annotation that was not cancelled,
     of its first prediction where there is none.
 
@@ -21,7 +22,7 @@ def read_labelstudio(path: Path, images: Path) -> Record:
     Raises:
         UserError: it is no such file; names file and task.
     """
-    data = Collected()
+    data = Collected(images, limits)
     for task in read_json(path, list):
         try:
             answers = task.get("annotations") or task.get("predictions") or []
@@ -29,10 +30,10 @@ def read_labelstudio(path: Path, images: Path) -> Record:
             shapes = [result for result in (kept[0] if kept else []) if "original_width" in result]
             if shapes:
                 size = shapes[0]["original_width"], shapes[0]["original_height"]
-                data.add_image(_file_name(task, images), *size)
+                data.add_image(_file_name(task, images), size)
             for shape in shapes:
                 _add(data, shape["type"], shape["value"], *size)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             where = f"task {task.get('id', '?')}" if isinstance(task, dict) else "a task"
             fault = f"no task with an image ({type(error).__name__}: {error})"
             raise UserError(f"{path}: {where}: {fault}; export as JSON") from error

@@ -4,6 +4,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sim_m2f.config import CfgNode
+from sim_m2f.data.coco import load_json
 from sim_m2f.data.formats.base import Labelled, Record
 from sim_m2f.data.formats.coco import write_polygons
 from sim_m2f.data.formats.cvat import read_cvat, write_cvat
@@ -13,11 +15,12 @@ from sim_m2f.data.formats.png import write_png
 from sim_m2f.data.formats.table import read_csv
 from sim_m2f.data.formats.voc import read_voc
 from sim_m2f.data.formats.yolo import read_yolo, write_yolo
+from sim_m2f.data.image import LIMITS
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import refuse_special, write_file
 
 COCO = "coco"
-READERS: dict[str, Callable[[Path, Path], Record]] = {
+READERS: dict[str, Callable[[Path, Path, CfgNode], Record]] = {
     "yolo": read_yolo,
     "voc": read_voc,
     "labelme": read_labelme,
@@ -49,24 +52,37 @@ def output_formats(text: str) -> list[str]:
     return names
 
 
-def as_coco(path: Path, images: Path, name: str, output: Path) -> Path:
-    """The COCO JSON of annotations in any format; written to ``output`` where they are none.
+def read_annotations(path: Path, images: Path, name: str, limits: CfgNode = LIMITS) -> Record:
+    """Annotations in any format as the content of a COCO JSON, whose records are not checked.
 
     Args:
         path: file or folder of the annotations.
         images: folder of the images.
         name: one of ``INPUTS``.
-        output: the file to write.
+        limits: INPUT.LIMITS.
 
     Raises:
-        UserError: there is nothing of the kind, or it has a fault.
+        UserError: there is nothing of the kind, it is too large, or it has a fault.
     """
     if name == COCO:
-        return path
+        return load_json(path, limits)
     for given in (path, images):
         if not given.exists():
             raise UserError(f"{given}: no such file or folder; check the path")
     if not images.is_dir():
         raise UserError(f"{images}: is no folder; give the folder of the images")
-    write_file(output, json.dumps(READERS[name](path, images)))
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        refuse_special(file, limits.FILE_SIZE)
+    return READERS[name](path, images, limits)
+
+
+def as_coco(path: Path, images: Path, name: str, output: Path, limits: CfgNode = LIMITS) -> Path:
+    """The COCO JSON of annotations in any format; written to ``output`` where they are none.
+
+    Raises:
+        UserError: see ``read_annotations``.
+    """
+    if name == COCO:
+        return path
+    write_file(output, json.dumps(read_annotations(path, images, name, limits)))
     return output

@@ -3,10 +3,9 @@
 import csv
 from pathlib import Path
 
-from PIL import Image
-
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Record
-from sim_m2f.errors import UserError, first_line
+from sim_m2f.errors import UserError
 
 # What a column may be called, in small letters; the corners are pixels of the image.
 COLUMNS = {
@@ -19,7 +18,7 @@ COLUMNS = {
 }
 
 
-def read_csv(path: Path, images: Path) -> Record:
+def read_csv(path: Path, images: Path, limits: CfgNode) -> Record:
     """A table with image, class and the four corners; the sizes are those of the images.
 
     Raises:
@@ -34,20 +33,16 @@ def read_csv(path: Path, images: Path) -> Record:
     of_image: dict[str, list[tuple[int, Record]]] = {}
     for number, row in enumerate(rows, start=2):
         of_image.setdefault(row[columns["image"]] or "", []).append((number, row))
-    data = Collected()
+    data = Collected(images, limits)
     for name, own in of_image.items():
+        place = own[0][0]
         try:
-            with Image.open(images / name) as stored:
-                data.add_image(name, *stored.size)
-        except OSError as error:
-            fault = f"image {name!r} cannot be read ({first_line(error)})"
-            raise UserError(f"{path}:{own[0][0]}: {fault}; correct the name or --images") from error
-        for number, row in own:
-            try:
+            data.add_image(name)
+            for place, row in own:  # noqa: B007 (named where it fails)
                 corners = [float(row[columns[key]]) for key in ("x0", "y0", "x1", "y1")]
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}:{number}: a corner is no number ({error}); correct it") from error
-            data.add_box(row[columns["label"]], corners)
+                data.add_box(row[columns["label"]], corners)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}:{place}: is no box of an image ({error}); correct it") from error
     return data.content(path)
 
 

@@ -3,26 +3,27 @@
 from pathlib import Path
 from xml.etree import ElementTree
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Record
 from sim_m2f.errors import UserError
 
 
-def read_voc(path: Path, images: Path) -> Record:
+def read_voc(path: Path, images: Path, limits: CfgNode) -> Record:
     """A folder of XML files, or one. Corners are taken as edges, as LabelImg and most tools write them.
 
     Raises:
         UserError: a file is none of VOC's; names it.
     """
-    data = Collected()
+    data = Collected(images, limits)
     for file in sorted(path.rglob("*.xml")) if path.is_dir() else [path]:
         try:
             root = ElementTree.parse(file).getroot()
             size = int(_text(root, "size/width")), int(_text(root, "size/height"))
-            data.add_image(_text(root, "filename"), *size)
+            data.add_image(_text(root, "filename"), size)
             for item in root.iter("object"):
                 corners = (float(_text(item, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
                 data.add_box(_text(item, "name"), corners)
-        except (OSError, ElementTree.ParseError, ValueError) as error:
+        except (OSError, LookupError, ElementTree.ParseError, ValueError) as error:
             raise UserError(f"{file}: no VOC XML ({error}); correct it or take it out") from error
     return data.content(path)
 

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygon_of
+from sim_m2f.data.image import image_files
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import write_file
 
 
-def read_yolo(path: Path, images: Path) -> Record:
+def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     """A folder with labels (texts, in it or below) and perhaps data.yaml or classes.txt; or its data.yaml.
 
     Raises:
@@ -21,28 +22,34 @@ def read_yolo(path: Path, images: Path) -> Record:
     """
     root = path if path.is_dir() else path.parent
     names = _names(path)
-    data = Collected(names)
+    data = Collected(images, limits, names)
     labels = {file.stem: file for file in sorted(root.rglob("*.txt")) if file.name != "classes.txt"}
-    known = Image.registered_extensions()
-    files = {file.stem: file for file in sorted(images.rglob("*")) if file.suffix.lower() in known}
+    files = {file.stem: file for file in image_files(images)}
     lost = [file for stem, file in labels.items() if stem not in files]
     if lost:
         raise UserError(f"{lost[0]}: no image of its name in {images}; add it or remove the text")
     for stem, image in files.items():
-        try:
-            with Image.open(image) as stored:
-                width, height = stored.size
-        except OSError as error:
-            raise UserError(f"{image}: cannot be decoded ({first_line(error)}); replace it") from error
-        data.add_image(image.relative_to(images).as_posix(), width, height)
-        lines = labels[stem].read_text(encoding="utf-8").splitlines() if stem in labels else []
+        data.add_image(image.relative_to(images).as_posix())
+        lines = _text(labels[stem]).splitlines() if stem in labels else []
+        size = data.images[-1]["width"], data.images[-1]["height"]
         for number, line in enumerate(lines, start=1):
             try:
-                _add(data, names, line.split(), width, height)
-            except (ValueError, IndexError) as error:
+                _add(data, names, line.split(), *size)
+            except (ValueError, IndexError, OverflowError) as error:
                 fault = f"is no line of YOLO ({first_line(error)})"
                 raise UserError(f"{labels[stem]}:{number}: {fault}; write class x y width height") from error
     return data.content(path)
+
+
+def _text(file: Path) -> str:
+    """
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: is no text ({first_line(error)}); correct it or remove it") from error
 
 
 def _names(path: Path) -> list[str]:
@@ -51,13 +58,14 @@ def _names(path: Path) -> list[str]:
     file = path if path.suffix in (".yaml", ".yml") else folder / "data.yaml"
     if not file.is_file():
         file = folder / "classes.txt"
-        return file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+        return _text(file).rstrip().splitlines() if file.is_file() else []
     try:
-        names: Any = yaml.safe_load(file.read_text(encoding="utf-8"))["names"]
-        return [
-            str(names[number]) for number in (sorted(names) if isinstance(names, dict) else range(len(names)))
-        ]
-    except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
+        names: Any = yaml.safe_load(_text(file))["names"]
+        found = [names[number] for number in sorted(names)] if isinstance(names, dict) else list(names)
+        if not all(isinstance(name, str | int | float) for name in found):
+            raise TypeError("one of them is no text")
+        return [str(name) for name in found]
+    except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: has no names of classes ({first_line(error)}); add them") from error
 
 
@@ -65,6 +73,8 @@ def _add(data: Collected, names: list[str], words: list[str], width: int, height
     if not words:
         return
     label, numbers = int(words[0]), [float(word) for word in words[1:]]
+    if label < 0:
+        raise ValueError("its class is negative")
     name = names[label] if names else f"class {label}"
     if len(numbers) == 4:
         x, y, w, h = numbers
