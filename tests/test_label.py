@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "label", stops)
     assert main(arguments(folder, tmp_path / "cut")) == 130
-    with (tmp_path / "cut/progress.jsonl").open("a") as file:
+    with (tmp_path / "cut/masks.progress.jsonl").open("a") as file:
         file.write('{"image": 9, "labe')  # killed while it wrote
     assert not (tmp_path / "cut/masks.json").exists()
     seen = []
@@ -116,12 +116,13 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
 
 
 def test_a_journal_of_something_else_is_not_used(tmp_path):
-    journal = Journal(tmp_path, "one")
+    path = tmp_path / "new" / "progress.jsonl"
+    journal = Journal(path, "one")
     journal.add(3, {1: "mask"})
-    assert 3 in Journal(tmp_path, "one")
-    assert Journal(tmp_path, "one").labels(3) == {"1": "mask"}
-    assert len(Journal(tmp_path, "other")) == 0
-    assert len(Journal(tmp_path, "one")) == 0
+    assert 3 in Journal(path, "one")
+    assert Journal(path, "one").labels(3) == {"1": "mask"}
+    assert len(Journal(path, "other")) == 0
+    assert len(Journal(path, "one")) == 0
 
 
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
