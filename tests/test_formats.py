@@ -305,6 +305,55 @@ def test_a_broken_file_is_named(data, tmp_path, capsys, name):
     assert not (tmp_path / "out").exists()
 
 
+def _annotation(**values):
+    return lambda content: content["annotations"][0].update(values)
+
+
+DAMAGED = {
+    "no file": (lambda content: None, ["--annotations", "none.json"], ["none.json", "no such file"]),
+    "cut": (lambda content: "cut", [], ["damaged.json", "not JSON"]),
+    "no images": (lambda content: content.pop("images"), [], ["damaged.json", "has no list 'images'"]),
+    "box outside": (_annotation(bbox=[90, 5, 30, 5]), [], ["annotation id 1", "out of its image"]),
+    "no box": (lambda content: content["annotations"][0].pop("bbox"), [], ["annotation id 1", "no bbox"]),
+    "unknown image": (_annotation(image_id=77), [], ["annotation id 1", "image_id 77"]),
+    "unknown class": (_annotation(category_id=4), [], ["annotation id 1", "category_id 4"]),
+    "half a polygon": (_annotation(segmentation=[[1, 2, 3]]), [], ["annotation id 1", "list of polygons"]),
+    "half an RLE": (
+        _annotation(segmentation={"size": [64, 96], "counts": "52"}),
+        [],
+        ["annotation id 1", "cannot be decoded"],
+    ),
+    "format": (lambda content: None, ["--format", "yolo,yaml"], ["'yaml'", "yolo"]),
+    "share": (lambda content: None, ["--split", "2"], ["--split is 2"]),
+    "too few to split": (
+        lambda content: content.update(images=content["images"][:1], annotations=[]),
+        ["--split", "0.2"],
+        ["1 images are too few"],
+    ),
+    "no folder of images": (
+        lambda content: None,
+        ["--from", "yolo", "--images", "nowhere"],
+        ["nowhere", "no such"],
+    ),
+    "a file in the way": (lambda content: None, ["--output", "damaged.json/out"], ["cannot be written"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_set_is_one_line_and_loses_nothing(data, tmp_path, capsys, monkeypatch, name):
+    folder, content = data
+    monkeypatch.chdir(tmp_path)
+    change, flags, said = DAMAGED[name]
+    cut = change(content) == "cut"
+    (tmp_path / "damaged.json").write_text(json.dumps(content)[: 500 if cut else None])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    paths = ["--annotations", "damaged.json", "--images", str(folder), "--output", "out"]
+    assert main(["convert", *paths, "--format", "cvat", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in said), line
+    assert all(file.read_bytes() == content for file, content in before.items())
+
+
 def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
     folder, content = data
     content["images"][0]["file_name"] = "../../5.png"

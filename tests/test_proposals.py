@@ -101,6 +101,64 @@ def test_a_stopped_call_goes_on(data, tmp_path, monkeypatch):
     assert not (tmp_path / "found.progress.jsonl").exists()
 
 
+BROKEN = {
+    "no method": (["--with", "magic"], None, ["--with magic", "grabcut or sam:NAME"]),
+    "no name": (["--with", "sam:"], None, ["--with sam:", "sam:NAME"]),
+    "no SAM": (["--with", "sam:nowhere"], None, ["--with sam:nowhere", "cannot be loaded"]),
+    "a folder of something else": (["--with", "sam:other"], None, ["--with sam:other", "cannot be loaded"]),
+    "no file": (["--annotations", "none.json"], None, ["none.json", "no such file"]),
+    "cut": (["--annotations", "cut.json"], None, ["cut.json", "not JSON"]),
+    "no folder of images": (["--images", "nowhere"], None, ["nowhere", "no such folder of images"]),
+    "box outside": ([], {"bbox": [90, 5, 30, 5]}, ["annotation id 1", "out of its image"]),
+    "class of nobody": ([], {"category_id": 4}, ["annotation id 1", "category_id 4"]),
+    "image of nobody": ([], {"image_id": 77}, ["annotation id 1", "image_id 77"]),
+    "another format": (["--from", "cvat"], None, ["boxes.json", "CVAT"]),
+    "the boxes themselves": (["--output", "boxes.json"], None, ["--output boxes.json", "the annotations"]),
+    "a folder": (["--output", "other"], None, ["--output other", "is a folder"]),
+    "a file in the way": (["--output", "cut.json/found.json"], None, ["cannot be written"]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_fault_is_one_line_and_loses_nothing(data, tmp_path, capsys, monkeypatch, name):
+    if name in ("no SAM", "a folder of something else"):
+        pytest.importorskip("transformers")
+    folder, _ = data
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    flags, change, said = BROKEN[name]
+    content = json.loads((folder / "boxes.json").read_text())
+    content["annotations"] = content["annotations"][:1]
+    content["annotations"][0].update(change or {})
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    (tmp_path / "found.json").write_text("found before")
+    (tmp_path / "cut.json").write_text('{"images": [')
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"model_type": "bert"}')
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    paths = ["--annotations", "boxes.json", "--images", str(folder), "--output", "found.json"]
+    assert main(["propose", "--with", "grabcut", *paths, *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert all(text in errors[0] for text in said), errors
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.json")} == before
+
+
+def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
+    pytest.importorskip("cv2")
+    folder, _ = data
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[:100])
+    assert main(arguments(folder, tmp_path / "found.json")) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "2.png: cannot be decoded" in errors[0]
+    assert "the same command goes on" in errors[1]
+    (folder / "2.png").write_bytes(whole)
+    for number in (5, 9):  # done already
+        (folder / f"{number}.png").write_bytes(b"")
+    assert main(arguments(folder, tmp_path / "found.json")) == 0
+
+
 def small_sam(folder: Path, version: int) -> Path:
     """A folder with a randomly initialised SAM of a few layers, of 64 pixels a side, and its processor."""
     transformers = pytest.importorskip("transformers")

@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from sim_m2f.data.coco import load_json
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import load_json, read_coco
 from sim_m2f.data.formats.base import images_of
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.data.split import part, split_images
@@ -33,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
     if args.split and not 0 < args.split < 1:
         raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
     formats = output_formats(args.format)
+    if args.input == COCO:
+        source = DatasetSource(args.annotations.stem, args.annotations, args.images)
+        read_coco(source, read_masks=True, some_masks=True, find_images=False)
     content = load_json(as_coco(args.annotations, args.images, args.input, args.output / "annotations.json"))
     if args.input == COCO:
         write_file(args.output / "annotations.json", json.dumps(content))

@@ -53,18 +53,21 @@ class CocoData:
     zero_area: int  # boxes of zero area that were left out
 
 
-def read_coco(source: DatasetSource, read_masks: bool, some_masks: bool = False) -> CocoData:
+def read_coco(
+    source: DatasetSource, read_masks: bool, some_masks: bool = False, find_images: bool = True
+) -> CocoData:
     """Read and check a data set.
 
     Args:
         source: where it is.
         read_masks: keep the segmentations and check them; if False they are never looked at.
         some_masks: annotations may lack them.
+        find_images: look whether the images are there.
 
     Raises:
         UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
-    data, problems = inspect_coco(source, read_masks, some_masks)
+    data, problems = inspect_coco(source, read_masks, some_masks, find_images)
     if problems:
         more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         raise UserError("\n".join(problems[:MAX_LINES] + more))
@@ -72,7 +75,7 @@ def read_coco(source: DatasetSource, read_masks: bool, some_masks: bool = False)
 
 
 def inspect_coco(
-    source: DatasetSource, read_masks: bool, some_masks: bool = False
+    source: DatasetSource, read_masks: bool, some_masks: bool = False, find_images: bool = True
 ) -> tuple[CocoData, list[str]]:
     """Like ``read_coco``, but all problems are returned, beside what could be read.
 
@@ -82,7 +85,8 @@ def inspect_coco(
     reader = _Reader(source, read_masks, some_masks)
     names = reader.class_names()
     images = {item["id"]: item for item in reader.records("images")}
-    reader.report_missing_images(images.values())
+    if find_images:
+        reader.report_missing_images(images.values())
     category_ids = sorted(names)
     data = CocoData(
         name=source.name,

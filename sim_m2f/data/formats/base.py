@@ -30,10 +30,18 @@ def objects(annotations: Iterable[Record]) -> list[Record]:
 
 
 def mask_of(image: Record, annotation: Record) -> np.ndarray | None:
-    """(H, W) bool; None for an annotation that has a box alone."""
+    """(H, W) bool; None for an annotation that has a box alone.
+
+    Raises:
+        UserError: the segmentation cannot be decoded.
+    """
     if not annotation.get("segmentation"):
         return None
-    return decode_segmentation(annotation["segmentation"], image["height"], image["width"]).astype(bool)
+    try:
+        return decode_segmentation(annotation["segmentation"], image["height"], image["width"]).astype(bool)
+    except ValueError as error:
+        fault = f"segmentation cannot be decoded ({error}); correct it"
+        raise UserError(f"annotation id {annotation['id']}: {fault}") from error
 
 
 def polygons_of(image: Record, annotation: Record) -> list[np.ndarray]:
