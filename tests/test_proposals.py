@@ -162,6 +162,8 @@ def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
 def small_sam(folder: Path, version: int) -> Path:
     """A folder with a randomly initialised SAM of a few layers, of 64 pixels a side, and its processor."""
     transformers = pytest.importorskip("transformers")
+    if version == 2 and not hasattr(transformers, "Sam2ImageProcessor"):
+        pytest.skip("transformers without SAM 2")
     torch.manual_seed(0)
     size, small = {"height": 64, "width": 64}, {"height": 16, "width": 16}
     prompt = {"hidden_size": 32, "image_size": 64, "mask_input_channels": 4}

@@ -52,7 +52,8 @@ def drop_thin_boxes(sample: Annotated) -> Annotated:
     boxes = sample["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
     names = "boxes", "labels", "masks", "known", "proposals", "proposal_scores"
-    remaining = {name: value[kept] if name in names else value for name, value in sample.items()}
+    tensors = cast(dict[str, torch.Tensor], sample)
+    remaining = {name: value[kept] if name in names else value for name, value in tensors.items()}
     return cast(Annotated, remaining)
 
 

@@ -9,8 +9,6 @@ from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError
 from sim_m2f.files import read_json
 
-Proposal = tuple[Any, float]  # a segmentation as in COCO's JSON, and its confidence, 0 to 1
-
 
 def with_proposals(data: CocoData, path: Path) -> CocoData:
     """The data set with the masks that a COCO JSON has for its annotations, by their ids.
@@ -26,7 +24,8 @@ def with_proposals(data: CocoData, path: Path) -> CocoData:
     annotations = read_json(path).get("annotations")
     if not isinstance(annotations, list):
         raise UserError(f"{path}: has no list 'annotations'; give the file that sim-m2f propose has written")
-    given = {item["id"]: item for item in annotations if isinstance(item, dict) and _is_id(item.get("id"))}
+    records = [item for item in annotations if isinstance(item, dict) and isinstance(item.get("id"), int)]
+    given = {item["id"]: item for item in records}
     problems: list[str] = []
     images = [_of_image(image, given, path, problems) for image in data.images]
     if problems:
@@ -37,29 +36,24 @@ def with_proposals(data: CocoData, path: Path) -> CocoData:
     return replace(data, images=images)
 
 
-def _is_id(value: Any) -> bool:
-    return type(value) is int
-
-
 def _of_image(
     image: ImageRecord, given: dict[int, dict[str, Any]], path: Path, problems: list[str]
 ) -> ImageRecord:
     """An image with its proposals; notes what is wrong with them."""
-    proposals: list[Proposal | None] = []
+    proposals: list[tuple[Any, float] | None] = []
     for number in image.annotation_ids:
         item = given.get(number, {})
         shape, score = item.get("segmentation"), item.get("score")
         fault = None
         if not shape:
-            proposals.append(None)
-            continue
-        if item.get("image_id") != image.id:
+            pass
+        elif item.get("image_id") != image.id:
             fault = f"belongs to image id {item.get('image_id')}, not {image.id}; make the file anew"
-        elif type(score) not in (int, float) or not 0 <= score <= 1:
+        elif not isinstance(score, int | float) or not 0 <= score <= 1:
             fault = f"has score {score!r}; write a confidence from 0 to 1"
-        elif fault := segmentation_problem(shape, image.height, image.width):
-            fault = f"segmentation {fault}"
+        elif problem := segmentation_problem(shape, image.height, image.width):
+            fault = f"segmentation {problem}"
         if fault:
             problems.append(f"{path}: annotation id {number}: {fault}")
-        proposals.append((shape, score))
+        proposals.append((shape, score or 0.0) if shape else None)
     return replace(image, proposals=proposals)

@@ -98,9 +98,11 @@ class CopyPaste:
             masks, scores = made.colors.masks > 0.5, made.colors.quality
         elif made.labels is not None:
             masks, scores = made.labels.masks(objects)
-        else:
+        elif made.truth is not None:
             scores = torch.zeros(len(objects), device=images.device)
             masks = torch.zeros(len(objects), *objects.size, dtype=torch.bool, device=images.device)
+        else:
+            return
         if made.truth is not None:
             masks = masks.index_copy(0, objects.known_index, cell_shares(made.truth) > 0.5)
             scores = scores.index_fill(0, objects.known_index, TRUE_MASK)

@@ -138,7 +138,7 @@ class PseudoMasks(nn.Module):
         similarity = self.similarity(features, targets, pixels)
         semantic = ((similarity - prototypes.CENTER) / prototypes.TEMPERATURE).sigmoid()
         given = targets.proposals
-        proposal = given and (given.masks[pixels.target, pixels.y, pixels.x], given.quality)
+        proposal = (given.masks[pixels.target, pixels.y, pixels.x], given.quality) if given else None
         return Evidence(pixels, semantic, *self._instance(layers, targets, pixels, matcher), proposal)
 
     def similarity(self, features: Tensor, targets: Targets, pixels: BoxPixels) -> Tensor:
