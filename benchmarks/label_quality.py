@@ -31,7 +31,8 @@ from sim_m2f.data.loader import eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.engine import coco_metrics
 from sim_m2f.geometry import iou, mask_extents
-from sim_m2f.labelling.masks import ellipse as touching_ellipse
+from sim_m2f.labelling import masks as label_masks
+from sim_m2f.labelling.proposals import grabcut_mask
 from sim_m2f.modeling import Mask2Former
 from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.pixels import Pixels
@@ -39,43 +40,20 @@ from sim_m2f.structures import Batch
 from sim_m2f.supervision.color_model import FINER, corrected, corrected_masks
 from sim_m2f.supervision.targets import STRIDE, flatten_targets
 
-GRABCUT_ITERATIONS = 5
-
-
-def corners(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
-    """Columns and rows whose pixels have their centres in a box xyxy; at least one of each."""
-    x0, y0 = (max(0, round(value)) for value in box[:2])
-    x1, y1 = min(width, round(box[2])), min(height, round(box[3]))
-    return min(x0, width - 1), min(y0, height - 1), max(x1, x0 + 1), max(y1, y0 + 1)
-
 
 def filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """(H, W) bool: the box."""
-    mask = np.zeros(image.shape[:2], bool)
-    x0, y0, x1, y1 = corners(box, *mask.shape)
-    mask[y0:y1, x0:x1] = True
-    return mask
+    return label_masks.filled(box, *image.shape[:2])
 
 
 def ellipse(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """(H, W) bool: the ellipse that touches the sides of the box."""
-    return touching_ellipse(box, *image.shape[:2]) & filled(image, box)
+    return label_masks.ellipse(box, *image.shape[:2]) & filled(image, box)
 
 
 def grabcut(image: np.ndarray, box: np.ndarray) -> np.ndarray:
     """(H, W) bool: OpenCV's GrabCut from the box; the box where it finds nothing."""
-    import cv2
-
-    x0, y0, x1, y1 = corners(box, *image.shape[:2])
-    mask, models = np.zeros(image.shape[:2], np.uint8), (np.zeros((1, 65)), np.zeros((1, 65)))
-    cv2.setRNGSeed(0)
-    if x1 - x0 < image.shape[1] or y1 - y0 < image.shape[0]:  # else there is no surrounding
-        rectangle = (x0, y0, x1 - x0, y1 - y0)
-        cv2.grabCut(
-            image[..., ::-1].copy(), mask, rectangle, *models, GRABCUT_ITERATIONS, cv2.GC_INIT_WITH_RECT
-        )
-    found = (mask == cv2.GC_FGD) | (mask == cv2.GC_PR_FGD)
-    return found if found.any() else filled(image, box)
+    return grabcut_mask(image, box)[0]
 
 
 class Comparison:

@@ -15,7 +15,7 @@ from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError, memory_problem, rank_problem
 
 COMMANDS = (
-    *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
+    *("fit", "label", "propose", "train", "predict", "export", "check", "convert", "report", "explain"),
     *("shapes", "doctor", "ablate"),
 )
 

@@ -68,10 +68,12 @@ class Target(TypedDict):
     labels: (N,) int64, 0 to C-1.
     boxes: (N, 4) float xyxy in pixels of the network's input.
     valid: (H, W) bool, False on padding and on rows without usable annotation; all usable where absent.
-    masks: (N, H, W) bool, for supervision by masks only.
+    masks: (N, H, W) bool, for supervision by masks and mixed supervision only.
     known: (N,) bool, whose mask is annotated; False where "masks" is empty.
     pasted: (N,) bool, objects that copy-paste has put there.
     pasted_masks: (N, h, w) bool at stride 4, their visible pixels; False for all others.
+    proposals: (N, H, W) bool, masks from elsewhere; False where there is none.
+    proposal_scores: (N,) float, their confidence, 0 to 1.
     """
 
     labels: Tensor
@@ -81,6 +83,8 @@ class Target(TypedDict):
     known: NotRequired[Tensor]
     pasted: NotRequired[Tensor]
     pasted_masks: NotRequired[Tensor]
+    proposals: NotRequired[Tensor]
+    proposal_scores: NotRequired[Tensor]
 
 
 class Annotated(TypedDict):
@@ -92,6 +96,8 @@ class Annotated(TypedDict):
     valid: (H, W) uint8, 0 on rows without usable annotation.
     masks: (N, H, W) uint8, for supervision by masks only.
     known: (N,) bool, whose mask is annotated.
+    proposals: (N, H, W) uint8, masks from elsewhere; 0 where there is none.
+    proposal_scores: (N,) float32, their confidence, 0 to 1.
     """
 
     image: tv_tensors.Image
@@ -100,6 +106,8 @@ class Annotated(TypedDict):
     valid: tv_tensors.Mask
     masks: NotRequired[tv_tensors.Mask]
     known: NotRequired[Tensor]
+    proposals: NotRequired[tv_tensors.Mask]
+    proposal_scores: NotRequired[Tensor]
 
 
 class Sample(TypedDict):
@@ -111,6 +119,8 @@ class Sample(TypedDict):
     valid: (h, w) bool.
     masks: (N, h, w) bool, for supervision by masks only.
     known: (N,) bool, whose mask is annotated.
+    proposals: (N, h, w) bool, masks from elsewhere; False where there is none.
+    proposal_scores: (N,) float32, their confidence, 0 to 1.
     image_id: id in the JSON.
     original_size: height and width in the JSON.
     """
@@ -121,6 +131,8 @@ class Sample(TypedDict):
     valid: Tensor
     masks: NotRequired[Tensor]
     known: NotRequired[Tensor]
+    proposals: NotRequired[Tensor]
+    proposal_scores: NotRequired[Tensor]
     image_id: int
     original_size: Size
 

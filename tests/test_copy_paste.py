@@ -53,8 +53,10 @@ def enter(bank, images, targets, masks, scores=None):
     return objects
 
 
-def random_bank(*sizes, capacity=50, objects=4):
+def random_bank(*sizes, capacity=50, objects=4, true=()):
     """A bank of images of the given sizes; every object has a label of its own, from 100 on.
+
+    The masks of the labels in ``true`` are true ones.
 
     Returns:
         the bank, and by label (pixels (3, H, W), mask (h, w), box).
@@ -64,8 +66,9 @@ def random_bank(*sizes, capacity=50, objects=4):
         image = random_images(1, height, width)
         target = make_target(random_boxes(objects, height, width), 100 + objects * number)
         masks = torch.rand(objects, height // 4, width // 4) < torch.rand(objects, 1, 1)
-        enter(bank, image, [target], masks)
-        for i, label in enumerate(target["labels"].tolist()):
+        labels = target["labels"].tolist()
+        enter(bank, image, [target], masks, torch.tensor([2.0 if label in true else 0.5 for label in labels]))
+        for i, label in enumerate(labels):
             by_label[label] = image[0].numpy(), masks[i].numpy(), target["boxes"][i].tolist()
     return bank, by_label
 
@@ -95,17 +98,18 @@ def painter(image, target, pasted, by_label):
                 image[:, y, x] = pixels[:, y, x]
                 owner[y, x] = label
     boxes = {}
-    for label, box in zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True):
-        columns, rows = owned_pixels(box, height, width)
-        left = [(x, y) for x in columns for y in rows if owner[y, x] < 0]
+    known = target.get("known", torch.zeros(len(target["labels"])))
+    for i, (label, box) in enumerate(zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True)):
+        own = list(itertools.product(*owned_pixels(box, height, width)))
+        if known[i]:
+            own = [(x, y) for y, x in target["masks"][i].nonzero().tolist()]
+            if not own:
+                boxes[label] = box
+        left = [(x, y) for x, y in own if owner[y, x] < 0]
         if left:
-            low, high = np.min(left, 0), np.max(left, 0)
-            boxes[label] = [
-                box[0] if low[0] == columns[0] else low[0],
-                box[1] if low[1] == rows[0] else low[1],
-                box[2] if high[0] == columns[-1] else high[0] + 1,
-                box[3] if high[1] == rows[-1] else high[1] + 1,
-            ]
+            first, last, low, high = np.min(own, 0), np.max(own, 0), np.min(left, 0), np.max(left, 0)
+            stays, cut = [*(low == first), *(high == last)], [*low, *(high + 1)]
+            boxes[label] = [box[k] if stays[k] else cut[k] for k in range(4)]
     visible = {label: owner == label for label in pasted}
     for label, mask in visible.items():
         y, x = mask.nonzero()
@@ -113,8 +117,11 @@ def painter(image, target, pasted, by_label):
     return image, boxes, visible, owner >= 0
 
 
-def assert_painted(image, target, new_image, new, by_label):
-    """An image after pasting is what the painter makes of it; returns how many objects it received."""
+def assert_painted(image, target, new_image, new, by_label, true=()):
+    """An image after pasting is what the painter makes of it; returns how many objects it received.
+
+    Masks of the labels in ``true`` are known.
+    """
     pasted = new["labels"][new["pasted"]].tolist()
     painted, boxes, visible, covered = painter(image, target, pasted, by_label)
     np.testing.assert_array_equal(new_image.numpy(), painted)
@@ -125,6 +132,20 @@ def assert_painted(image, target, new_image, new, by_label):
         np.testing.assert_array_equal(pixels, visible.get(label, np.zeros_like(pixels)))
     if "valid" in target:
         np.testing.assert_array_equal(new["valid"].numpy(), target["valid"].numpy() | covered)
+    if "known" in target:
+        was_known = dict(zip(target["labels"].tolist(), target["known"].tolist(), strict=True))
+        masks = dict(zip(target["labels"].tolist(), target["masks"].numpy() & ~covered, strict=True))
+        masks |= {label: visible[label] if label in true else np.zeros_like(covered) for label in pasted}
+        known = was_known | {label: label in true for label in pasted}
+        assert new["known"].tolist() == [known[label] for label in boxes]
+        np.testing.assert_array_equal(new["masks"].numpy(), [masks[label] for label in boxes])
+    if "proposals" in target:
+        own, theirs = new["labels"][~new["pasted"]], new["pasted"]
+        left = target["proposals"] & torch.from_numpy(~covered)
+        assert torch.equal(new["proposals"][~theirs], left[own])
+        assert torch.equal(new["proposal_scores"][~theirs], target["proposal_scores"][own])
+        assert not new["proposals"][theirs].any()
+        assert not new["proposal_scores"][theirs].any()
     return len(pasted)
 
 
@@ -142,6 +163,40 @@ def test_paste_is_what_a_painter_makes(seed):
         for image in zip(images, targets, new_images, new_targets, strict=True)
     ]
     assert 0 < max(received) <= 3
+
+
+def with_masks(target):
+    """The target with a mask in the box of every second object, one of them empty, and proposals for all."""
+    number = len(target["labels"])
+    masks = torch.zeros(number, HEIGHT, WIDTH, dtype=torch.bool)
+    known = torch.arange(number) % 2 == 1
+    for i in known.nonzero().flatten().tolist()[:-1]:
+        columns, rows = owned_pixels(target["boxes"][i].tolist(), HEIGHT, WIDTH)
+        part = torch.rand(len(rows), len(columns)) < torch.rand(())
+        masks[i, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = part
+    proposals, scores = torch.rand(number, HEIGHT, WIDTH) < 0.5, torch.rand(number)
+    return {**target, "masks": masks, "known": known, "proposals": proposals, "proposal_scores": scores}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_known_masks_are_cut_and_pasted_true_ones_stay_known(seed):
+    torch.manual_seed(seed)
+    true = {101, 102, 106, 111}
+    bank, by_label = random_bank((32, 64), (32, 32), (64, 32), true=true)
+    images = random_images(4)
+    targets = [with_masks(make_target(random_boxes(number))) for number in (5, 0, 1, 8)]
+    new_images, new_targets = paste(images, targets, bank, 0.8, 6)
+    received = [
+        assert_painted(*image, by_label, true)
+        for image in zip(images, targets, new_images, new_targets, strict=True)
+    ]
+    assert 0 < max(received) <= 6
+    for target in new_targets:
+        objects = flatten_targets([target], (HEIGHT // 4, WIDTH // 4), CPU)
+        assert objects.pasted_index.tolist() == [
+            i for i, label in enumerate(target["labels"].tolist()) if label >= 100 and label not in true
+        ]
+        assert objects.annotated + len(objects.pasted_index) == len(objects)
 
 
 def test_a_image_that_receives_nothing_stays_as_it_is():
@@ -260,6 +315,17 @@ def test_objects_are_drawn_by_the_cube_of_their_score():
     assert chisquare(first, 20000 * share).pvalue > 0.01
     assert chisquare(second, 20000 * np.array(after)).pvalue > 0.01
     assert all(len(set(row)) == 4 for row in drawn[:100, :4].tolist())
+
+
+def test_true_masks_are_drawn_before_all_others():
+    bank = bank_of(*[cells(0, 0)] * 5, cells([], []), scores=torch.tensor([0.9, 2.0, 0.5, 2.0, 0.0, 2.0]))
+    assert bank.known.tolist() == [False, True, False, True, False, False]
+    drawn, exist = bank.draw(8000, 6)
+    assert exist.all(0).tolist() == exist.any(0).tolist() == [True] * 4 + [False] * 2
+    assert set(drawn[:, :2].flatten().tolist()) == {1, 3}
+    assert chisquare([(drawn[:, 0] == 1).sum(), (drawn[:, 0] == 3).sum()]).pvalue > 0.01
+    thirds = 8000 * np.array([0.9**3, 0.5**3]) / (0.9**3 + 0.5**3)
+    assert chisquare([(drawn[:, 2] == 0).sum(), (drawn[:, 2] == 2).sum()], thirds).pvalue > 0.01
 
 
 def contents(bank):
@@ -422,6 +488,29 @@ def test_jitter_scales_an_object_around_its_box(scale):
         expected = resampled(bank.images[0, channel].double().numpy(), 1)
         np.testing.assert_allclose(new_image[0, channel].numpy()[inside], expected[inside], atol=1e-4)
     assert (new_image[0].numpy()[:, ~inside] == 99).all()
+
+
+def test_true_masks_enter_the_bank_in_whole_cells(small_cfg):
+    """Two objects of the image's own, of which one is known, and two pasted ones, of which one is known."""
+    sim = small_cfg.MODEL.SIM
+    sim.SUPERVISION, sim.COPY_PASTE.ENABLED, sim.COLOR_MODEL.ENABLED = "mixed", True, True
+    copying = build_copy_paste(small_cfg, CPU)
+    images, masks = random_images(1), torch.rand(4, HEIGHT, WIDTH) < torch.rand(4, 1, WIDTH)
+    known = torch.tensor([False, True, True, False])
+    pasted = torch.tensor([False, False, True, True])
+    target = make_target([[0, 0, WIDTH, HEIGHT]] * 4, known=known, pasted=pasted)
+    target["pasted_masks"] = torch.zeros(4, 8, 16, dtype=torch.bool)
+    objects = flatten_targets([target], (8, 16), CPU)
+    colors = ColorLabels(torch.rand(4, 8, 16), torch.tensor([0.9, 0.4, 0.7, 0.6]), torch.ones(4))
+    valid = torch.ones(1, 8, 16, dtype=torch.bool)
+    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors, masks[known])
+    match = Match(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool))
+    copying.remember(images, MatchedBoxes(objects, match, torch.zeros(1, 4, 8, 16), made))
+    assert copying.bank.scores.tolist() == pytest.approx([0.9, 2.0, 0, 0])
+    assert torch.equal(copying.bank.masks[0], colors.masks[0] > 0.5)
+    for y, x in itertools.product(range(8), range(16)):
+        cell = masks[1, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+        assert copying.bank.masks[1, y, x] == (cell.sum() > 8)
 
 
 def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
 from sim_m2f.data.polygons import joined, mask_polygons
+from sim_m2f.data.segmentation import encode_masks
 
 
 def rasterised(polygons: list, height: int, width: int) -> np.ndarray:
@@ -152,6 +154,83 @@ def test_globox_reads_what_is_written(data, tmp_path):
             np.testing.assert_allclose(boxes, expected, atol=0.01, err_msg=name)
 
 
+@pytest.fixture
+def large(data, tmp_path) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
+    """The set ten times as large, so that a line of pixels along an outline is little, and written in every
+    format to tmp_path/out; its folder, and its masks by file and class.
+    """
+    folder, content = tmp_path / "large", data[1]
+    folder.mkdir()
+    masks: dict[str, dict[str, np.ndarray]] = {}
+    for image in content["images"]:
+        image["height"], image["width"] = 10 * image["height"], 10 * image["width"]
+        Image.new("RGB", (image["width"], image["height"])).save(folder / image["file_name"])
+        masks[image["file_name"]] = {}
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    for annotation in content["annotations"]:
+        mask = np.kron(coco_mask.decode(annotation["segmentation"]), np.ones((10, 10), np.uint8))
+        (annotation["segmentation"],) = encode_masks(mask[None])
+        annotation["bbox"] = [10 * value for value in annotation["bbox"]]
+        label = CATEGORIES[annotation["category_id"]]
+        masks[names[annotation["image_id"]]][label] = mask.astype(bool)
+    (folder / "set.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "out", folder / "set.json", "--format", ",".join(FILES))
+    return folder, masks
+
+
+@pytest.mark.parametrize("name", ["labelme", "yolo"])
+def test_supervision_reads_masks(large, tmp_path, name):
+    dataset = pytest.importorskip("supervision").DetectionDataset
+    (folder, masks), out = large, tmp_path / "out"
+    if name == "labelme":
+        read = dataset.from_labelme(str(folder), str(out / "labelme"))
+    else:
+        read = dataset.from_yolo(str(folder), str(out / "yolo/labels"), str(out / "yolo/data.yaml"), True)
+    for path, _, found in read:
+        expected = masks[Path(path).name]
+        assert sorted(read.classes[label] for label in found.class_id) == sorted(expected)
+        for label, mask in zip(found.class_id, found.mask if expected else [], strict=True):
+            truth = expected[read.classes[label]]
+            assert (mask & truth).sum() / (mask | truth).sum() > 0.98
+
+
+def test_datumaro_reads_masks_of_cvat(large, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    folder, masks = large
+    shutil.copytree(folder, tmp_path / "task/images")
+    shutil.copy(tmp_path / "out/cvat.xml", tmp_path / "task")
+    read = datumaro.Dataset.import_from(str(tmp_path / "task"), "cvat")
+    names = [category.name for category in read.categories()[datumaro.AnnotationType.label]]
+    for item in read:
+        found = {names[each.label]: each.image.astype(bool) for each in item.annotations}
+        expected = masks[f"{item.id}.png"]
+        assert found.keys() == expected.keys()
+        for label, mask in found.items():
+            np.testing.assert_array_equal(mask, expected[label])
+
+
+def test_label_studio_converter_reads_masks(large, tmp_path):
+    converter = pytest.importorskip("label_studio_converter")
+    _, masks = large
+    tasks = json.loads((tmp_path / "out/labelstudio.json").read_text())
+    for number, task in enumerate(tasks):
+        task["id"] = number
+        task["annotations"] = [each | {"id": number} for each in task.pop("predictions")]  # all accepted
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    labels = "".join(f"<Label value={quoteattr(name)}/>" for name in CATEGORIES.values())
+    control = f'<PolygonLabels name="label" toName="image">{labels}</PolygonLabels>'
+    interface = f'<View><Image name="image" value="$image"/>{control}</View>'
+    export = converter.Converter(interface, str(tmp_path), download_resources=False)
+    export.convert_to_coco(str(tmp_path / "tasks.json"), str(tmp_path / "export"), is_dir=False)
+    read = json.loads((tmp_path / "export/result.json").read_text())
+    names = {category["id"]: category["name"] for category in read["categories"]}
+    files = {image["id"]: image["file_name"].rpartition("=")[2] for image in read["images"]}
+    assert len(read["annotations"]) == sum(map(len, masks.values()))
+    for annotation in read["annotations"]:
+        truth = masks[files[annotation["image_id"]]][names[annotation["category_id"]]]
+        np.testing.assert_array_equal(decoded(annotation, *truth.shape), truth)
+
+
 def test_voc_and_csv(data, tmp_path):
     folder, content = data
     voc = tmp_path / "voc"
@@ -224,6 +303,55 @@ def test_a_broken_file_is_named(data, tmp_path, capsys, name):
     (line,) = capsys.readouterr().err.splitlines()
     assert all(text in line for text in said), line
     assert not (tmp_path / "out").exists()
+
+
+def _annotation(**values):
+    return lambda content: content["annotations"][0].update(values)
+
+
+DAMAGED = {
+    "no file": (lambda content: None, ["--annotations", "none.json"], ["none.json", "no such file"]),
+    "cut": (lambda content: "cut", [], ["damaged.json", "not JSON"]),
+    "no images": (lambda content: content.pop("images"), [], ["damaged.json", "has no list 'images'"]),
+    "box outside": (_annotation(bbox=[90, 5, 30, 5]), [], ["annotation id 1", "out of its image"]),
+    "no box": (lambda content: content["annotations"][0].pop("bbox"), [], ["annotation id 1", "no bbox"]),
+    "unknown image": (_annotation(image_id=77), [], ["annotation id 1", "image_id 77"]),
+    "unknown class": (_annotation(category_id=4), [], ["annotation id 1", "category_id 4"]),
+    "half a polygon": (_annotation(segmentation=[[1, 2, 3]]), [], ["annotation id 1", "list of polygons"]),
+    "half an RLE": (
+        _annotation(segmentation={"size": [64, 96], "counts": "52"}),
+        [],
+        ["annotation id 1", "cannot be decoded"],
+    ),
+    "format": (lambda content: None, ["--format", "yolo,yaml"], ["'yaml'", "yolo"]),
+    "share": (lambda content: None, ["--split", "2"], ["--split is 2"]),
+    "too few to split": (
+        lambda content: content.update(images=content["images"][:1], annotations=[]),
+        ["--split", "0.2"],
+        ["1 images are too few"],
+    ),
+    "no folder of images": (
+        lambda content: None,
+        ["--from", "yolo", "--images", "nowhere"],
+        ["nowhere", "no such"],
+    ),
+    "a file in the way": (lambda content: None, ["--output", "damaged.json/out"], ["cannot be written"]),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_set_is_one_line_and_loses_nothing(data, tmp_path, capsys, monkeypatch, name):
+    folder, content = data
+    monkeypatch.chdir(tmp_path)
+    change, flags, said = DAMAGED[name]
+    cut = change(content) == "cut"
+    (tmp_path / "damaged.json").write_text(json.dumps(content)[: 500 if cut else None])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    paths = ["--annotations", "damaged.json", "--images", str(folder), "--output", "out"]
+    assert main(["convert", *paths, "--format", "cvat", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in said), line
+    assert all(file.read_bytes() == content for file, content in before.items())
 
 
 def test_a_file_name_cannot_leave_the_folder(data, tmp_path):

@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "label", stops)
     assert main(arguments(folder, tmp_path / "cut")) == 130
-    with (tmp_path / "cut/progress.jsonl").open("a") as file:
+    with (tmp_path / "cut/masks.progress.jsonl").open("a") as file:
         file.write('{"image": 9, "labe')  # killed while it wrote
     assert not (tmp_path / "cut/masks.json").exists()
     seen = []
@@ -116,12 +116,13 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
 
 
 def test_a_journal_of_something_else_is_not_used(tmp_path):
-    journal = Journal(tmp_path, "one")
+    path = tmp_path / "new" / "progress.jsonl"
+    journal = Journal(path, "one")
     journal.add(3, {1: "mask"})
-    assert 3 in Journal(tmp_path, "one")
-    assert Journal(tmp_path, "one").labels(3) == {"1": "mask"}
-    assert len(Journal(tmp_path, "other")) == 0
-    assert len(Journal(tmp_path, "one")) == 0
+    assert 3 in Journal(path, "one")
+    assert Journal(path, "one").labels(3) == {"1": "mask"}
+    assert len(Journal(path, "other")) == 0
+    assert len(Journal(path, "one")) == 0
 
 
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
@@ -139,6 +140,44 @@ def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
     assert "goes on" in errors[1]
     assert not (tmp_path / "masks.json").exists()
     assert main(arguments(folder, tmp_path)) == 0
+
+
+FAULTS = {
+    "no network": (["--model", "nowhere"], None, ["nowhere"]),
+    "no file": (["--annotations", "none.json"], None, ["none.json", "no such file"]),
+    "cut": (["--annotations", "cut.json"], None, ["cut.json", "not JSON"]),
+    "box outside": ([], {"bbox": [90, 5, 30, 5]}, ["annotation id", "out of its image"]),
+    "no number": ([], {"bbox": [1, 2, "3", 4]}, ["annotation id", "not four numbers"]),
+    "class of nobody": ([], {"category_id": 4}, ["annotation id", "category_id 4"]),
+    "image of nobody": ([], {"image_id": 77}, ["annotation id", "image_id 77"]),
+    "format": (["--format", "yolo,yaml"], None, ["'yaml'", "yolo"]),
+    "another format": (["--from", "cvat"], None, ["boxes.json", "CVAT"]),
+    "images of validation alone": (["--val-images", "."], None, ["--val"]),
+    "validation without masks": (["--val", "boxes.json"], None, ["segmentation is missing"]),
+    "device": (["--device", "tpu:0"], None, ["device tpu:0"]),
+    "a file in the way": (["--output", "cut.json/labelled"], None, ["cannot be written"]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_line_and_loses_nothing(data, tmp_path, capsys, monkeypatch, name):
+    folder, content = data
+    monkeypatch.chdir(tmp_path)
+    flags, change, said = FAULTS[name]
+    annotations = [each for each in content["annotations"] if each.get("segmentation")]
+    boxes = [{key: value for key, value in each.items() if key != "segmentation"} for each in annotations[:1]]
+    boxes[0].update(change or {})
+    (tmp_path / "boxes.json").write_text(json.dumps({**content, "annotations": boxes}))
+    (tmp_path / "cut.json").write_text('{"images": [')
+    (tmp_path / "labelled").mkdir()
+    (tmp_path / "labelled/masks.json").write_text("labelled before")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.json")}
+    paths = ["--annotations", "boxes.json", "--images", str(folder), "--output", "labelled"]
+    assert main(["label", "--model", str(folder / "network"), *paths, *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert all(text in errors[0] for text in said), errors
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.json")} == before
 
 
 def test_the_worst_of_two_classes_is_told_by_name(data, tmp_path, capsys):

@@ -111,7 +111,26 @@ def test_the_loss_is_per_annotated_object(mixed_cfg):
     assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
 
 
-def test_copy_paste_is_refused(mixed_cfg):
-    mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = True
-    with pytest.raises(UserError, match="cannot cover known masks"):
-        build_copy_paste(mixed_cfg, torch.device("cpu"))
+def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
+    """The same losses as if the pasted objects with true masks were the images' own."""
+    mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = mixed_cfg.MODEL.SIM.COLOR_MODEL.ENABLED = True
+    mixed_cfg.MODEL.SIM.COPY_PASTE.START, mixed_cfg.MODEL.SIM.COPY_PASTE.PROBABILITY = 0.0, 1.0
+    copying = build_copy_paste(mixed_cfg, torch.device("cpu"))
+    batches = iter(train_loader(mixed_cfg))
+    first, second = next(batches), next(batches)
+    _, matched, _ = step(mixed_cfg, first)
+    copying.remember(first["images"], matched)
+    assert copying.bank.known.tolist() == torch.cat([t["known"] for t in first["targets"]]).tolist()
+    copying.bank.scores[copying.bank.known.nonzero()[2:]] = 0.5  # a few true ones, and others after them
+    images, targets = copying(second["images"], second["targets"], 0)
+    pasted, known = (torch.cat([target[name] for target in targets]) for name in ("pasted", "known"))
+    assert (pasted & known).any()
+    assert (pasted & ~known).any()
+    losses, matched, _ = step(mixed_cfg, {"images": images, "targets": targets})
+    own = [{**target, "pasted": target["pasted"] & ~target["known"]} for target in targets]
+    expected, _, _ = step(mixed_cfg, {"images": images, "targets": own})
+    assert losses.keys() >= {"loss_known_masks", "loss_copy_paste", "loss_projection"}
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+    count = copying.bank.scores.count_nonzero()
+    copying.remember(images, matched)
+    assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice

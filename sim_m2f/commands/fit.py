@@ -113,8 +113,9 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
         quality = calibrate(model, sets.val, args.output)
     else:
         (args.output / FILE).unlink(missing_ok=True)
-    label_set(Labeller(model, quality, quality.colors, keep_overlaps=False), sets.boxes, args.output, formats)
     masks = DatasetSource("masks", args.output / MASKS, args.images, cfg.INPUT.LIMITS)
+    labeller = Labeller(model, quality, quality.colors, keep_overlaps=False)
+    label_set(labeller, sets.boxes, masks.annotations, formats)
     page = write_report(args.output, read_coco(sets.val, read_masks=False), labelled=masks)
     print(f"masks of the boxes: {masks.annotations}")
     print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         quality = read_quality(Path(args.model))
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
-    label_set(labeller, source, args.output, formats)
+    label_set(labeller, source, args.output / MASKS, formats)
     print(f"masks: {args.output / MASKS}")
     return 0
 

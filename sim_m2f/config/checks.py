@@ -48,6 +48,11 @@ def validate(cfg: CfgNode) -> None:
         if value_of(cfg, key) % number:
             name = f"{divisor} ({number})" if isinstance(divisor, str) else number
             raise UserError(f"{key} is {value_of(cfg, key)}; use a multiple of {name}")
+    sim = cfg.MODEL.SIM
+    learned = any(sim[term].ENABLED for term in ("GATED_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION"))
+    if cfg.DATASETS.TRAIN_PROPOSALS and not (learned and sim.SUPERVISION != "mask"):
+        fault = "no loss learns from them; set MODEL.SIM.GATED_MASKS.ENABLED True"
+        raise UserError(f"DATASETS.TRAIN_PROPOSALS: {fault}, and learn from boxes")
     low, high = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
     if not 0 < low <= high:
         raise UserError(f"INPUT.MIN_SCALE is {low}, INPUT.MAX_SCALE {high}; use 0 < MIN_SCALE <= MAX_SCALE")

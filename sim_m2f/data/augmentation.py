@@ -4,7 +4,7 @@ A sample is ``structures.Annotated``. torchvision's own ScaleJitter and RandomSh
 images to nothing) and its RandomCrop pads on all sides.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torchvision.transforms import v2
@@ -51,12 +51,10 @@ def drop_thin_boxes(sample: Annotated) -> Annotated:
     """Drop the objects whose box is thinner than MIN_BOX, with their labels and masks."""
     boxes = sample["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
-    remaining: Annotated = {**sample, "boxes": boxes[kept], "labels": sample["labels"][kept]}
-    if "masks" in sample:
-        remaining["masks"] = sample["masks"][kept]
-    if "known" in sample:
-        remaining["known"] = sample["known"][kept]
-    return remaining
+    names = "boxes", "labels", "masks", "known", "proposals", "proposal_scores"
+    tensors = cast(dict[str, torch.Tensor], sample)
+    remaining = {name: value[kept] if name in names else value for name, value in tensors.items()}
+    return cast(Annotated, remaining)
 
 
 def train_augmentation(cfg: CfgNode) -> v2.Transform:

@@ -38,6 +38,7 @@ class ImageRecord:
     labels: np.ndarray  # (N,) int64, 0..C-1
     annotation_ids: list[int]
     segmentations: list[Any] | None  # as in the JSON, None where there is none; None: not read
+    proposals: list[tuple[Any, float] | None] | None = None  # masks from elsewhere with a confidence, if any
 
 
 @dataclass(frozen=True)

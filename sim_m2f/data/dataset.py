@@ -1,5 +1,7 @@
 """Images as samples for the network: read, augmented, normalised."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -71,7 +73,7 @@ class SampleReader:
             UserError: the image or a segmentation cannot be decoded.
         """
         sample = self.augment(read_sample(data, record, self.bottom_rows))
-        masks = {name: sample[name].bool() for name in ("valid", "masks") if name in sample}
+        masks = {name: sample[name].bool() for name in ("valid", "masks", "proposals") if name in sample}
         image, size = self.pixels.normalise(sample["image"]), (record.height, record.width)
         return sample | masks | {"image": image, "image_id": record.id, "original_size": size}
 
@@ -97,6 +99,11 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
         masks = [read_mask(data, record, index) for index in range(len(record.labels))]
         sample["masks"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
         sample["known"] = torch.tensor([shape is not None for shape in record.segmentations])
+    if record.proposals is not None:
+        given = [proposal or (None, 0.0) for proposal in record.proposals]
+        masks = [decoded(data, record, index, shape) for index, (shape, _) in enumerate(given)]
+        sample["proposals"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
+        sample["proposal_scores"] = torch.tensor([float(score) for _, score in given])
     return sample
 
 
@@ -107,7 +114,15 @@ def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
         UserError: the segmentation cannot be decoded.
     """
     assert record.segmentations is not None
-    segmentation = record.segmentations[index]
+    return decoded(data, record, index, record.segmentations[index])
+
+
+def decoded(data: CocoData, record: ImageRecord, index: int, segmentation: Any) -> np.ndarray:
+    """The mask (H, W) uint8 that a segmentation gives an object of an image; empty for None.
+
+    Raises:
+        UserError: the segmentation cannot be decoded.
+    """
     if segmentation is None:
         return np.zeros((record.height, record.width), np.uint8)
     try:

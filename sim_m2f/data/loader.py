@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,6 +19,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
+from sim_m2f.data.proposals import with_proposals
 from sim_m2f.distributed import once_per_node
 from sim_m2f.errors import UserError
 from sim_m2f.structures import Batch, Sample, Target
@@ -110,6 +112,11 @@ def train_loader(
     sources = train_sources(cfg)
     data = once_per_node(lambda: [read_coco(source, kind != "box", kind == "mixed") for source in sources])
     check_classes(cfg, data)
+    if cfg.DATASETS.TRAIN_PROPOSALS:
+        if len(data) > 1:
+            fault = f"has the ids of one data set, but DATASETS.TRAIN names {len(data)}"
+            raise UserError(f"DATASETS.TRAIN_PROPOSALS: {fault}; train on one")
+        data = [with_proposals(data[0], Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser())]
     if rank == 0:
         print_notes(data)
     batches = GlobalBatches(batch_size, start_iteration, rank, world_size)
@@ -152,6 +159,10 @@ def collate(samples: Sequence[Sample], least_size: int = 1, divisor: int = 32) -
     if "masks" in samples[0]:
         parts["masks"] = pad_and_cat([sample["masks"] for sample in samples], height, width).split(counts)
         parts["known"] = torch.cat([sample["known"] for sample in samples]).split(counts)
+    if "proposals" in samples[0]:
+        masks = pad_and_cat([sample["proposals"] for sample in samples], height, width)
+        parts["proposals"] = masks.split(counts)
+        parts["proposal_scores"] = torch.cat([sample["proposal_scores"] for sample in samples]).split(counts)
     targets = [dict(zip(parts, of_image, strict=True)) for of_image in zip(*parts.values(), strict=True)]
     images = pad_and_cat([sample["image"] for sample in samples], height, width)
     return {

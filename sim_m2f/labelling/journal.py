@@ -7,26 +7,24 @@ from typing import Any
 
 from sim_m2f.errors import UserError
 
-FILE = "progress.jsonl"
-
 
 class Journal:
     """A file with a line of JSON per image; its first line says of what.
 
     Args:
-        folder: where it lies; it is created.
+        path: where it lies; its folder is created.
         identity: of network, annotations and options; lines of another one are dropped.
 
     Raises:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
-        self.path = folder / FILE
+    def __init__(self, path: Path, identity: str) -> None:
+        self.path = path
         self.places: dict[int, int] = {}  # image id -> offset of its line
         self.last: tuple[int, dict[str, Any]] = (-1, {})
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("a+b")
             end = self._read(identity)
             self.file.truncate(end)

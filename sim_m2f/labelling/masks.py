@@ -73,6 +73,22 @@ def overlaps(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> np.nd
     return np.asarray(coco_mask.iou(first, second, [0] * len(second)))
 
 
+def corners(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """First column and row of the pixels with centres in a box xyxy, and the ends; at least one of each."""
+    x0, y0 = (max(0, round(value)) for value in box[:2])
+    x1, y1 = min(width, round(box[2])), min(height, round(box[3]))
+    x0, y0 = min(x0, width - 1), min(y0, height - 1)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+def filled(box: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) bool: the pixels with centres in a box; at least one."""
+    mask = np.zeros((height, width), bool)
+    x0, y0, x1, y1 = corners(box, height, width)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
 def ellipse(box: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W) bool: pixels with centres in the ellipse that touches a box's sides, the middle one always."""
     y, x = np.ogrid[:height, :width]

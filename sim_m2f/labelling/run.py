@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 
 from sim_m2f.data.catalog import DatasetSource
@@ -27,6 +28,25 @@ from sim_m2f.segmenter import Segmenter
 MASKS = "masks.json"
 
 
+class Masker(Protocol):
+    """Whoever makes the masks of a data set's boxes."""
+
+    def identity(self, source: DatasetSource) -> str:
+        """Changes with anything that changes the masks."""
+
+    def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
+        """What gives, of an image, the fields to add to each annotation by its id; UserError if it cannot."""
+
+
+def fingerprint(source: DatasetSource, network: nn.Module | None, *choices: object) -> str:
+    """Another text for another data set, network or choice."""
+    digest = hashlib.sha256(source.annotations.read_bytes())
+    for weight in network.state_dict().values() if network else ():
+        digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(repr((source.image_root.resolve(), *choices)).encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Labeller:
     """A network, its scores, whether colours correct its masks, whether those of a class may overlap."""
@@ -38,15 +58,20 @@ class Labeller:
 
     def identity(self, source: DatasetSource) -> str:
         """Changes with anything that changes the labels."""
-        digest = hashlib.sha256(source.annotations.read_bytes())
-        for weight in self.model.state_dict().values():
-            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-        choices = source.image_root.resolve(), self.quality, self.colors, self.keep_overlaps
-        digest.update(repr((choices, self.model.cfg.dump())).encode())
-        return digest.hexdigest()
+        choices = self.quality, self.colors, self.keep_overlaps, self.model.cfg.dump()
+        return fingerprint(source, self.model, *choices)
 
-    def labels(self, data: CocoData, image: ImageRecord, classes: np.ndarray) -> dict[int, Any]:
-        """What the journal notes of an image; ``classes`` (C,) are the network's, by those of the data."""
+    def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
+        """See ``Masker``.
+
+        Raises:
+            UserError: the network knows no boxes, or has no such class.
+        """
+        self.model.require_prompts()
+        return partial(self._labels, data, matching_classes(data, self.model.class_names))
+
+    def _labels(self, data: CocoData, classes: np.ndarray, image: ImageRecord) -> dict[int, Any]:
+        """Masks, scores and signs of an image; ``classes`` (C,) are the network's, by those of the data."""
         pixels = data.read_image(image)
         found = label(self.model, pixels, image.boxes, classes[image.labels], self.colors)
         masks = found.masks
@@ -65,33 +90,32 @@ class Labeller:
         }
 
 
-def label_set(labeller: Labeller, source: DatasetSource, output: Path, formats: Sequence[str] = ()) -> None:
-    """Write ``output``/masks.json: the annotations as they are, each with its mask, its score and its signs.
+def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequence[str] = ()) -> None:
+    """Write ``output``: the annotations as they are, each with its mask, its score and what comes with it.
 
     Memory holds the boxes, never all masks. What a stopped call with the same network, data and options has
     done is not done again.
 
     Args:
-        labeller: who does it.
+        masker: who makes the masks.
         source: a COCO JSON and its images; crowd regions stay as they are.
-        output: folder to write.
-        formats: of ``WRITERS``, written beside masks.json.
+        output: file to write; beside it, until all is done, lies what is done.
+        formats: of ``WRITERS``, written beside it.
 
     Raises:
         UserError: the data have a fault, the network has no such class or knows no boxes, or images cannot be
             decoded: one line each, after all others are done and noted.
     """
-    labeller.model.require_prompts()
     data = read_coco(source, read_masks=False)
-    classes = matching_classes(data, labeller.model.class_names)
-    journal = Journal(output, labeller.identity(source))
+    labels = masker.labelling(data)
+    journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source))
     with_boxes = [image for image in data.images if len(image.labels)]
     waiting = [image for image in with_boxes if image.id not in journal]
     problems = []
     progress = tqdm(waiting, "label", len(with_boxes), initial=len(journal), unit="image", disable=None)
     for image in progress:
         try:
-            journal.add(image.id, labeller.labels(data, image, classes))
+            journal.add(image.id, labels(image))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -99,14 +123,14 @@ def label_set(labeller: Labeller, source: DatasetSource, output: Path, formats: 
     content = load_json(source.annotations, source.limits)
     sizes = {image.id: (image.height, image.width) for image in data.images}
     masks = partial(with_mask, sizes=sizes, journal=journal)
-    with atomic_write(output / MASKS) as file:
+    with atomic_write(output) as file:
         head = {key: value for key, value in content.items() if key != "annotations"}
         file.write(json.dumps(head)[:-1] + ', "annotations": ')
         write_list(file, map(masks, content.get("annotations", [])))
         file.write("}\n")
     for name in formats:
         labelled = ((image, list(map(masks, own))) for image, own in images_of(content))
-        WRITERS[name](output, content["categories"], labelled)
+        WRITERS[name](output.parent, content["categories"], labelled)
     journal.remove()
 
 

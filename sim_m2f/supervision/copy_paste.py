@@ -1,6 +1,7 @@
-"""Copy-paste: objects of recent images, cut out by their pseudo masks, on other images (SIM, CVPR 2023).
+"""Copy-paste: objects of recent images, cut out by their masks, on other images (SIM, CVPR 2023).
 
-Pseudo masks are made of pixels at stride 4, so what is painted and what is covered is known exactly on these.
+Pseudo masks are made of pixels at stride 4, and true masks are cut to these, so what is painted and what is
+covered is known exactly.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.errors import UserError
 from sim_m2f.geometry import mask_extents
 from sim_m2f.structures import Target
+from sim_m2f.supervision.known_masks import known_truth
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
-from sim_m2f.supervision.paste_bank import PasteBank, fit_to
+from sim_m2f.supervision.paste_bank import TRUE_MASK, PasteBank, fit_to
 from sim_m2f.supervision.schedule import resolve_steps
-from sim_m2f.supervision.targets import STRIDE, box_ranges, numbered
+from sim_m2f.supervision.targets import STRIDE, box_ranges, cell_shares, flags, numbered
 
 
 @dataclass(frozen=True)
@@ -85,33 +86,33 @@ class CopyPaste:
         return paste(images, targets, self.bank, self.keys.PROBABILITY, self.keys.OBJECTS, self.jitter)
 
     def remember(self, images: Tensor, matched: Matched) -> None:
-        """Enter the images (B, 3, H, W) of a step with their pseudo masks; none is pasted twice.
+        """Enter the images (B, 3, H, W) of a step with their masks; none is pasted twice.
 
-        Masks corrected by colour are preferred where they are made.
+        They are the true masks where these are known, else those corrected by colour where these are made,
+        else the pseudo masks.
         """
         if not isinstance(matched, MatchedBoxes):
             return
-        made = matched.supervision
+        made, objects = matched.supervision, matched.objects
         if made.colors is not None:
             masks, scores = made.colors.masks > 0.5, made.colors.quality
         elif made.labels is not None:
-            masks, scores = made.labels.masks(matched.objects)
+            masks, scores = made.labels.masks(objects)
+        elif made.truth is not None:
+            scores = torch.zeros(len(objects), device=images.device)
+            masks = torch.zeros(len(objects), *objects.size, dtype=torch.bool, device=images.device)
         else:
             return
-        self.bank.add(images, matched.objects, masks, scores * ~matched.objects.pasted)
+        if made.truth is not None:
+            masks = masks.index_copy(0, objects.known_index, cell_shares(made.truth) > 0.5)
+            scores = scores.index_fill(0, objects.known_index, TRUE_MASK)
+        self.bank.add(images, objects, masks, scores * ~objects.pasted)
 
 
 def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:
-    """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks are learned from boxes.
-
-    Raises:
-        UserError: some masks are known, which pasting would have to cover.
-    """
+    """Copy-paste, if MODEL.SIM.COPY_PASTE.ENABLED and masks of some objects are learned from boxes."""
     sim = cfg.MODEL.SIM
-    if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "mixed":
-        fault = "MODEL.SIM.COPY_PASTE: cannot cover known masks (MODEL.SIM.SUPERVISION mixed)"
-        raise UserError(f"{fault}; set MODEL.SIM.COPY_PASTE.ENABLED False")
-    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION == "box" else None
+    return CopyPaste(cfg, device) if sim.COPY_PASTE.ENABLED and sim.SUPERVISION != "mask" else None
 
 
 @torch.no_grad()
@@ -128,8 +129,10 @@ def paste(
     Any number is as likely. Without jitter an object keeps its place and is cut to (H, W); a later one lies
     on the earlier ones. An annotated object gets the smallest box around the uncovered pixels of its box (a
     pixel belongs to a box when its centre does; every box owns at least one); a side that keeps an uncovered
-    pixel stays as it is. A pasted object gets the box around its visible pixels. An object without such a
-    pixel is dropped.
+    pixel stays as it is. For an annotated object with a known mask the pixels are those of its mask. A pasted
+    object gets the box around its visible pixels. An object that is left without such a pixel is dropped.
+
+    Known masks and proposals lose what is covered. The mask of a pasted object is known if it was true.
 
     Receivers and numbers are drawn from torch's global random state of the CPU, the objects from that of the
     device. One transfer from the device: the boxes of the whole batch.
@@ -137,7 +140,8 @@ def paste(
     Args:
         images: (B, 3, H, W), as the network gets them; H and W are multiples of 4.
         targets: per image {"labels": (N,) int64, "boxes": (N, 4) float xyxy in pixels, "valid": (H, W)
-            bool, may be absent}, best on the CPU.
+            bool, "masks" and "proposals": (N, H, W) bool, "known": (N,) bool, "proposal_scores": (N,) float},
+            best on the CPU; all but the first two may be absent.
         bank: on the images' device.
         probability: that an image receives.
         most_objects: at least 1.
@@ -146,8 +150,9 @@ def paste(
     Returns:
         images and targets; the arguments are as they were. A target has "labels", "boxes" (annotated objects
         first) and "pasted": (N,) bool, all on the device of its labels; "pasted_masks": (N, h, w) bool on the
-        images' device, the visible pixels of pasted objects at stride 4, False for all others; and, if it had
-        it, "valid", now also True where something was pasted (on the images' device if an image received).
+        images' device, the visible pixels of pasted objects at stride 4, False for all others; if it had it,
+        "valid", now also True where something was pasted; and what it had of the others, pasted objects being
+        without proposals (maps are on the images' device if an image received).
     """
     size = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
     receivers = (torch.rand(len(images)) < probability).nonzero().flatten()
@@ -163,7 +168,8 @@ def paste(
     images = images.clone().index_copy_(0, rows, canvas)  # the clone keeps the memory format
 
     covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
-    table = torch.cat([_remaining(targets, covered), _pasted(visible, bank.labels[drawn])]).cpu()
+    pasted = _pasted(visible, bank.labels[drawn], bank.known[drawn])
+    table = torch.cat([_remaining(targets, covered), pasted]).cpu()
     image = torch.cat([_images(targets), receivers[:, None].expand(-1, drawn.shape[1]).flatten()])
     return images, _collect(targets, table, image, visible.flatten(0, 1), _enlarged(covered))
 
@@ -203,7 +209,7 @@ def _images(targets: Sequence[Target]) -> Tensor:
 
 
 def _remaining(targets: Sequence[Target], covered: Tensor) -> Tensor:
-    """(T, 6): box, label, and 1 if something is left, of annotated objects under ``covered`` (B, h, w)."""
+    """(T, 7): those columns of ``_collect`` of annotated objects under ``covered`` (B, h, w)."""
     device, (height, width) = covered.device, covered.shape[1:]
     boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
     labels = torch.cat([target["labels"] for target in targets])
@@ -217,16 +223,22 @@ def _remaining(targets: Sequence[Target], covered: Tensor) -> Tensor:
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
     inside = ((rows >= y1) & (rows < y2))[:, :, None] & ((columns >= x1) & (columns < x2))[:, None, :]
     left = mask_extents(inside & ~covered[image])
-    boxes = torch.where(left == ranges, boxes, STRIDE * left.float())
-    return torch.cat([boxes, labels[:, None], left[:, 2:3] > left[:, :1]], dim=1)
+    stays, known = left[:, 2] > left[:, 0], flags(targets, "known")
+    cut = torch.where(left == ranges, boxes, STRIDE * left.float())
+    if (truth := known_truth(targets, device)) is not None:
+        index = known.nonzero().flatten().to(device, non_blocking=True)
+        whole, left = mask_extents(truth), mask_extents(truth & ~_enlarged(covered[image[index]]))
+        cut = cut.index_copy(0, index, torch.where(left == whole, boxes[index], left.float()))
+        stays = stays.index_copy(0, index, (left == whole).all(1) | (left[:, 2] > left[:, 0]))
+    further = labels, stays, known.to(device, non_blocking=True)
+    return torch.cat([cut, *(column[:, None] for column in further)], dim=1)
 
 
-def _pasted(visible: Tensor, labels: Tensor) -> Tensor:
-    """(R * K, 6): box, label, and 1 if something is visible, from masks (R, K, h, w) and labels (R, K)."""
+def _pasted(visible: Tensor, labels: Tensor, known: Tensor) -> Tensor:
+    """(R * K, 7): those columns of ``_collect``, from masks (R, K, h, w), labels and flags (R, K)."""
     extents = mask_extents(visible.flatten(0, 1))
-    return torch.cat(
-        [STRIDE * extents.float(), labels.reshape(-1, 1), extents[:, 2:3] > extents[:, :1]], dim=1
-    )
+    further = labels.flatten(), extents[:, 2] > extents[:, 0], known.flatten()
+    return torch.cat([STRIDE * extents.float(), *(column[:, None] for column in further)], dim=1)
 
 
 def _collect(
@@ -236,7 +248,8 @@ def _collect(
 
     Args:
         targets: the old ones, T objects.
-        table: (T + P, 6) on the CPU: box, label, and 1 for one that stays; the last P are the pasted ones.
+        table: (T + P, 7) on the CPU: box, label, 1 for one that stays, 1 for one whose mask is known; the
+            last P are the pasted ones.
         image: (T + P,) their images, on the CPU.
         masks: (P, h, w) bool, the pasted objects' visible pixels.
         painted: (B, H, W) bool, pixels where something was pasted.
@@ -247,11 +260,12 @@ def _collect(
     counts = image[order].bincount(minlength=len(targets)).tolist()
     which = (order - annotated + 1).clamp(min=0).to(masks.device, non_blocking=True)
     masks = torch.cat([torch.zeros_like(masks[:1]), masks]).index_select(0, which)
-    columns = table[order, 4].long(), table[order, :4], order >= annotated, masks
+    columns = table[order, 4].long(), table[order, :4], table[order, 6] > 0, order, masks
     split = zip(*(column.split(counts) for column in columns), strict=True)
     new: list[Target] = []
-    for target, paint, (labels, boxes, pasted, visible) in zip(targets, painted, split, strict=True):
-        home = target["labels"].device
+    first = 0  # object of the image
+    for target, paint, (labels, boxes, known, objects, visible) in zip(targets, painted, split, strict=True):
+        home, pasted = target["labels"].device, objects >= annotated
         fields: Target = {
             "labels": labels.to(home),
             "boxes": boxes.to(home),
@@ -260,8 +274,24 @@ def _collect(
         }
         if "valid" in target:
             fields["valid"] = target["valid"].to(paint.device, non_blocking=True) | paint
+        kept = (objects[~pasted] - first).to(home)
+        theirs = visible[len(kept) :]
+        if "known" in target:
+            true = theirs & known[len(kept) :, None, None].to(paint.device, non_blocking=True)
+            fields["masks"] = _uncovered(target["masks"][kept], paint, _enlarged(true))
+            fields["known"] = known.to(home)
+        if "proposals" in target:
+            none = _enlarged(torch.zeros_like(theirs))
+            fields["proposals"] = _uncovered(target["proposals"][kept], paint, none)
+            fields["proposal_scores"] = F.pad(target["proposal_scores"][kept], (0, len(theirs)))
+        first += len(target["labels"])
         new.append(fields)
     return new
+
+
+def _uncovered(masks: Tensor, painted: Tensor, further: Tensor) -> Tensor:
+    """(N + P, H, W) bool: what is left of masks (N, H, W) below what is painted (H, W), and further ones."""
+    return torch.cat([masks.to(painted.device, non_blocking=True) & ~painted, further])
 
 
 def _enlarged(maps: Tensor) -> Tensor:

@@ -17,7 +17,10 @@ def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | Non
 
 
 def known_masks(matched: MatchedBoxes) -> Tensor:
-    """Cross-entropy and dice at uncertain points, as in supervision by masks, per annotated object."""
+    """Cross-entropy and dice at uncertain points, as in supervision by masks, per annotated object.
+
+    Objects that were pasted by their true masks count among these.
+    """
     truth, points, objects = matched.supervision.truth, matched.supervision.points, matched.objects
     assert truth is not None
     index = objects.known_index

@@ -34,8 +34,9 @@ class Matched:
 
     @cached_property
     def annotated(self) -> Match:
-        """The match without the objects that copy-paste has put there."""
-        return Match(self.match.query, self.match.matched & ~self.objects.pasted)
+        """The match without the objects that copy-paste has put there by their pseudo masks."""
+        matched = self.match.matched.index_fill(1, self.objects.pasted_index, False)
+        return Match(self.match.query, matched)
 
     @cached_property
     def by_box(self) -> Match:

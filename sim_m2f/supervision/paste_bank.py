@@ -14,6 +14,9 @@ STATE = {
     **{name: name for name in ("masks", "boxes", "labels", "scores", "counts", "entered")},
 }
 
+TRUE_MASK = 2.0  # score of an object that is cut out by its true mask
+FIRST = 2.0**64  # factor of its speed in a draw, beyond the ratio of any two
+
 
 class PasteBank:
     """The last training images with their objects, first in, first out.
@@ -31,7 +34,8 @@ class PasteBank:
         masks: (M, h, w) bool, pixels of the objects of all images, the oldest image's first.
         boxes: (M, 4) float32 xyxy in pixels.
         labels: (M,) int64.
-        scores: (M,) float32, 0 for an object that cannot be drawn because its mask is empty.
+        scores: (M,) float32, 0 for an object that cannot be drawn because its mask is empty, TRUE_MASK for
+            one whose mask is true.
         counts: objects per image, the oldest image first; at least 1.
         entered: images that ever entered.
     """
@@ -58,7 +62,7 @@ class PasteBank:
             images: (B, 3, H, W), as the network got them; H and W are multiples of 4.
             objects: the T objects of the batch.
             masks: (T, h, w) pseudo masks at stride 4, bool or probabilities, positive above one half.
-            scores: (T,) from 0 to 1.
+            scores: (T,) from 0 to 1, or TRUE_MASK.
         """
         self._grow(*images.shape[-2:])
         height, width = self.images.shape[-2:]
@@ -94,10 +98,16 @@ class PasteBank:
         oldest = self.entered - len(self)
         return ((oldest + numbered(self.counts)) % self.capacity).to(self.labels.device, non_blocking=True)
 
+    @property
+    def known(self) -> Tensor:
+        """(M,) bool: objects that are cut out by their true masks."""
+        return self.scores > 1
+
     def draw(self, times: int, most: int) -> tuple[Tensor, Tensor]:
         """Draw objects without replacement by score^power, several times independently.
 
         The objects race: each needs a random time, exponential with rate score^power; the first ones win.
+        Those with true masks start before all others.
 
         Args:
             times: R draws.
@@ -106,8 +116,9 @@ class PasteBank:
         Returns:
             (R, K) int64 objects in the order of the draw, and (R, K) bool, False where none was left to draw.
         """
-        weights = self.scores**self.power
+        weights = self.scores.clamp(max=1) ** self.power
         speed = weights / weights.new_empty(times, len(weights)).exponential_()
+        speed = torch.where(self.known, FIRST * speed, speed)
         first = speed.topk(min(most, len(weights)), dim=1)
         return first.indices, first.values > 0
 

@@ -1,4 +1,4 @@
-"""The loss of pasted objects, whose masks are known."""
+"""The loss of objects that were pasted by their pseudo masks."""
 
 from torch import Tensor
 

@@ -50,12 +50,14 @@ class Evidence:
         semantic: (P,) M_S.
         instance: (P,) M_I.
         positive: the masks whose weighted mean M_I is.
+        proposal: (P,) masks from elsewhere and (T,) their quality, if there are any.
     """
 
     pixels: BoxPixels
     semantic: Tensor
     instance: Tensor
     positive: PositiveMasks
+    proposal: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class PseudoLabels:
         instance: (P,) M_I, the instance mask in it.
         pixels: the P pixels.
         quality: (T,) the teacher's probability of the object's class times IoU of its mask's box and the
-            annotated one.
+            annotated one; with a proposal the mean of both qualities, weighted by themselves.
     """
 
     final: Tensor
@@ -135,7 +137,9 @@ class PseudoMasks(nn.Module):
         prototypes = self.sim.PROTOTYPES
         similarity = self.similarity(features, targets, pixels)
         semantic = ((similarity - prototypes.CENTER) / prototypes.TEMPERATURE).sigmoid()
-        return Evidence(pixels, semantic, *self._instance(layers, targets, pixels, matcher))
+        given = targets.proposals
+        proposal = (given.masks[pixels.target, pixels.y, pixels.x], given.quality) if given else None
+        return Evidence(pixels, semantic, *self._instance(layers, targets, pixels, matcher), proposal)
 
     def similarity(self, features: Tensor, targets: Targets, pixels: BoxPixels) -> Tensor:
         """(P,): that of each pixel's feature with the nearest prototype of its object's class, -1 to 1.
@@ -153,11 +157,15 @@ class PseudoMasks(nn.Module):
         return torch.cat(parts)
 
     def labels(self, evidence: Evidence) -> PseudoLabels:
-        """The labels of the pixels of the boxes."""
-        pseudo = self.sim.PSEUDO_MASKS
+        """The labels of the pixels of the boxes; proposals below GATED_MASKS.MIN_QUALITY do not count."""
+        pseudo, proposal = self.sim.PSEUDO_MASKS, evidence.proposal
         masks = evidence.semantic, evidence.instance
         bounds = pseudo.POSITIVE, pseudo.NEGATIVE, pseudo.CONFIDENT
-        return pseudo_labels(*masks, evidence.pixels, evidence.positive.quality, pseudo.ALPHA, *bounds)
+        if proposal:
+            proposed, quality = proposal
+            proposal = proposed, quality * (quality >= self.sim.GATED_MASKS.MIN_QUALITY)
+        quality = evidence.positive.quality
+        return pseudo_labels(*masks, evidence.pixels, quality, pseudo.ALPHA, *bounds, proposal)
 
     def _instance(
         self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: Matcher
@@ -281,8 +289,11 @@ def pseudo_labels(
     positive: tuple[float, float],
     negative: float,
     confident: float = 0.7,
+    proposal: tuple[Tensor, Tensor] | None = None,
 ) -> PseudoLabels:
     """M = alpha M_S + (1 - alpha) M_I: positive from t_pos on, negative below t_neg, ignored between.
+
+    With a mask M_P from elsewhere, of quality q_P, it is (q M + q_P M_P) / (q + q_P).
 
     Args:
         semantic, instance: (P,) M_S and M_I at the pixels of the boxes.
@@ -292,8 +303,14 @@ def pseudo_labels(
         positive: least and largest value of the adaptive t_pos.
         negative: t_neg.
         confident: the M_I above which a pixel counts for the rank that t_pos is taken at.
+        proposal: (P,) M_P and (T,) q_P, 0 for an object without.
     """
     blend = alpha * semantic + (1 - alpha) * instance
+    if proposal:
+        proposed, proposed_quality = proposal
+        share = proposed_quality / (quality + proposed_quality).clamp(min=LEAST_WEIGHT)
+        blend = blend + share[pixels.target] * (proposed - blend)
+        quality = quality + share * (proposed_quality - quality)
     thresholds = positive_thresholds(blend, instance, pixels.target, len(quality), positive, confident)
     threshold = thresholds[pixels.target]
 

@@ -8,9 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sim_m2f.geometry import iou, mask_extents
 from sim_m2f.structures import Target
 
 STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Masks from elsewhere of the T objects of a batch.
+
+    Attributes:
+        masks: (T, h, w) the share of each pixel at stride 4 that is the mask's.
+        quality: (T,) confidence times IoU of the box around the mask and the annotated one; 0 without a mask.
+    """
+
+    masks: Tensor
+    quality: Tensor
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,12 @@ class Targets:
         counts: objects per image.
         classes: (K,) int64, the classes that occur, in order.
         class_index: (T,) int64, place of each object's class in ``classes``.
-        pasted: (T,) bool, objects of other images with a pseudo mask.
-        pasted_index: (S,) int64, which objects these are.
-        pasted_masks: (S, h, w) bool, their masks at stride 4.
+        pasted: (T,) bool, objects that copy-paste has put there.
+        pasted_index: (S,) int64, which of these have a pseudo mask.
+        pasted_masks: (S, h, w) bool, these masks at stride 4.
         known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         size: (h, w) of the maps at stride 4.
+        proposals: masks from elsewhere, if there are any.
     """
 
     labels: Tensor
@@ -44,13 +59,14 @@ class Targets:
     pasted_masks: Tensor
     known_index: Tensor
     size: tuple[int, int]
+    proposals: Proposals | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def annotated(self) -> int:
-        """How many objects are the images' own."""
+        """How many objects learn from annotations: the images' own, and pasted ones with a true mask."""
         return len(self.labels) - len(self.pasted_index)
 
     @cached_property
@@ -124,7 +140,8 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
     counts = [len(target["labels"]) for target in targets]
     boxes = torch.cat([target["boxes"].reshape(-1, 4).float() for target in targets])
     labels = torch.cat([target["labels"].reshape(-1) for target in targets])
-    pasted, pasted_index, pasted_masks = _pasted(targets, size, device)
+    known = flags(targets, "known")
+    pasted, pasted_index, pasted_masks = _pasted(targets, known, size, device)
     classes, class_index = labels.cpu().unique(return_inverse=True)
     image_index = numbered(counts)
     return Targets(
@@ -138,25 +155,42 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         pasted=pasted,
         pasted_index=pasted_index,
         pasted_masks=pasted_masks,
-        known_index=_flags(targets, "known").nonzero().flatten().to(device, non_blocking=True),
+        known_index=known.nonzero().flatten().to(device, non_blocking=True),
         size=size,
+        proposals=_proposals(targets, boxes.to(device, non_blocking=True)),
     )
 
 
+def _proposals(targets: Sequence[Target], boxes: Tensor) -> Proposals | None:
+    """Those of objects with these boxes (T, 4); None where none are given."""
+    own = [target["proposals"] for target in targets if "proposals" in target]
+    if not own:
+        return None
+    masks = torch.cat([each.to(boxes.device, non_blocking=True) for each in own])
+    scores = torch.cat([target["proposal_scores"] for target in targets]).to(boxes.device, non_blocking=True)
+    return Proposals(cell_shares(masks), scores * iou(mask_extents(masks).float(), boxes))
+
+
+def cell_shares(masks: Tensor) -> Tensor:
+    """(N, 4 h, 4 w) bool to (N, h, w): the share of each pixel at stride 4 that is the mask's."""
+    cells = masks.unflatten(2, (-1, STRIDE)).unflatten(1, (-1, STRIDE))
+    return cells.sum((2, 4)) / STRIDE**2
+
+
 def _pasted(
-    targets: Sequence[Target], size: tuple[int, int], device: torch.device
+    targets: Sequence[Target], known: Tensor, size: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T,) flags, (S,) indices and (S, h, w) masks of the pasted objects."""
-    flags = _flags(targets, "pasted")
-    index = flags.nonzero().flatten().to(device, non_blocking=True)
+    """(T,) flags of the pasted objects, (S,) indices and (S, h, w) masks of those whose mask is not known."""
+    pasted = flags(targets, "pasted")
+    index = (pasted & ~known).nonzero().flatten().to(device, non_blocking=True)
     if not len(index):
         nothing = torch.zeros(0, *size, dtype=torch.bool, device=device)
-        return flags.to(device, non_blocking=True), index, nothing
+        return pasted.to(device, non_blocking=True), index, nothing
     masks = torch.cat([target["pasted_masks"].to(device, non_blocking=True) for target in targets])
-    return flags.to(device, non_blocking=True), index, masks.index_select(0, index)
+    return pasted.to(device, non_blocking=True), index, masks.index_select(0, index)
 
 
-def _flags(targets: Sequence[Target], name: Literal["pasted", "known"]) -> Tensor:
+def flags(targets: Sequence[Target], name: Literal["pasted", "known"]) -> Tensor:
     """(T,) bool on the CPU: a flag of the objects, False where it is not given."""
     none = (torch.zeros(len(target["labels"]), dtype=torch.bool) for target in targets)
     return torch.cat([target.get(name, other).cpu() for target, other in zip(targets, none, strict=True)])

@@ -1,0 +1,40 @@
+"""Masks of annotated boxes by GrabCut or SAM, with a confidence each: further evidence for a training."""
+
+import argparse
+from pathlib import Path
+
+from sim_m2f.commands.check import add_limits, limits
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.formats.registry import COCO, INPUTS, as_coco
+from sim_m2f.errors import UserError
+from sim_m2f.labelling.proposals import GRABCUT, SAM, find_proposer
+from sim_m2f.labelling.run import label_set
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = f"{GRABCUT} (OpenCV), or {SAM}NAME, a folder or name on the Hub of SAM or SAM 2 (transformers)"
+    parser.add_argument("--with", required=True, dest="name", metavar="NAME", help=names)
+    parser.add_argument("--annotations", required=True, type=Path, metavar="PATH", help="the boxes")
+    parser.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="their images")
+    parser.add_argument(
+        "--from", default=COCO, choices=INPUTS, dest="input", help="format of the boxes (coco)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("proposals.json"), metavar="FILE")
+    parser.add_argument("--device", default="auto", help="of SAM: auto, cpu, cuda or cuda:N")
+    add_limits(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the proposals; returns the exit status.
+
+    Raises:
+        UserError: the arguments, SAM or the data have a fault; see ``label_set``.
+    """
+    if args.output.is_dir() or args.output.resolve() == args.annotations.resolve():
+        raise UserError(f"--output {args.output}: is a folder or the annotations; give another file")
+    proposer = find_proposer(args.name, args.device)
+    own = limits(args)
+    path = as_coco(args.annotations, args.images, args.input, args.output.with_name("boxes.json"), own)
+    label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
+    print(f"proposals: {args.output} (for training on {path}: DATASETS.TRAIN_PROPOSALS)")
+    return 0
