@@ -14,8 +14,8 @@ from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError, memory_problem
 
 COMMANDS = (
-    *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
-    *("shapes", "doctor", "ablate"),
+    *("fit", "label", "serve", "train", "predict", "export", "check", "convert", "report"),
+    *("explain", "shapes", "doctor", "ablate"),
 )
 
 
