@@ -286,4 +286,4 @@ def test_the_command_serves_this_machine_alone(network, tmp_path):
 
 def too_large() -> bytes:
     head = b'--part\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    return head + bytes(31_000_000) + b"\r\n--part--\r\n"
+    return head + bytes(32_000_000) + b"\r\n--part--\r\n"

@@ -3,8 +3,7 @@
 import io
 import json
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +13,13 @@ from pycocotools.coco import COCO
 from serve_set import open_set, write_labelled
 
 from sim_m2f.commands.serve import free_port
-from sim_m2f.serving.window import around
+from sim_m2f.serving.window import Window, around
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the extra browser is not installed")
 server = pytest.importorskip("sim_m2f.serving.server", reason="the extra serve is not installed")
+from benchmarks.serve_images import BROWSER, CHROMIUM, drag  # noqa: E402  # it needs both
+
 playwright.expect.set_options(timeout=30_000)  # milliseconds; a busy machine is slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update"),
-]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here"),
@@ -33,7 +29,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=QUIET)
+        browser = started.chromium.launch(executable_path=CHROMIUM, headless=True, args=BROWSER)
         yield browser
         browser.close()
 
@@ -61,31 +57,23 @@ def shows(page, name: str, *texts: str) -> None:
         playwright.expect(line).to_contain_text(text)
 
 
-def drag(page, ratio: float, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """With the mouse on the canvas, from and to places in shares of an image of this width to height."""
-    frame = page.locator("canvas:visible").bounding_box()
-    width = ratio * frame["height"]
-    left = frame["x"] + (frame["width"] - width) / 2  # it stands in the middle
-    points = [(left + x * width, frame["y"] + y * frame["height"]) for x, y in (start, end)]
-    page.mouse.move(*points[0])
-    page.mouse.down()
-    page.mouse.move(*points[1], steps=4)
-    page.mouse.up()
-
-
 def pixels_of(page, label: str) -> np.ndarray:
     """(H, W, 3) of a picture that is seen."""
     address = page.get_by_role("img", name=label).get_attribute("src")
     return np.asarray(Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB")).astype(int)
 
 
-def part_of(image: np.ndarray, left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    """Rows and columns between shares of an image's sides."""
-    height, width = image.shape[:2]
-    return image[int(top * height) : int(bottom * height), int(left * width) : int(right * width)]
+def part_of(picture: np.ndarray, window: Window, corners: Sequence[float]) -> np.ndarray:
+    """What a picture of a window shows of a box xyxy in pixels of the image."""
+    scale = picture.shape[1] / (window.right - window.left)
+    left, top, right, bottom = (
+        round(scale * place) for place in corners - np.array([window.left, window.top] * 2)
+    )
+    return picture[top:bottom, left:right]
 
 
 def test_a_set_is_reviewed_by_key(browser, served, tmp_path):
+    (tmp_path / "9.png").write_bytes(b"")
     page, hosts = opened(browser, served)
     shows(page, "object", "disc 4", "score 0.00", "2.png", "0 accepted, 0 rejected, 12 open")
     page.keyboard.press("a")
@@ -94,6 +82,7 @@ def test_a_set_is_reviewed_by_key(browser, served, tmp_path):
     shows(page, "object", "star & bar 6", "1 accepted, 1 rejected, 10 open")
     page.keyboard.press("n")
     shows(page, "object", "disc 7", ": open")
+    playwright.expect(page.get_by_text("9.png: cannot be decoded")).to_be_visible()
     page.keyboard.press("p")
     shows(page, "object", "star & bar 6", ": open")
     page.keyboard.press("p")
@@ -122,18 +111,14 @@ def test_a_box_is_redrawn(browser, served, tmp_path):
     annotation = json.loads((tmp_path / "masks.json").read_text())["annotations"][3]
     left, top, width, height = annotation["bbox"]
     window = around(np.array([left, top, left + width, top + height]), 80, 64)
-    extent = window.right - window.left, window.bottom - window.top
-    corner, target = (
-        ((left + share * width - window.left) / extent[0], (top + share * height - window.top) / extent[1])
-        for share in (1, 0.6)
-    )
+    corner, target = (np.array([left + share * width, top + share * height]) for share in (1, 0.6))
     before = pixels_of(page, "Its mask:")
-    drag(page, extent[0] / extent[1], corner, target)
+    drag(page, window, corner, target)
     shows(page, "object", "score 0.8")  # a new mask, of which the network is surer
     after = pixels_of(page, "Its mask:")
     changed = abs(after - before).max(-1) > 40
-    assert part_of(changed, target[0] + 0.02, target[1] + 0.02, corner[0] - 0.02, corner[1] - 0.02).any()
-    assert not part_of(changed, corner[0] + 0.02, 0, 1, 1).any()
+    assert part_of(changed, window, [*target, *corner]).any()  # is not in the mask any more
+    assert not part_of(changed, window, [corner[0] + 1, window.top, window.right, window.bottom]).any()
     page.keyboard.press("a")
     shows(page, "object", "ring 5", "1 accepted")
     page.get_by_role("button", name="Export masks.json").click()
@@ -156,15 +141,15 @@ def test_an_upload_is_searched_and_a_drawn_box_gets_its_mask(browser, served, tm
     playwright.expect(page.get_by_text("broken.png: cannot identify image file")).to_be_visible()
     upload(page, tmp_path / "9.png")
     shows(page, "found", "3 objects with a score of 0.5 or more: disc 0.85, ring 0.74, star & bar 0.64")
-    disc, ring = (np.array(corners) / 128 for corners in ([10, 28, 16, 34], [92, 86, 98, 92]))
+    window, disc, ring = Window(0, 0, 128, 128), [10, 28, 16, 34], [92, 86, 98, 92]
     found = pixels_of(page, "Masks:")
-    assert part_of(found, *disc)[..., 2].mean() > 20  # red, and what lies on it
-    assert part_of(found, *ring)[..., 2].mean() > 60  # green, and what lies on it
-    drag(page, 1.0, (0.02, 0.05), (0.42, 0.4))  # around the disc
+    assert part_of(found, window, disc)[..., 2].mean() > 20  # red, and what lies on it
+    assert part_of(found, window, ring)[..., 2].mean() > 60  # green, and what lies on it
+    drag(page, window, np.array([3, 6]), np.array([54, 51]))  # around the disc
     shows(page, "found", "1 object from drawn boxes: disc")
     drawn = pixels_of(page, "Masks:")
-    assert part_of(drawn, *disc)[..., 2].mean() > 20
-    assert part_of(drawn, *ring)[..., [0, 2]].mean() < 10
+    assert part_of(drawn, window, disc)[..., [1, 2]].mean() > 20
+    assert part_of(drawn, window, ring)[..., [0, 2]].mean() < 10
     assert hosts <= {served.rstrip("/"), "data:", "blob:"}
 
 

@@ -17,7 +17,7 @@ from sim_m2f.serving.uploads import MOST_MEGABYTES, MOST_MEGAPIXELS, read_upload
 from sim_m2f.serving.window import SIDE, whole
 
 LISTED = 1000  # names that are offered; others are typed
-LARGEST = 2048  # pixels of the longer side that a larger image is reduced to before it is looked at
+LARGEST = 1280  # pixels of the longer side that a larger image is reduced to before it is looked at
 
 
 class Finder:
@@ -39,15 +39,16 @@ class Finder:
             least = gr.Slider(0, 1, 0.5, step=0.05, label="Least score")
             kind = gr.Dropdown(known, value=known[0], label="Class of drawn boxes", visible=len(known) > 1)
         limits = f"No image yet. Uploads hold up to {MOST_MEGABYTES} MB and {MOST_MEGAPIXELS} megapixels."
-        text = gr.HTML(limits, elem_id="found", padding=False)
+        text = gr.HTML(limits, elem_id="found")
         with gr.Row():
             drawn, found = canvas("The image; draw a box to get its mask:"), picture("Masks:")
         pixels = gr.State()
         opened, shown = [drawn, pixels, found, text], [found, text]
-        upload.upload(told(self.uploaded), [upload, least], opened)
-        names.input(told(self.chosen), [names, least], opened)
-        least.release(told(self.found), [pixels, least], shown)
-        drawn.change(told(self.drawn), [pixels, drawn, kind], shown, show_progress="hidden")
+        seen = {"show_progress_on": found}
+        upload.upload(told(self.uploaded), [upload, least], opened, **seen)
+        names.input(told(self.chosen), [names, least], opened, **seen)
+        least.release(told(self.found), [pixels, least], shown, **seen)
+        drawn.change(told(self.drawn), [pixels, drawn, kind], shown, **seen)
 
     def uploaded(self, path: str, least: float) -> Updates:
         return self.opened(read_upload(Path(path)), least)
@@ -67,24 +68,24 @@ class Finder:
     def found(self, pixels: np.ndarray | None, least: float) -> Updates:
         if pixels is None:
             return gr.skip()
-        return self.shown(pixels, self.model.predict(pixels, least), f"with a score of {least:g} or more")
+        found = self.model.predict(pixels, least)
+        return self.shown(pixels, found, colours(range(len(found))), f"with a score of {least:g} or more")
 
     def drawn(self, pixels: np.ndarray | None, drawn: Canvas | None, kind: str) -> Updates:
-        if pixels is None or drawn is None:
-            return gr.skip()
-        boxes = whole(pixels).to_image(drawn["boxes"])[::-1]
-        boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) * whole(pixels).scale >= LEAST]
-        if not len(boxes):
+        boxes = drawn["boxes"][::-1] if drawn else []
+        boxes = [box for box in boxes if min(box["xmax"] - box["xmin"], box["ymax"] - box["ymin"]) >= LEAST]
+        if pixels is None or not boxes:
             return gr.skip()
         labels = [self.model.class_names.index(kind)] * len(boxes)
-        masks = self.model.predict(pixels, boxes=boxes, labels=labels, colors=True)
-        return self.shown(pixels, masks, "from drawn boxes")
+        masks = self.model.predict(pixels, boxes=whole(pixels).to_image(boxes), labels=labels, colors=True)
+        worn = ["#{:02x}{:02x}{:02x}".format(*box["color"]) for box in boxes]
+        return self.shown(pixels, masks, worn, "from drawn boxes")
 
-    def shown(self, pixels: np.ndarray, found: Instances, origin: str) -> Updates:
-        """The masks drawn on the image, and a line that lists them."""
+    def shown(self, pixels: np.ndarray, found: Instances, worn: list[str], origin: str) -> Updates:
+        """The masks drawn on the image, each in its colour, and a line that lists them."""
         names = found.names if len(self.model.class_names) > 1 else [""] * len(found)
         texts = [f"{name} {score:.2f}".strip() for name, score in zip(names, found.scores, strict=True)]
-        rows = zip(colours(range(len(found))), texts, found.masks.cpu().numpy(), strict=True)
+        rows = zip(worn, texts, found.masks.cpu().numpy(), strict=True)
         image = draw(Image.fromarray(pixels), [Shape(*row[:2], mask=row[2]) for row in rows], SIDE)
         number = f"{len(found)} object{'s' if len(found) != 1 else ''} {origin}"
         return image, html.escape(": ".join([number, *([", ".join(texts)] if texts else [])]))

@@ -32,7 +32,7 @@ def told(handler: Callable[..., Updates]) -> Callable[..., Updates]:
 def canvas(title: str, single_box: bool = False) -> image_annotator:
     """A column with an image to draw boxes on; it takes no uploads."""
     with gr.Column(min_width=PANEL):
-        gr.HTML(title, padding=False)
+        gr.HTML(title)
         return image_annotator(
             show_label=False,
             sources=[],
@@ -48,5 +48,5 @@ def canvas(title: str, single_box: bool = False) -> image_annotator:
 def picture(title: str) -> gr.Image:
     """A column with an image to look at."""
     with gr.Column(min_width=PANEL):
-        gr.HTML(title, padding=False)
+        gr.HTML(title)
         return gr.Image(show_label=False, interactive=False, buttons=["fullscreen"], alt_text=title)

@@ -4,10 +4,12 @@ import html
 from functools import partial
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from sim_m2f.data.image import read_image
 from sim_m2f.data.segmentation import decode_segmentation
+from sim_m2f.errors import UserError
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.serving.parts import LEAST, Canvas, Updates, canvas, picture, told
 from sim_m2f.serving.review import ACCEPTED, OPEN, REJECTED, Review
@@ -30,9 +32,9 @@ class Reviewer:
     def build(self, page: gr.Blocks) -> None:
         number = gr.Number(visible=False, precision=0)
         with gr.Row(equal_height=True):
-            text = gr.HTML(elem_id="object", padding=False)
-            written = gr.HTML(elem_id="written", padding=False)
-            export = gr.Button("Export masks.json", scale=0)
+            text = gr.HTML(elem_id="object")
+            written = gr.HTML(elem_id="written")
+            export = gr.Button("Export masks.json", scale=0, min_width=230)
         with gr.Row():
             buttons = [gr.Button(f"{name} ({name[0]})", variant=look, elem_id=name) for name, look in BUTTONS]
         with gr.Row():
@@ -75,16 +77,20 @@ class Reviewer:
         """An object: its id, its box to be changed, its mask, and what is known of it."""
         record, counts, title = self.review.record(number), self.review.counts(), self.review.title(number)
         image, window = self.review.image_of[number], self.window(number)
-        pixels = read_image(self.review.data.image_root / image.file_name, image.height, image.width)
+        try:
+            pixels = read_image(self.review.data.image_root / image.file_name, image.height, image.width)
+        except UserError as error:  # its objects can be rejected or passed over
+            gr.Warning(html.escape(str(error)))
+            pixels = np.zeros((image.height, image.width, 3), np.uint8)
         shapes = []
         if record.get("segmentation"):
             mask = decode_segmentation(record["segmentation"], image.height, image.width).astype(bool)
-            shapes = [Shape(*colours([0]), mask=window.part(mask))]
+            shapes = [Shape(colours([0])[0], mask=window.part(mask))]
         box = window.to_canvas(self.review.box(number)) | {"label": title, "color": COLOUR}
         picture = draw(Image.fromarray(window.part(pixels)), shapes, SIDE)
         facts = html.escape(f"score {record.get('score', 1.0):.2f}, {image.file_name}")
         done = f"{counts[ACCEPTED]} accepted, {counts[REJECTED]} rejected, {counts[OPEN]} open"
-        text = f"<b>{html.escape(title)}</b>, {facts}: <b>{record['decision']}</b><br>{done}, worst first"
+        text = f"<b>{html.escape(title)}: {record['decision']}</b>, {facts}<br>{done}; worst first"
         return number, {"image": window.shown(pixels), "boxes": [box]}, picture, text
 
     def window(self, number: int) -> Window:

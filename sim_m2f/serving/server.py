@@ -18,7 +18,7 @@ from sim_m2f.serving.reviewer import Reviewer
 from sim_m2f.serving.uploads import MOST_MEGABYTES
 
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-CSS = '[aria-label^="Rotate"] {display: none} #object, #found, #written {font-size: 1.1rem}'
+CSS = '[aria-label^="Rotate"] {display: none} .html-container {padding: 0 !important}'
 
 
 class OnlyFromHere:

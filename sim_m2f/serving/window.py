@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SIDE = 560  # pixels of a canvas' longer side
-MARGIN = 0.75  # on each side of an object, in units of its longer side
+SIDE = 500  # pixels of a canvas' longer side
+MARGIN, LEAST = 0.75, 16  # on each side of an object, in units of its longer side; in pixels of the image
 CORNERS = ("xmin", "ymin", "xmax", "ymax")  # as the canvas names them
 
 
@@ -55,7 +55,7 @@ def whole(pixels: np.ndarray) -> Window:
 
 def around(box: np.ndarray, height: int, width: int) -> Window:
     """A box (4,) xyxy with what surrounds it in its image."""
-    margin = MARGIN * (box[2:] - box[:2]).max() + 1
+    margin = max(MARGIN * (box[2:] - box[:2]).max(), LEAST)
     left, top = np.maximum(box[:2] - margin, 0).astype(int)
     right, bottom = np.ceil(np.minimum(box[2:] + margin, [width, height])).astype(int)
     return Window(int(left), int(top), int(right), int(bottom))
