@@ -43,10 +43,11 @@ def save(page: Page, path: Path) -> None:
 
 def changed(page: Page, line: str, act: Callable[[], None]) -> None:
     """Act, and wait until a line of the page says something else."""
-    before = page.locator(f"#{line}").inner_text()
+    prose = f"#{line} .prose"
+    before = page.locator(prose).inner_text()
     act()
-    script = "([line, old]) => document.getElementById(line).innerText !== old"
-    page.wait_for_function(script, arg=[line, before], timeout=WAIT)
+    script = "([prose, old]) => document.querySelector(prose).innerText !== old"
+    page.wait_for_function(script, arg=[prose, before], timeout=WAIT)
     page.wait_for_timeout(1000)
 
 

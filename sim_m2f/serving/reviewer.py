@@ -32,8 +32,10 @@ class Reviewer:
     def build(self, page: gr.Blocks) -> None:
         number = gr.Number(visible=False, precision=0)
         with gr.Row(equal_height=True):
-            text = gr.HTML(elem_id="object")
-            written = gr.HTML(elem_id="written")
+            with gr.Column(scale=3):
+                text = gr.HTML(elem_id="object")
+            with gr.Column(scale=2):
+                written = gr.HTML(elem_id="written")
             export = gr.Button("Export masks.json", scale=0, min_width=230)
         with gr.Row():
             buttons = [gr.Button(f"{name} ({name[0]})", variant=look, elem_id=name) for name, look in BUTTONS]
@@ -47,7 +49,8 @@ class Reviewer:
         decisions = partial(self.decided, ACCEPTED), partial(self.decided, REJECTED)
         for button, handler in zip(buttons, (steps[0], *decisions, steps[1]), strict=True):
             button.click(told(handler), number, view, **in_turn)
-        drawn.change(told(self.redrawn), [number, drawn], [mask, text], **in_turn)
+        waits = in_turn | {"show_progress": "minimal", "show_progress_on": mask}
+        drawn.change(told(self.redrawn), [number, drawn], [mask, text], **waits)
         export.click(told(self.exported), None, written, **in_turn)
 
     def stepped(self, step: int, number: int) -> Updates:
