@@ -15,7 +15,7 @@ setup(
         "sim_m2f.configs": "configs",
     },
     package_data={
-        "sim_m2f": ["py.typed", "*/*.yaml", "*/*.j2", "*/*.mplstyle"],
+        "sim_m2f": ["py.typed", "*/*.yaml", "*/*.j2", "*/*.js", "*/*.mplstyle"],
         "sim_m2f.configs": ["*/*.yaml"],
     },
     ext_modules=[EXTENSION],

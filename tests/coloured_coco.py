@@ -12,13 +12,17 @@ from pycocotools import mask as mask_utils
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode, get_cfg
+from sim_m2f.structures import Prompts
 
 CATEGORIES = {3: "disc", 7: "ring", 90: "star & bar"}  # sparse ids; drawn red, green, blue
 SIZES = {5: (64, 96), 2: (80, 64), 9: (128, 128), 4: (50, 70), 8: (96, 96)}  # image id -> (height, width)
 
 
 class ColourNetwork(nn.Module):
-    """Three queries, one per class, whose mask is the red, the green or the blue of the image."""
+    """Three queries, one per class, whose mask is the red, the green or the blue of the image.
+
+    A prompted box has the mask of its class.
+    """
 
     def __init__(self, scores: tuple[float, ...] = (0.9, 0.8, 0.7)) -> None:
         super().__init__()
@@ -28,9 +32,15 @@ class ColourNetwork(nn.Module):
         classes[:, 3] = 0.0
         self.register_buffer("classes", classes)
 
-    def forward(self, images: Tensor, auxiliary: bool = True, prompts: None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, auxiliary: bool = True, prompts: Prompts | None = None
+    ) -> dict[str, Any]:
         masks = self.head(F.avg_pool2d(images, 4))  # in training mode the dropout would spoil the masks
-        return {"pred_logits": self.classes.expand(len(images), 3, 4), "pred_masks": 10 * (masks - 0.5)}
+        found = {"pred_logits": self.classes.expand(len(images), 3, 4), "pred_masks": 10 * (masks - 0.5)}
+        if prompts:
+            places = torch.arange(len(images))[:, None], prompts.labels
+            found["prompted"] = {key: value[places] for key, value in found.items()}
+        return found
 
 
 def coloured_cfg(folder: Path, annotations: str = "set.json") -> CfgNode:

@@ -26,6 +26,7 @@ FLOORS = (
     ("segmenter", "engine"),
     ("report",),
     ("labelling",),
+    ("serving",),
     ("commands", "integrations"),
     ("cli", "__init__"),
 )
