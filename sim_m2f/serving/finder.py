@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from sim_m2f.data.coco import CocoData
-from sim_m2f.data.image import read_image
 from sim_m2f.errors import UserError
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.segmenter import Instances, Segmenter
@@ -57,7 +56,7 @@ class Finder:
         if self.data is None or name not in self.images:
             raise UserError(f"{name}: no such image in the set; choose one from the list")
         image = self.images[name]
-        return self.opened(read_image(self.data.image_root / name, image.height, image.width), least)
+        return self.opened(self.data.read_image(image), least)
 
     def opened(self, pixels: np.ndarray, least: float) -> Updates:
         image = Image.fromarray(pixels)

@@ -16,7 +16,7 @@ from sim_m2f.data.formats.base import Record
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.labelling.journal import Journal
-from sim_m2f.labelling.run import MASKS, Labeller, matching_classes
+from sim_m2f.labelling.run import MASKS, Labeller
 
 FOLDER = "reviewed"  # beside masks.json
 OPEN, ACCEPTED, REJECTED = "open", "accepted", "rejected"
@@ -37,8 +37,8 @@ class Review:
 
     def __init__(self, labeller: Labeller, source: DatasetSource) -> None:
         self.labeller, self.data = labeller, read_coco(source, read_masks=True, some_masks=True)
-        self.classes = matching_classes(self.data, labeller.model.class_names)
-        self.content = load_json(source.annotations)
+        matching_classes(self.data, labeller.model.class_names)
+        self.content = load_json(source.annotations, source.limits)
         self.image_of = {number: image for image in self.data.images for number in image.annotation_ids}
         self.records = {each["id"]: each for each in self.content.get("annotations", [])}
         for number in self.image_of:
@@ -50,7 +50,7 @@ class Review:
         self.order = sorted(self.image_of, key=self.score)
         self.folder, self.lock = source.annotations.parent / FOLDER, threading.Lock()
         identity = hashlib.sha256(source.annotations.read_bytes()).hexdigest()
-        self.journal = Journal(self.folder / identity[:16], identity)
+        self.journal = Journal(self.folder / f"{identity[:16]}.jsonl", identity)
         noted = (self.journal.labels(image) for image in list(self.journal.places))
         self.changes = {int(number): change for labels in noted for number, change in labels.items()}
 
@@ -114,7 +114,7 @@ class Review:
         alone = dataclasses.replace(
             self.image_of[number], boxes=box[None], labels=label, annotation_ids=[number], segmentations=None
         )
-        mask = self.labeller.labels(self.data, alone, self.classes)[number]
+        mask = self.labeller.labelling(self.data)(alone)[number]
         bbox = [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
         self._note(number, mask | {"bbox": bbox, "decision": OPEN})
 

@@ -7,7 +7,6 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from sim_m2f.data.image import read_image
 from sim_m2f.data.segmentation import decode_segmentation
 from sim_m2f.errors import UserError
 from sim_m2f.report.drawing import Shape, colours, draw
@@ -81,7 +80,7 @@ class Reviewer:
         record, counts, title = self.review.record(number), self.review.counts(), self.review.title(number)
         image, window = self.review.image_of[number], self.window(number)
         try:
-            pixels = read_image(self.review.data.image_root / image.file_name, image.height, image.width)
+            pixels = self.review.data.read_image(image)
         except UserError as error:  # its objects can be rejected or passed over
             gr.Warning(html.escape(str(error)))
             pixels = np.zeros((image.height, image.width, 3), np.uint8)
