@@ -72,6 +72,7 @@ class Target(TypedDict):
     known: (N,) bool, whose mask is annotated; False where "masks" is empty.
     pasted: (N,) bool, objects that copy-paste has put there.
     pasted_masks: (N, h, w) bool at stride 4, their visible pixels; False for all others.
+    seed: of the image's random numbers, see ``sim_m2f.draws``; drawn where absent.
     """
 
     labels: Tensor
@@ -81,6 +82,7 @@ class Target(TypedDict):
     known: NotRequired[Tensor]
     pasted: NotRequired[Tensor]
     pasted_masks: NotRequired[Tensor]
+    seed: NotRequired[tuple[int, ...]]
 
 
 class Annotated(TypedDict):

@@ -238,7 +238,7 @@ def test_runs_that_do_not_make_up_the_mask_are_told_with_their_annotation(tmp_pa
 def test_wrong_settings_are_one_line(tmp_path, source):
     for overrides, words in [
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 80], "set MODEL.SEM_SEG_HEAD.NUM_CLASSES 3"),
-        (["SOLVER.IMS_PER_BATCH", 3], "SOLVER.IMS_PER_BATCH is 3; use a multiple of the 2 ranks"),
+        (["SOLVER.IMS_PER_BATCH", 1], "SOLVER.IMS_PER_BATCH is 1; use as many as there are ranks, 2"),
     ]:
         with pytest.raises(UserError, match=words):
             loader.train_loader(config(source, *overrides), rank=0, world_size=2)

@@ -1,16 +1,38 @@
 """The annotations of a batch as flat tensors, and its boxes as pixels at stride 4."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sim_m2f.draws import Seed, uniform
 from sim_m2f.structures import Target
 
 STRIDE = 4
+
+
+class Numbers(NamedTuple):
+    """What losses are divided by, each () float32: of a batch, or of the whole batch on a mean rank.
+
+    Attributes:
+        images: how many.
+        annotated: objects that are the images' own.
+        pasted: objects of other images.
+        claimed: objects that find a query.
+        edges: counted edges of the pairwise loss, if it is in use.
+        labelled: pixels with a pseudo label, if there is a teacher.
+    """
+
+    images: Tensor
+    annotated: Tensor
+    pasted: Tensor
+    claimed: Tensor
+    edges: Tensor = torch.zeros(())
+    labelled: Tensor = torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class Targets:
         pasted_masks: (S, h, w) bool, their masks at stride 4.
         known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         size: (h, w) of the maps at stride 4.
+        seeds: per image, of its random numbers.
+        numbers: those of these objects, until a criterion puts those of the whole batch in their place.
     """
 
     labels: Tensor
@@ -44,14 +68,24 @@ class Targets:
     pasted_masks: Tensor
     known_index: Tensor
     size: tuple[int, int]
+    seeds: list[Seed]
+    numbers: Numbers
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def annotated(self) -> int:
-        """How many objects are the images' own."""
-        return len(self.labels) - len(self.pasted_index)
+    def by_box(self) -> Tensor:
+        """(T,) bool: objects that learn from their boxes, neither pasted nor with a true mask."""
+        return (~self.pasted).index_fill(0, self.known_index, False)
+
+    def draw(self, purpose: str, layers: int, number: int) -> Tensor:
+        """(L, T, number, 2) random numbers, from 0 to 1, on the objects' device; see ``sim_m2f.draws``."""
+        drawn = [
+            uniform([seed], purpose, layers, count, number, 2, device=self.labels.device)[0]
+            for seed, count in zip(self.seeds, self.counts, strict=True)
+        ]
+        return torch.cat(drawn, dim=1)
 
     @cached_property
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -140,7 +174,21 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         pasted_masks=pasted_masks,
         known_index=_flags(targets, "known").nonzero().flatten().to(device, non_blocking=True),
         size=size,
+        seeds=[target.get("seed") for target in targets],
+        numbers=Numbers(*own_numbers(counts, len(pasted_index)).float().to(device, non_blocking=True)),
     )
+
+
+def own_numbers(counts: Sequence[int], pasted: int, queries: float = math.inf) -> Tensor:
+    """(4,) float64 on the CPU: the first of the ``Numbers`` of images with so many objects.
+
+    Args:
+        counts: objects per image.
+        pasted: how many of them are of other images.
+        queries: per image, each of which claims an object at most.
+    """
+    claimed = sum(min(count, queries) for count in counts)
+    return torch.tensor([len(counts), sum(counts) - pasted, pasted, claimed], dtype=torch.float64)
 
 
 def _pasted(
