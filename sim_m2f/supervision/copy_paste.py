@@ -166,7 +166,8 @@ def paste(
         images and targets; the arguments are as they were. A target has "labels", "boxes" (annotated objects
         first) and "pasted": (N,) bool, all on the device of its labels; "pasted_masks": (N, h, w) bool on the
         images' device, the visible pixels of pasted objects at stride 4, False for all others; and, if it had
-        them, "seed" and "valid", now also True where something was pasted (on the images' device if an image received).
+        them, "seed" and "valid", now also True where something was pasted (on the images' device if an image
+        received).
     """
     size = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
     seeds = [target.get("seed") for target in targets]
