@@ -3,10 +3,10 @@
     python benchmarks/ranks.py    # writes benchmarks/results/ranks.json
 
 Local ranks (gloo, one thread each) train a small network on the embedded shapes by the whole method, with
-group norms. Each run is compared with that of one process that sees a batch at once: the largest relative
-difference of a loss over all steps, and of the weights at the end. In float32 rounding grows from step to
-step, and where it moves a threshold or a match, it jumps; "float64" has networks, gradients and optimizer in
-float64.
+group norms. Each run is compared with that of one process: the largest relative difference of a loss over all
+steps, and of the weights at the end. In float32 rounding grows from step to step, and where it moves a threshold
+or a match, it jumps, unless SOLVER.EXACT_SUMS keeps it from the gradients; "float64" has networks, gradients and
+optimizer in float64.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from sim_m2f.engine import trainer as trainer_file
 from sim_m2f.engine.logging import LossAverage
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.modeling import build_model
+from sim_m2f.modeling.mask2former import Mask2Former
+from sim_m2f.structures import Outputs, Prompts
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/ranks.json"
@@ -47,6 +49,7 @@ EVERYTHING = [
     *("MODEL.SIM.COPY_PASTE.START", "10", "MODEL.SIM.COPY_PASTE.PICTURES", "20"),
     *("MODEL.SIM.COPY_PASTE.PROBABILITY", "0.8", "INPUT.STUDENT_COLORS", "0.3"),
 ]
+EXACT = ["SOLVER.IMAGES_AT_ONCE", "1", "SOLVER.EXACT_SUMS", "True"]
 
 
 class Recorder(Hook):
@@ -75,10 +78,21 @@ def configuration(folder: str, images: int, overrides: list[str]) -> CfgNode:
     return cfg
 
 
-def in_float64(cfg: CfgNode) -> torch.nn.Module:
+class Float64(Mask2Former):
     """The network with weights and maps in float64; what it returns, the losses take in float32."""
+
+    def forward(self, images: Tensor, auxiliary: bool = True, prompts: Prompts | None = None) -> Outputs:
+        torch.set_default_dtype(torch.float64)
+        try:
+            boxes = Prompts(prompts.boxes.double(), prompts.labels) if prompts else None
+            return super().forward(images.double(), auxiliary, boxes)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def in_float64(cfg: CfgNode) -> Mask2Former:
     network = build_model(cfg).double()
-    network.register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
+    network.__class__ = Float64
     return network
 
 
@@ -133,12 +147,11 @@ def difference(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
-def measure(images: int, steps: int, dtype: str, runs: dict[str, tuple[list[int], list[str]]]) -> list[dict]:
+def measure(runs: dict[str, list[int]], images: int, steps: int, dtype: str, *overrides: str) -> list[dict]:
     """A row per run, each against one process."""
-    alone = train([1], images, steps, dtype)
-    rows = []
-    for name, (ranks, overrides) in runs.items():
-        row = {"images": images, "steps": steps, "type": dtype, "run": name}
+    alone, rows = train([1], images, steps, dtype, *overrides), []
+    for name, ranks in runs.items():
+        row = {"images": images, "steps": steps, "type": dtype, "overrides": overrides, "run": name}
         rows.append({**row, **compared(alone, train(ranks, images, steps, dtype, *overrides))})
         print(json.dumps(rows[-1]), flush=True)
     return rows
@@ -153,16 +166,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.rank:
         return rank(args.rank)
-    long = {
-        "2 ranks": ([2], []),
-        "4 ranks": ([4], []),
-        "1, 2, then 1 rank": ([1, 2, 1], []),
-        "1 rank, an image at once": ([1], ["SOLVER.IMAGES_AT_ONCE", "1"]),
-    }
-    wide = {f"{number} ranks": ([number], []) for number in (2, 3, 6, 8)}
-    wide["3 ranks, 2 images at once"] = ([3], ["SOLVER.IMAGES_AT_ONCE", "2"])
-    rows = [row for dtype in ("float32", "float64") for row in measure(4, args.steps, dtype, long)]
-    rows += measure(16, 12, "float32", wide)
+    two, four = {"2 ranks": [2]}, {"4 ranks": [4]}
+    wide = {f"{number} ranks": [number] for number in (2, 3, 6, 8)}
+    rows = measure({**two, **four, "1, 2, then 1 rank": [1, 2, 1]}, 4, args.steps, "float32", *EXACT)
+    rows += measure(two, 4, args.steps, "float64")
+    rows += measure(two, 4, args.steps, "float32")
+    rows += measure(wide, 16, 3, "float32")
+    rows += measure({"3 ranks": [3]}, 16, 3, "float32", "SOLVER.IMAGES_AT_ONCE", "2")
     RESULTS.write_text(json.dumps({**describe(), "runs": rows}, indent=1) + "\n")
 
 

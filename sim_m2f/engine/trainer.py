@@ -19,6 +19,7 @@ from sim_m2f.distributed import copy_from_first_rank, largest_number, share
 from sim_m2f.draws import generator
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
+from sim_m2f.engine.gradient_sum import GradientSum
 from sim_m2f.engine.logging import MetricsLogger, add_to
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
@@ -186,14 +187,19 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         done: list[Matched] = []
+        exact = GradientSum(self.model.parameters()) if self.cfg.SOLVER.EXACT_SUMS else None
         for start, (part, own), known in zip(starts, parts, prepared, strict=True):
-            last = start == starts[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            at_last = start == starts[-1] and not exact
+            with nullcontext() if at_last else self.accelerator.no_sync(self.model):
                 losses, matched = self._losses(part, own, known)
                 self.accelerator.backward(sum(losses.values()))
+            if exact:
+                exact.collect()
             add_to(sums, losses)
             add_to(self.observed, mask_shapes(matched))
             done.append(replace(matched, masks=matched.masks.new_empty(0)))
+        if exact:
+            exact.give()
         return sums, done
 
     def _losses(
