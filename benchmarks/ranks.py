@@ -4,9 +4,9 @@
 
 Local ranks (gloo, one thread each) train a small network on the embedded shapes by the whole method, with
 group norms. Each run is compared with that of one process: the largest relative difference of a loss over all
-steps, and of the weights at the end. In float32 rounding grows from step to step, and where it moves a threshold
-or a match, it jumps, unless SOLVER.EXACT_SUMS keeps it from the gradients; "float64" has networks, gradients and
-optimizer in float64.
+steps, and of the weights at the end. In float32 rounding grows from step to step, and where it moves a
+threshold or a match, it jumps, unless SOLVER.EXACT_SUMS keeps it from the gradients. "float64" computes
+networks, gradients and optimizer in float64.
 """
 
 import argparse

@@ -95,6 +95,9 @@ def train_loader(
     batch_size = cfg.SOLVER.IMS_PER_BATCH
     if batch_size < world_size:
         raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use as many as there are ranks, {world_size}")
+    if batch_size % world_size and cfg.SOLVER.IMAGES_AT_ONCE and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        fault = f"SOLVER.IMS_PER_BATCH is {batch_size}: with SyncBN and SOLVER.IMAGES_AT_ONCE, all ranks"
+        raise UserError(f"{fault} need as many images; use a multiple of {world_size}")
     kind = cfg.MODEL.SIM.SUPERVISION
     data = [read_coco(source, kind != "box", kind == "mixed") for source in train_sources(cfg)]
     check_classes(cfg, data)

@@ -79,6 +79,8 @@ class Trainer:
             checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS)
         device, ranks = self.accelerator.device, self.accelerator.num_processes
         self.slots = share(cfg.SOLVER.IMS_PER_BATCH, self.accelerator.process_index, ranks)
+        largest = -(-cfg.SOLVER.IMS_PER_BATCH // ranks)
+        self.in_parts = 0 < cfg.SOLVER.IMAGES_AT_ONCE < largest  # the same on all ranks
         self.pixels = Pixels(cfg).to(device)
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
@@ -177,10 +179,9 @@ class Trainer:
     ) -> tuple[dict[str, Tensor], list[Matched]]:
         """Those of this rank's images, SOLVER.IMAGES_AT_ONCE together; returns the sums of their losses."""
         number = self.cfg.SOLVER.IMAGES_AT_ONCE or len(images)
-        starts = range(0, len(images), number)
-        parts = [(images[i : i + number], targets[i : i + number]) for i in starts]
+        parts = [(images[i : i + number], targets[i : i + number]) for i in range(0, len(images), number)]
         prepared: Sequence[Prepared | None] = [None]
-        if len(parts) > 1:
+        if self.in_parts:
             prepared = together(
                 [self.criterion.prepare(own, part, self._teacher_outputs(part, own)) for part, own in parts]
             )
@@ -188,9 +189,9 @@ class Trainer:
         self.observed: dict[str, Tensor] = {}
         done: list[Matched] = []
         exact = GradientSum(self.model.parameters()) if self.cfg.SOLVER.EXACT_SUMS else None
-        for start, (part, own), known in zip(starts, parts, prepared, strict=True):
-            at_last = start == starts[-1] and not exact
-            with nullcontext() if at_last else self.accelerator.no_sync(self.model):
+        for (part, own), known in zip(parts, prepared, strict=True):
+            ranks_add = part is parts[-1][0] and not exact
+            with nullcontext() if ranks_add else self.accelerator.no_sync(self.model):
                 losses, matched = self._losses(part, own, known)
                 self.accelerator.backward(sum(losses.values()))
             if exact:
