@@ -414,5 +414,5 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     objects = replace(objects, seeds=[(0, 1, 2)])
     matched = MatchedBoxes(objects, match, masks, supervision)
     loss = gated_masks(matched)
-    cross_entropy, dice = mask_losses(masks, wanted, matched.points, *points)
+    cross_entropy, dice = mask_losses(masks, wanted, matched.random_points, *points)
     assert loss.item() == pytest.approx(0.8 * (cross_entropy + dice)[0, 0].item() / 2, rel=1e-6)

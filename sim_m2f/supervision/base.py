@@ -158,7 +158,8 @@ class Criterion(nn.Module):
         weight = F.pad(logits.new_ones(self.classes), (0, 1), value=last)
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
         numbers = objects.numbers
-        total = (1 - last) * numbers.claimed + last * queries * numbers.images
+        found = numbers.claimed if background else numbers.annotated + numbers.pasted
+        total = (1 - last) * found + last * queries * numbers.images
         return self.mask_former.CLASS_WEIGHT * loss.sum() / total.clamp(min=1e-6)
 
 

@@ -25,10 +25,6 @@ class BoxEdges:
     weight: Tensor
     target: Tensor
 
-    def numbers(self, objects: int) -> Tensor:
-        """(T,): the counted edges of each object."""
-        return self.weight.new_zeros(objects).index_add(0, self.target, self.weight.sum(0))
-
 
 def box_edges(targets: Targets, edges: Tensor, dilation: int) -> BoxEdges:
     """The edges of the pixels of all boxes.

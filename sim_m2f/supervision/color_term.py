@@ -21,5 +21,5 @@ def color_model(matched: MatchedBoxes) -> Tensor:
     image, none = matched.objects.image_index, fit.new_zeros(len(matched.objects.counts))
     fits, sures = (none.index_add(0, image, each) for each in (fit, sure))
     good = sure * (fits / sures.clamp(min=1e-6))[image]
-    cross_entropy, dice = mask_losses(matched.masks, colors.masks, matched.points, *supervision.points)
+    cross_entropy, dice = mask_losses(matched.masks, colors.masks, matched.random_points, *supervision.points)
     return per_object(good * (cross_entropy + dice), matched.by_box, matched.objects)

@@ -182,7 +182,8 @@ class SIMCriterion(Criterion):
         """(6,) float64: the ``Numbers`` of the objects."""
         edges = labelled = torch.zeros((), dtype=torch.float64, device=objects.labels.device)
         if supervision.edges is not None:
-            edges = (supervision.edges.numbers(len(objects)).double() * objects.by_box).sum()
+            counted = supervision.edges.weight * objects.by_box[supervision.edges.target]
+            edges = counted.sum(dtype=torch.float64)
         if (labels := supervision.labels) is not None:
             labelled = ((labels.final != IGNORED) & objects.by_box[labels.pixels.target]).sum().double()
         return torch.cat([self.own_numbers(objects), torch.stack([edges, labelled])])

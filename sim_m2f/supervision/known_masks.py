@@ -24,7 +24,7 @@ def known_masks(matched: MatchedBoxes) -> Tensor:
     cross_entropy, dice = mask_losses(
         matched.masks.index_select(1, index),
         truth,
-        lambda purpose, number: matched.points(purpose, number).index_select(1, index),
+        lambda purpose, number: matched.random_points(purpose, number).index_select(1, index),
         *points,
     )
     loss = torch.zeros_like(matched.match.matched, dtype=dice.dtype).index_add(1, index, cross_entropy + dice)

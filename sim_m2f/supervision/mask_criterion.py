@@ -55,7 +55,7 @@ class MaskCriterion(Criterion):
     ) -> dict[str, Tensor]:
         """The losses of a group of queries towards the masks (T, H, W), by name."""
         keys = self.mask_former
-        cross_entropy, dice = mask_losses(matched.masks, truth, matched.points, *self.points)
+        cross_entropy, dice = mask_losses(matched.masks, truth, matched.random_points, *self.points)
         return {
             "loss_ce": self.classification(
                 stacked_logits(layers), matched.objects, matched.match, background

@@ -42,7 +42,7 @@ class Matched:
         """The match of the objects that learn from their boxes: neither pasted nor with a true mask."""
         return Match(self.match.query, self.match.matched & self.objects.by_box)
 
-    def points(self, purpose: str, number: int) -> Tensor:
+    def random_points(self, purpose: str, number: int) -> Tensor:
         """(L, T, number, 2) random points on the masks, x and y from 0 to 1."""
         return self.objects.draw(purpose, len(self.masks), number)
 
