@@ -147,33 +147,41 @@ def difference(a: float, b: float) -> float:
     return abs(a - b) / max(abs(a), abs(b), 1e-30)
 
 
-def measure(runs: dict[str, list[int]], images: int, steps: int, dtype: str, *overrides: str) -> list[dict]:
-    """A row per run, each against one process."""
+def measure(
+    part: str, runs: dict[str, list[int]], images: int, steps: int, dtype: str, *overrides: str
+) -> None:
+    """Compare runs with one process, and put a row each into the file, in place of those of the same part."""
     alone, rows = train([1], images, steps, dtype, *overrides), []
     for name, ranks in runs.items():
-        row = {"images": images, "steps": steps, "type": dtype, "overrides": overrides, "run": name}
-        rows.append({**row, **compared(alone, train(ranks, images, steps, dtype, *overrides))})
+        row = {"part": part, "images": images, "steps": steps, "type": dtype, "overrides": overrides}
+        rows.append({**row, "run": name, **compared(alone, train(ranks, images, steps, dtype, *overrides))})
         print(json.dumps(rows[-1]), flush=True)
-    return rows
+    before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    kept = [row for row in before if row["part"] != part]
+    RESULTS.write_text(json.dumps({**describe(), "runs": [*kept, *rows]}, indent=1) + "\n")
+
+
+LONG = {"2 ranks": [2], "4 ranks": [4], "1, 2, then 1 rank": [1, 2, 1]}
+PARTS: dict[str, tuple[Any, ...]] = {
+    "exact": (LONG, 4, 200, "float32", *EXACT),
+    "float32": ({"2 ranks": [2]}, 4, 40, "float32"),
+    "float64": ({"2 ranks": [2]}, 4, 40, "float64"),
+    "wide": ({f"{number} ranks": [number] for number in (2, 3, 6, 8)}, 16, 3, "float32"),
+    "wide, in parts": ({"3 ranks": [3]}, 16, 3, "float32", "SOLVER.IMAGES_AT_ONCE", "2"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=200, help="of the long runs")
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="measure these alone")
     parser.add_argument("--rank", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         return rank(args.rank)
-    two, four = {"2 ranks": [2]}, {"4 ranks": [4]}
-    wide = {f"{number} ranks": [number] for number in (2, 3, 6, 8)}
-    rows = measure({**two, **four, "1, 2, then 1 rank": [1, 2, 1]}, 4, args.steps, "float32", *EXACT)
-    rows += measure(two, 4, args.steps, "float64")
-    rows += measure(two, 4, args.steps, "float32")
-    rows += measure(wide, 16, 3, "float32")
-    rows += measure({"3 ranks": [3]}, 16, 3, "float32", "SOLVER.IMAGES_AT_ONCE", "2")
-    RESULTS.write_text(json.dumps({**describe(), "runs": rows}, indent=1) + "\n")
+    for part in args.parts:
+        measure(part, *PARTS[part])
 
 
 if __name__ == "__main__":
