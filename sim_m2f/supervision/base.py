@@ -33,6 +33,11 @@ class Prepared:
     features: Tensor | None = None
 
 
+def normalised(objects: Targets, numbers: Tensor) -> Targets:
+    """The objects with the numbers, (6,) or (4,), of the whole batch."""
+    return replace(objects, numbers=Numbers(*numbers.float()))
+
+
 def together(parts: Sequence[Prepared]) -> list[Prepared]:
     """The parts of a rank with the numbers of the whole batch."""
     numbers = mean_over_ranks(torch.stack([part.numbers for part in parts]).sum(0))
@@ -104,11 +109,6 @@ class Criterion(nn.Module):
         queries = self.mask_former.NUM_OBJECT_QUERIES
         numbers = own_numbers(objects.counts, len(objects.pasted_index), queries)
         return numbers.to(objects.labels.device, non_blocking=True)
-
-    def normalised(self, objects: Targets, numbers: Tensor, prepared: Prepared | None) -> Targets:
-        """The objects with the numbers of the whole batch, of which ``numbers`` are this rank's."""
-        whole = mean_over_ranks(numbers) if prepared is None else prepared.numbers
-        return replace(objects, numbers=Numbers(*whole.float()))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}

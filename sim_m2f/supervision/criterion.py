@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import LayerOutputs, Outputs, Target
 from sim_m2f.supervision.affinity import alike_edges
-from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, stacked_logits
+from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
 from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill
 from sim_m2f.supervision.color_model import ColorLabels, color_labels
@@ -78,7 +79,8 @@ class SIMCriterion(Criterion):
             if prepared is not None:
                 labels, features = prepared.labels, prepared.features
             supervision = self._supervision(objects, targets, images, features, labels)
-            objects = self.normalised(objects, self._numbers(objects, supervision), prepared)
+            numbers = prepared.numbers if prepared else mean_over_ranks(self._numbers(objects, supervision))
+            objects = normalised(objects, numbers)
             colors = self._colors(outputs, objects, match, supervision)
             supervision = replace(supervision, colors=colors, truth=known_truth(targets, images.device))
             masks = matched_masks(mask_logits(layers), match, objects)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.structures import LayerOutputs, Outputs, Target
-from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, stacked_logits
+from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.matched import Matched, matched_masks, per_object
 from sim_m2f.supervision.matcher import mask_projections
@@ -37,7 +38,8 @@ class MaskCriterion(Criterion):
             layers = self.layers(outputs)
             masks = mask_logits(layers)
             objects = self.objects(targets, images)
-            objects = self.normalised(objects, self.own_numbers(objects), prepared)
+            numbers = prepared.numbers if prepared else mean_over_ranks(self.own_numbers(objects))
+            objects = normalised(objects, numbers)
             truth = [target["masks"].to(images.device, non_blocking=True) for target in targets]
             match = self.matcher(stacked_logits(layers), masks, truth, objects)
             matched = Matched(objects, match, matched_masks(masks, match, objects))
