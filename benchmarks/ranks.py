@@ -132,13 +132,13 @@ def compared(one: tuple[list, dict], other: tuple[list, dict]) -> dict[str, Any]
     largest = [max(step.values()) for step in differences]
     step = largest.index(max(largest))
     apart = [number for number, value in enumerate(largest) if value > LEAST]
-    weights = [((w - other[1][name]).norm() / w.norm()).item() for name, w in one[1].items() if w.norm() > 0]
+    weights, others = (torch.cat([w.double().flatten() for w in run[1].values()]) for run in (one, other))
     return {
         "largest": max(largest),
         "loss": max(differences[step], key=differences[step].__getitem__),
         "at_step": step,
         "first_step_above_1e-5": apart[0] if apart else None,
-        "weights": max(weights),
+        "weights": ((weights - others).norm() / weights.norm()).item(),
     }
 
 

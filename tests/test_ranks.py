@@ -24,7 +24,12 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ranks as benchmark
 
 STEPS = 6
-BEGIN_AT_ONCE = ["MODEL.SIM.COPY_PASTE.START", "1", "MODEL.SIM.COPY_PASTE.PROBABILITY", "1.0"]
+SOON = [  # all losses are at work within these steps
+    *("MODEL.SIM.COPY_PASTE.START", "1", "MODEL.SIM.COPY_PASTE.PROBABILITY", "1.0"),
+    *("MODEL.SIM.PSEUDO_MASKS.POSITIVE", "(0.2, 0.3)", "MODEL.SIM.PSEUDO_MASKS.NEGATIVE", "0.1"),
+    *("MODEL.SIM.PSEUDO_SEMANTIC.START", "0", "MODEL.SIM.SELF_CORRECTION.START", "0"),
+    *("MODEL.SIM.PROTOTYPES.CONFIDENT", "0.3"),
+]
 
 
 @pytest.mark.parametrize(("number", "ranks"), [(16, 1), (16, 3), (16, 6), (16, 8), (3, 3)])
@@ -51,7 +56,7 @@ def run(tmp_path):
         file = tmp_path / f"{name}{last}.json"
         folder = str(tmp_path / name)
         with pytest.raises(SystemExit):
-            benchmark.rank(["float32", str(last), str(file), folder, "4", *BEGIN_AT_ONCE, *overrides])
+            benchmark.rank(["float32", str(last), str(file), folder, "4", *SOON, *overrides])
         return json.loads(file.read_text()), last_weights(tmp_path / name)
 
     return trained
@@ -61,29 +66,31 @@ def last_weights(output: Path) -> dict[str, torch.Tensor]:
     return torch.load(output / (output / "last_checkpoint").read_text(), weights_only=True)["model"]
 
 
-def assert_equal_to_rounding(one: tuple[list, dict], other: tuple[list, dict]) -> None:
-    result = benchmark.compared(one, other)
+@pytest.mark.slow
+def test_a_batch_in_parts_learns_what_it_does_at_once(run):
+    whole, parts = run("whole", 3), run("parts", 3, "SOLVER.IMAGES_AT_ONCE", "3")
+    result = benchmark.compared(whole, parts)
     assert result["largest"] < 1e-5, result
     assert result["weights"] < 1e-4, result
 
 
 @pytest.mark.slow
-def test_one_rank_two_ranks_and_parts_learn_the_same(run, tmp_path):
-    """The whole method; two of the six steps by two ranks, before and after by one."""
-    alone = run("alone", STEPS)
-    assert all(alone[0][-1][name] > 0 for name in ("loss_copy_paste", "loss_prompt_gated_masks"))
-    assert_equal_to_rounding(alone, run("parts", STEPS, "SOLVER.IMAGES_AT_ONCE", "3"))
-
-    losses, _ = run("moved", 2)
-    own = ["float32", "4", str(tmp_path / "two.json"), str(tmp_path / "moved"), "4", *BEGIN_AT_ONCE]
+def test_one_rank_then_two_then_one_learn_what_one_does(run, tmp_path):
+    """The whole method, two steps each."""
+    alone = run("alone", STEPS, *benchmark.EXACT)
+    assert all(alone[0][-1][name] > 0 for name in alone[0][-1])
+    losses, _ = run("moved", 2, *benchmark.EXACT)
+    own = ["float32", "4", str(tmp_path / "two.json"), str(tmp_path / "moved"), "4", *SOON]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "benchmarks/ranks.py"), "--rank", *own, "SOLVER.IMAGES_AT_ONCE", "1"]
+    command += [str(ROOT / "benchmarks/ranks.py"), "--rank", *own, *benchmark.EXACT]
     path = os.pathsep.join([str(ROOT), str(ROOT / "ops")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run(command, check=True, env=environment)
     losses += json.loads((tmp_path / "two.json").read_text())
-    last, weights = run("moved", STEPS)
-    assert_equal_to_rounding(alone, (losses + last, weights))
+    last, weights = run("moved", STEPS, *benchmark.EXACT)
+    result = benchmark.compared(alone, (losses + last, weights))
+    assert result["largest"] < 1e-6, result
+    assert result["weights"] < 1e-6, result
 
 
 @pytest.mark.parametrize("supervision", ["mask", "mixed"])
