@@ -50,14 +50,40 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     return sum_over_ranks(value) / ranks()
 
 
-def number_over_ranks(number: Tensor) -> Tensor:
-    """The mean of a number over all ranks to divide by: where there is none at all, that of a single one."""
-    return mean_over_ranks(number).clamp(min=1 / ranks())
+def at_least_one(number: Tensor) -> Tensor:
+    """A mean over ranks to divide by: where there is none at all, that of a single one."""
+    return number.clamp(min=1 / ranks())
 
 
 def ranks() -> int:
     """How many processes take part."""
     return dist.get_world_size() if _distributed() else 1
+
+
+def share(number: int, rank: int, ranks: int) -> range:
+    """Which of ``number`` things are a rank's: all ranks have as many, or one more."""
+    return range(rank * number // ranks, (rank + 1) * number // ranks)
+
+
+def from_all_ranks(note: Any, tensors: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
+    """Every rank's note and tensors on all ranks.
+
+    The tensors' shapes may differ, not their types. Shapes and notes travel by way of the CPUs.
+    """
+    if not _distributed():
+        return [(note, list(tensors))]
+    notes: list[Any] = [None] * ranks()
+    dist.all_gather_object(notes, (note, [tensor.shape for tensor in tensors]), _group_of_cpus())
+    received = []
+    for rank, (said, shapes) in enumerate(notes):
+        if rank == dist.get_rank():
+            copies = [tensor.contiguous() for tensor in tensors]
+        else:
+            copies = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+        for copy in copies:
+            dist.broadcast(copy, rank)
+        received.append((said, copies))
+    return received
 
 
 def gather_on_first_rank(value: Any) -> list[Any]:

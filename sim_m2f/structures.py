@@ -74,6 +74,7 @@ class Target(TypedDict):
     pasted_masks: (N, h, w) bool at stride 4, their visible pixels; False for all others.
     proposals: (N, H, W) bool, masks from elsewhere; False where there is none.
     proposal_scores: (N,) float, their confidence, 0 to 1.
+    seed: of the image's random numbers, see ``sim_m2f.draws``; drawn where absent.
     """
 
     labels: Tensor
@@ -85,6 +86,7 @@ class Target(TypedDict):
     pasted_masks: NotRequired[Tensor]
     proposals: NotRequired[Tensor]
     proposal_scores: NotRequired[Tensor]
+    seed: NotRequired[tuple[int, ...]]
 
 
 class Annotated(TypedDict):

@@ -150,13 +150,14 @@ def test_resuming_goes_on_where_it_stopped(source):
     assert_same(first_batches(3, config(source), start_iteration=4), first_batches(7, config(source))[4:])
 
 
-def test_ranks_share_the_global_batch_in_order(source):
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_global_batch_in_order(source, ranks):
     whole = first_batches(4, config(source))
-    parts = [first_batches(4, config(source), rank=rank, world_size=2) for rank in range(2)]
-    for batch, first, second in zip(whole, *parts, strict=True):
-        assert torch.equal(batch["images"], torch.cat([first["images"], second["images"]]))
-        assert_same(batch["targets"], first["targets"] + second["targets"])
-        assert batch["image_ids"] == first["image_ids"] + second["image_ids"]
+    parts = [first_batches(4, config(source), rank=rank, world_size=ranks) for rank in range(ranks)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(batch["images"], torch.cat([part["images"] for part in shares]))
+        assert_same(batch["targets"], list(itertools.chain(*(part["targets"] for part in shares))))
+        assert batch["image_ids"] == list(itertools.chain(*(part["image_ids"] for part in shares)))
 
 
 def test_epochs_are_permutations_of_the_images_with_objects(tmp_path):
@@ -259,10 +260,13 @@ def test_runs_that_do_not_make_up_the_mask_are_told_with_their_annotation(tmp_pa
 def test_wrong_settings_are_one_line(tmp_path, source):
     for overrides, words in [
         (["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 80], "set MODEL.SEM_SEG_HEAD.NUM_CLASSES 3"),
-        (["SOLVER.IMS_PER_BATCH", 3], "SOLVER.IMS_PER_BATCH is 3; use a multiple of the 2 ranks"),
+        (["SOLVER.IMS_PER_BATCH", 1], "SOLVER.IMS_PER_BATCH is 1; use as many as there are ranks, 2"),
     ]:
         with pytest.raises(UserError, match=words):
             loader.train_loader(config(source, *overrides), rank=0, world_size=2)
+    cfg = config(source, "MODEL.RESNETS.NORM", "SyncBN", "SOLVER.IMAGES_AT_ONCE", 1)
+    with pytest.raises(UserError, match="all ranks need as many images; use a multiple of 3"):
+        loader.train_loader(cfg, rank=0, world_size=3)
     cfg = config(source)
     cfg.DATASETS.TRAIN_IMAGES = ""
     with pytest.raises(UserError, match=r"DATASETS\.TRAIN_IMAGES is not set"):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import ot
@@ -18,7 +19,7 @@ from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
-from sim_m2f.supervision.prototypes import Prototypes, sample_per_class, sinkhorn
+from sim_m2f.supervision.prototypes import Prototypes, sample_per_group, sinkhorn
 from sim_m2f.supervision.pseudo_masks import (
     IGNORED,
     instance_probability,
@@ -101,7 +102,10 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
     features = torch.randn(30, 4, generator=generator) * 5
     labels = torch.tensor([0, 2]).repeat(15)
     confident = torch.arange(30) % 5 != 0
-    chosen, classes = prototypes.sample(labels, confident, present=2)
+    images = torch.zeros_like(labels)
+    counts = prototypes.counts(labels, images, 1, confident)
+    assert counts.tolist() == [[12, 0, 12]]
+    chosen, classes = prototypes.sample(labels, images, confident, torch.rand(30), counts / 12, present=2)
     prototypes.update(features[chosen], classes)
     unit = (features / features.norm(dim=1, keepdim=True))[confident]
     kept = labels[confident]
@@ -131,11 +135,10 @@ def test_similarity_is_that_of_the_nearest_prototype_of_the_class(generator):
 
 def test_sampling_keeps_at_most_the_limit_of_every_class_without_bias():
     labels = torch.tensor([0] * 40 + [1] * 5 + [2] * 40)
-    allowed = torch.ones(85, dtype=torch.bool)
-    allowed[60:] = False
+    group = torch.where(torch.arange(85) < 60, labels, 3)
     drawn = torch.zeros(85)
     for _ in range(400):
-        index, taken = sample_per_class(labels, allowed, torch.full((3,), 10))
+        index, taken = sample_per_group(group, torch.rand(85), torch.tensor([10, 10, 10, 0]))
         chosen = index[taken]
         assert len(chosen.unique()) == len(chosen)
         assert labels[chosen].bincount(minlength=3).tolist() == [10, 5, 10]
@@ -214,6 +217,7 @@ def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     )
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SIM.SUPERVISION", "box"])
+    objects = replace(objects, numbers=objects.numbers._replace(claimed=torch.tensor(2.0)))
     loss = build_criterion(cfg).classification(logits, objects, match)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)  # CLASS_WEIGHT 2
 
@@ -407,8 +411,8 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     supervision = Supervision(sim, points, 0, 1, empty, empty, None, labels, None)
     everything = torch.ones(1, 2, dtype=torch.bool)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), everything)
-    torch.manual_seed(0)
-    loss = gated_masks(MatchedBoxes(objects, match, masks, supervision))
-    torch.manual_seed(0)
-    cross_entropy, dice = mask_losses(masks, wanted, *points)
+    objects = replace(objects, seeds=[(0, 1, 2)])
+    matched = MatchedBoxes(objects, match, masks, supervision)
+    loss = gated_masks(matched)
+    cross_entropy, dice = mask_losses(masks, wanted, matched.random_points, *points)
     assert loss.item() == pytest.approx(0.8 * (cross_entropy + dice)[0, 0].item() / 2, rel=1e-6)

@@ -11,6 +11,7 @@ from skimage.color import rgb2lab
 
 import sim_m2f
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
+from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.level_set import level_set, region_energy
@@ -185,6 +186,10 @@ def brute_force_pairwise(logits, boxes, images, affinity_of, valid, threshold):
     return torch.stack(sums), numbers
 
 
+def counted(edges, objects):
+    return torch.zeros(objects).index_add(0, edges.target, edges.weight.sum(0))
+
+
 def test_pairwise_loss_and_gradient():
     boxes = list(BOXES.values())
     image_of = [0] * 4 + [1] * 3
@@ -199,7 +204,8 @@ def test_pairwise_loss_and_gradient():
     )
     threshold = 0.3
     edges = (color_affinity(images, 2) >= threshold) & edge_mask(valid, 2)
-    sums, numbers = pairwise_loss(logits, targets, edges, 2)
+    found = box_edges(targets, edges, 2)
+    sums, numbers = pairwise_loss(logits, found), counted(found, 7)
 
     pooled = images.double().view(2, 3, HEIGHT, 4, WIDTH, 4).mean((3, 5)) / 255
     lab = rgb2lab(pooled.permute(0, 2, 3, 1).numpy())
@@ -223,7 +229,8 @@ def test_losses_of_no_objects_are_zero_and_have_a_gradient():
     targets = flat([], [])
     logits = torch.zeros(3, 0, HEIGHT, WIDTH, requires_grad=True)
     edges = torch.ones(2, 4, HEIGHT, WIDTH, dtype=torch.bool)
-    sums, numbers = pairwise_loss(logits, targets, edges, 2)
+    found = box_edges(targets, edges, 2)
+    sums, numbers = pairwise_loss(logits, found), counted(found, 0)
     total = (
         sums.sum()
         + projection_loss(logits, *targets.projections).sum()

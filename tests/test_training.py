@@ -200,12 +200,8 @@ def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
 @pytest.mark.parametrize("supervision", ["boxes", "everything"])
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
-    """Without copy-paste, for which each rank draws objects of its own."""
     few.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "GN"])
     few.merge_from_list([str(value) for value in SUPERVISIONS[supervision]])
-    few.merge_from_list(
-        ["MODEL.SIM.COPY_PASTE.ENABLED", "False", "MODEL.SIM.PROTOTYPES.PIXELS_PER_CLASS", "9999"]
-    )
     few.merge_from_list(["MODEL.SIM.PROTOTYPES.MOMENTUM", "0.5", "MODEL.SIM.PROTOTYPES.CONFIDENT", "0.3"])
     few.merge_from_list(["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "two")])
     (tmp_path / "few.yaml").write_text(few.dump())

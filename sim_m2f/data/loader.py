@@ -20,7 +20,7 @@ from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
-from sim_m2f.distributed import once_per_node
+from sim_m2f.distributed import once_per_node, share
 from sim_m2f.errors import UserError
 from sim_m2f.structures import Batch, Sample, Target
 
@@ -28,16 +28,15 @@ Data = TypeVar("Data", TrainDataset, EvalDataset)
 
 
 class GlobalBatches(Sampler[list[int]]):
-    """The samples of one rank's share of each global batch: iteration t owns samples t*B to (t+1)*B - 1."""
+    """The samples of one rank's slots of each global batch: slot s of iteration t is sample t*B + s."""
 
     def __init__(self, batch_size: int, start_iteration: int, rank: int, world_size: int) -> None:
-        self.batch_size, self.start_iteration, self.rank = batch_size, start_iteration, rank
-        self.share = batch_size // world_size
+        self.batch_size, self.start_iteration = batch_size, start_iteration
+        self.slots = share(batch_size, rank, world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for iteration in itertools.count(self.start_iteration):
-            first = iteration * self.batch_size + self.rank * self.share
-            yield list(range(first, first + self.share))
+            yield [iteration * self.batch_size + slot for slot in self.slots]
 
 
 class Batches(DataLoader[Sample], Generic[Data]):
@@ -100,14 +99,17 @@ def train_loader(
     Args:
         cfg: the configuration; segmentations are not read if MODEL.SIM.SUPERVISION is "box".
         start_iteration: the iteration whose batch comes first.
-        rank, world_size: this process among all; they divide the global batch, in order.
+        rank, world_size: this process among all; they share the global batch as evenly as can be, in order.
 
     Raises:
         UserError: the data or the configuration are wrong; while iterating, an image cannot be decoded.
     """
     batch_size = cfg.SOLVER.IMS_PER_BATCH
-    if batch_size % world_size:
-        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use a multiple of the {world_size} ranks")
+    if batch_size < world_size:
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {batch_size}; use as many as there are ranks, {world_size}")
+    if batch_size % world_size and cfg.SOLVER.IMAGES_AT_ONCE and cfg.MODEL.RESNETS.NORM == "SyncBN":
+        fault = f"SOLVER.IMS_PER_BATCH is {batch_size}: with SyncBN and SOLVER.IMAGES_AT_ONCE, all ranks"
+        raise UserError(f"{fault} need as many images; use a multiple of {world_size}")
     kind = cfg.MODEL.SIM.SUPERVISION
     sources = train_sources(cfg)
     data = once_per_node(lambda: [read_coco(source, kind != "box", kind == "mixed") for source in sources])

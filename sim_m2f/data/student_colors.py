@@ -1,9 +1,12 @@
 """Strong colour augmentation for the student; teacher and losses see the images as they are (BoxTeacher)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sim_m2f.draws import Seed, generator, uniform
 from sim_m2f.pixels import Pixels
 
 CHANGES = v2.Compose(
@@ -15,18 +18,19 @@ CHANGES = v2.Compose(
 )
 
 
-def student_colors(images: Tensor, pixels: Pixels, share: float) -> Tensor:
+def student_colors(images: Tensor, pixels: Pixels, share: float, seeds: Sequence[Seed]) -> Tensor:
     """Each image, with probability ``share``, in other colours, grey or blurred; padding stays.
-
-    Draws from torch's global random state of the CPU.
 
     Args:
         images: (B, 3, H, W), normalised, 0 on padding.
         pixels: how they are normalised.
         share: of the images, 0 to 1.
+        seeds: of the images.
     """
     changed = images.clone()
-    for index in (torch.rand(len(images)) < share).nonzero()[:, 0].tolist():
-        rgb = CHANGES((pixels.undo(images[index]) / 255).clamp(0, 1))
+    for index in (uniform(seeds, "student colors", 1) < share).nonzero()[:, 0].tolist():
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator(seeds[index], "colors").get_state())
+            rgb = CHANGES((pixels.undo(images[index]) / 255).clamp(0, 1))
         changed[index] = pixels.normalise(255 * rgb).where(images[index] != 0, 0)
     return changed

@@ -83,6 +83,12 @@ def _records(metrics_file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield line, record
 
 
+def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add values to the sums of their names, in place."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach()
+
+
 class LossAverage:
     """The mean of each loss since the last ``take``, kept on the device so that no step waits for it."""
 
@@ -93,8 +99,7 @@ class LossAverage:
 
     def add(self, losses: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
         """Add a step's losses, and values of the same step that are not part of the total."""
-        for name, value in (losses | observed).items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        add_to(self.sums, losses | observed)
         self.observed.update(observed)
         self.steps += 1
 

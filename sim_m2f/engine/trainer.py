@@ -3,31 +3,35 @@
 import io
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, cfg_from_text, changed_on_resume
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.student_colors import student_colors
-from sim_m2f.distributed import copy_from_first_rank, gather_on_first_rank, largest_number
+from sim_m2f.distributed import copy_from_first_rank, largest_number, share
+from sim_m2f.draws import generator
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
-from sim_m2f.engine.logging import MetricsLogger
+from sim_m2f.engine.gradient_sum import GradientSum
+from sim_m2f.engine.logging import MetricsLogger, add_to
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling import build_model
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Target
-from sim_m2f.supervision.base import Criterion
+from sim_m2f.supervision.base import Criterion, Prepared, together
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.mask_shape import mask_shapes
+from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
 
@@ -73,7 +77,10 @@ class Trainer:
             checkpoints.load_weights(model, state.get("model", {}), self.checkpoint)
         elif cfg.MODEL.WEIGHTS:
             checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS)
-        device = self.accelerator.device
+        device, ranks = self.accelerator.device, self.accelerator.num_processes
+        self.slots = share(cfg.SOLVER.IMS_PER_BATCH, self.accelerator.process_index, ranks)
+        largest = -(-cfg.SOLVER.IMS_PER_BATCH // ranks)
+        self.in_parts = 0 < cfg.SOLVER.IMAGES_AT_ONCE < largest  # the same on all ranks
         self.pixels = Pixels(cfg).to(device)
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
@@ -135,26 +142,26 @@ class Trainer:
             raise SystemExit(128 + received)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of the weights; returns the losses. Its random numbers depend on seed, step and rank."""
-        run = (self.cfg.SEED % 2**16) * 2**32 + self.iteration
-        torch.manual_seed(run * 2**12 + self.accelerator.process_index)
+        """One update of the weights; returns the losses, whose mean over the ranks is that of the batch.
+
+        An image's random numbers depend on SEED, the step and its slot of the global batch.
+        """
+        seeds = [(self.cfg.SEED, self.iteration, slot) for slot in self.slots]
+        torch.manual_seed(generator(seeds[0], "dropout").initial_seed())
         self.model.train()
         self.criterion.train()
         torch.backends.cudnn.benchmark = True  # in training, images have one size
         device = self.accelerator.device
         images = batch["images"].to(device, memory_format=torch.channels_last, non_blocking=True)
-        targets: Sequence[Target] = batch["targets"]
+        targets: Sequence[Target] = [
+            {**target, "seed": seed} for target, seed in zip(batch["targets"], seeds, strict=True)
+        ]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
-        prompts = self.criterion.student_prompts(targets, images)
-        with self.accelerator.autocast():
-            outputs = self.model(self._seen_by_student(images), prompts=prompts)
-        losses, matched = self.criterion(outputs, targets, images, self._teacher_outputs(images, targets))
-        self.criterion.update(matched)
-        self.observed = mask_shapes(matched)
+        losses, matched = self._add_gradients(images, targets)
+        self.criterion.update(*matched)
         if self.copy_paste:
             self.copy_paste.remember(images, matched)
-        self.accelerator.backward(sum(losses.values()))
         clip = self.cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
             self.accelerator.clip_grad_norm_(self.model.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)
@@ -166,6 +173,48 @@ class Trainer:
         torch.backends.cudnn.benchmark = False
         self.iteration += 1
         return losses
+
+    def _add_gradients(
+        self, images: Tensor, targets: Sequence[Target]
+    ) -> tuple[dict[str, Tensor], list[Matched]]:
+        """Those of this rank's images, SOLVER.IMAGES_AT_ONCE together; returns the sums of their losses."""
+        number = self.cfg.SOLVER.IMAGES_AT_ONCE or len(images)
+        parts = [(images[i : i + number], targets[i : i + number]) for i in range(0, len(images), number)]
+        prepared: Sequence[Prepared | None] = [None]
+        if self.in_parts:
+            prepared = together(
+                [self.criterion.prepare(own, part, self._teacher_outputs(part, own)) for part, own in parts]
+            )
+        sums: dict[str, Tensor] = {}
+        self.observed: dict[str, Tensor] = {}
+        done: list[Matched] = []
+        exact = GradientSum(self.model.parameters()) if self.cfg.SOLVER.EXACT_SUMS else None
+        for (part, own), known in zip(parts, prepared, strict=True):
+            ranks_add = part is parts[-1][0] and not exact
+            with nullcontext() if ranks_add else self.accelerator.no_sync(self.model):
+                losses, matched = self._losses(part, own, known)
+                self.accelerator.backward(sum(losses.values()))
+            if exact:
+                exact.collect()
+            add_to(sums, losses)
+            add_to(self.observed, mask_shapes(matched))
+            done.append(replace(matched, masks=matched.masks.new_empty(0)))
+        if exact:
+            exact.give()
+        return sums, done
+
+    def _losses(
+        self, images: Tensor, targets: Sequence[Target], prepared: Prepared | None
+    ) -> tuple[dict[str, Tensor], Matched]:
+        """What the criterion makes of images that go through the networks together."""
+        seeds, colors = [target.get("seed") for target in targets], self.cfg.INPUT.STUDENT_COLORS
+        seen = student_colors(images, self.pixels, colors, seeds) if colors else images
+        prompts = self.criterion.student_prompts(targets, images)
+        self.accelerator.unwrap_model(self.model).backbone.draw_paths(seeds)
+        with self.accelerator.autocast():
+            outputs = self.model(seen, prompts=prompts)
+        taught = None if prepared else self._teacher_outputs(images, targets)
+        return self.criterion(outputs, targets, images, taught, prepared)
 
     def due(self, period: float) -> bool:
         """Whether this step ends the run, or a period of so many steps (0: no period)."""
@@ -180,20 +229,16 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that training changes; the run's previous one goes.
 
-        All ranks call it, rank 0 writes.
+        All ranks may call it; what it holds is the same on all, and rank 0 writes.
         """
-        state = self._state()
         if not self.accelerator.is_main_process:
             return
+        state = self._state()
         final = self.iteration == self.cfg.SOLVER.MAX_ITER
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
         previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
         checkpoints.replace_checkpoint(path, state, previous)
         self.checkpoint = path
-
-    def _seen_by_student(self, images: Tensor) -> Tensor:
-        share = self.cfg.INPUT.STUDENT_COLORS
-        return student_colors(images, self.pixels, share) if share else images
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""
@@ -210,14 +255,13 @@ class Trainer:
         return parts | {name: part for name, part in optional.items() if part}
 
     def _state(self) -> dict[str, Any]:
-        bank = send_to_device(self.copy_paste.bank.state_dict(), "cpu") if self.copy_paste else None
         return {
             "model": self.accelerator.unwrap_model(self.model).state_dict(),
             **{name: part.state_dict() for name, part in self._parts.items()},
             "optimizer": self.optimizer.state_dict(),
             "config": self.cfg.dump(),
             "use_teacher": self.cfg.TEST.USE_TEACHER,
-            "banks": gather_on_first_rank(bank) if bank else [],
+            "bank": self.copy_paste.bank.state_dict() if self.copy_paste else {},
             "iteration": self.iteration,
         }
 
@@ -226,9 +270,8 @@ class Trainer:
             for name, part in self._parts.items():
                 if name != "scaler" or state.get(name):  # a run in another precision has none
                     part.load_state_dict(state[name])
-            banks = state["banks"]
-            if self.copy_paste and banks:  # of a run without copy-paste there are none
-                self.copy_paste.bank.load_state_dict(banks[self.accelerator.process_index % len(banks)])
+            if self.copy_paste and state.get("bank"):  # a run without copy-paste has none
+                self.copy_paste.bank.load_state_dict(state["bank"])
             optimizer = build_optimizer(self.accelerator.unwrap_model(self.model), self.previous)
             optimizer.load_state_dict(state["optimizer"])  # with its groups; those of this run may be others
             self.optimizer.optimizer.state.update(optimizer.state)

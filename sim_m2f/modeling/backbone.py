@@ -1,19 +1,22 @@
 """Backbones: timm's models as feature pyramids of strides 4, 8, 16 and 32."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, GroupNorm, freeze_batch_norm_2d
+from timm.layers import DropPath, Format, GroupNorm, freeze_batch_norm_2d
 from timm.models import FeatureInfo
 from timm.models.resnet import Bottleneck
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.draws import Seed, uniform
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
+from sim_m2f.modeling.recompute import recompute_blocks
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
@@ -48,12 +51,34 @@ class TimmBackbone(nn.Module):
         self.channels = dict(zip(STRIDES, feature_info(self.body).channels(), strict=True))
         self.name = name
         self.channels_last = getattr(self.body, "output_fmt", None) == Format.NHWC
+        for module in self.body.modules():
+            if type(module) is DropPath:
+                module.__class__ = SeededDropPath
+
+    def draw_paths(self, seeds: Sequence[Seed]) -> None:
+        """Decide by the seeds of the next images which paths they take where stochastic depth drops some."""
+        paths = [module for module in self.body.modules() if isinstance(module, SeededDropPath)]
+        if paths:
+            drawn = uniform(seeds, "paths", len(paths))
+            for path, numbers in zip(paths, drawn.unbind(1), strict=True):
+                path.kept = (numbers >= path.drop_prob) / (1 - path.drop_prob)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images.contiguous(memory_format=torch.channels_last))
         if self.channels_last:
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return dict(zip(STRIDES, maps, strict=True))
+
+
+class SeededDropPath(DropPath):
+    """Stochastic depth; which images of the next batch keep the path is decided before it."""
+
+    kept: Tensor | None = None  # (B,), 0 or 1 / probability to keep it; drawn anew where None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None or not self.training:
+            return super().forward(x)
+        return x * self.kept.to(x, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
 
 
 def feature_info(body: nn.Module) -> FeatureInfo:
@@ -98,6 +123,8 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
         backbone = SwinBackbone(**{key.lower(): cfg.MODEL.SWIN[key] for key in SWIN_KEYS})
     else:
         backbone = TimmBackbone(name)
+    if cfg.MODEL.BACKBONE.USE_CHECKPOINT or cfg.MODEL.SWIN.USE_CHECKPOINT:
+        recompute_blocks(backbone.body)
     if cfg.MODEL.BACKBONE.FREEZE_NORMS:
         _freeze_batch_norms(backbone.body)
         for module in backbone.modules():

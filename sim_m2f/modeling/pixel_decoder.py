@@ -11,6 +11,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.position import sine_positions
+from sim_m2f.modeling.recompute import recomputed
 
 CHUNK = 4096  # pixels that go through an MLP together on a CPU, so that the hidden layer stays in the caches
 
@@ -68,6 +69,7 @@ class Transformer(nn.Module):
         self.level_embed = nn.Parameter(torch.randn(levels, head.CONVS_DIM))
         layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(head.TRANSFORMER_ENC_LAYERS))
         self.encoder = nn.ModuleDict({"layers": layers})
+        self.recompute = head.USE_CHECKPOINT
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """(B, width, h, w) per level in, the same out."""
@@ -78,7 +80,8 @@ class Transformer(nn.Module):
         positions = torch.cat([place + self.level_embed[i] for i, place in enumerate(places)], dim=1)
         reference = _pixel_centres(shapes, source.device)
         for layer in self.encoder["layers"].children():
-            source = layer(source, positions, reference, shapes)
+            inputs = source, positions, reference, shapes
+            source = recomputed(layer, *inputs) if self.recompute else layer(*inputs)
         encoded = source.split([h * w for h, w in shapes], dim=1)
         maps = [level.unflatten(1, shape) for level, shape in zip(encoded, shapes, strict=True)]
         return [level.permute(0, 3, 1, 2) for level in maps]

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,34 @@ from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts, Target
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prompting import annotated_prompts
-from sim_m2f.supervision.targets import Targets, map_size
+from sim_m2f.supervision.pseudo_masks import PseudoLabels
+from sim_m2f.supervision.targets import STRIDE, Numbers, Targets, flatten_targets, map_size, own_numbers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a part of a batch before the student has seen it.
+
+    Attributes:
+        numbers: (6,) or (4,) float64, its ``Numbers``; those of the whole batch once parts are ``together``.
+        labels: those that the teacher makes, if there is one.
+        features: (B, d, h, w) the teacher's mask features, if there is one.
+    """
+
+    numbers: Tensor
+    labels: PseudoLabels | None = None
+    features: Tensor | None = None
+
+
+def normalised(objects: Targets, numbers: Tensor) -> Targets:
+    """The objects with the numbers, (6,) or (4,), of the whole batch."""
+    return replace(objects, numbers=Numbers(*numbers.float()))
+
+
+def together(parts: Sequence[Prepared]) -> list[Prepared]:
+    """The parts of a rank with the numbers of the whole batch."""
+    numbers = mean_over_ranks(torch.stack([part.numbers for part in parts]).sum(0))
+    return [replace(part, numbers=numbers) for part in parts]
 
 
 class Criterion(nn.Module):
@@ -24,6 +52,9 @@ class Criterion(nn.Module):
     ranks; their sum is the training loss. ``matched`` is what they were computed from: matches, labels,
     pseudo masks. After a training step ``criterion.update(matched)`` keeps what the next one needs, part of
     ``state_dict``.
+
+    A batch may come in parts, whose losses add up to those of the whole: ``prepare`` each, bring these
+    ``together``, give each to its call, and ``update`` with what all of them were computed from.
 
     Where the network was given the objects as prompts, the prompted queries learn by the same losses without
     matching, named "loss_prompt_*".
@@ -45,6 +76,7 @@ class Criterion(nn.Module):
         targets: Sequence[Target],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
+        prepared: Prepared | None = None,
     ) -> tuple[dict[str, Tensor], Matched]:
         """See the class.
 
@@ -53,11 +85,30 @@ class Criterion(nn.Module):
             targets: one per image.
             images: (B, 3, H, W), as the network got them.
             teacher_outputs: the teacher's outputs for the same images.
+            prepared: where they are part of a batch, in place of the teacher's outputs.
         """
 
-    def update(self, matched: Matched) -> None:
-        """A training step more."""
+    @torch.no_grad()
+    def prepare(
+        self, targets: Sequence[Target], images: Tensor, teacher_outputs: Outputs | None = None
+    ) -> Prepared:
+        """What is known of a part of a batch before the student has seen it; see ``forward``."""
+        return Prepared(self.own_numbers(self.objects(targets, images)))
+
+    def update(self, *matched: Matched) -> None:
+        """A training step more; ``matched`` are those of all its parts."""
         self.step += 1
+
+    def objects(self, targets: Sequence[Target], images: Tensor) -> Targets:
+        """The objects of images (B, 3, H, W)."""
+        height, width = map_size(images)
+        return flatten_targets(targets, (height // STRIDE, width // STRIDE), images.device)
+
+    def own_numbers(self, objects: Targets) -> Tensor:
+        """(4,) float64: the first of the ``Numbers`` of the objects."""
+        queries = self.mask_former.NUM_OBJECT_QUERIES
+        numbers = own_numbers(objects.counts, len(objects.pasted_index), queries)
+        return numbers.to(objects.labels.device, non_blocking=True)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step}
@@ -106,8 +157,10 @@ class Criterion(nn.Module):
         last = self.mask_former.NO_OBJECT_WEIGHT * background
         weight = F.pad(logits.new_ones(self.classes), (0, 1), value=last)
         loss = F.cross_entropy(logits.flatten(0, 2), target.flatten(), weight, reduction="none")
-        total = mean_over_ranks(weight[target].flatten(1).sum(1)).clamp(min=1e-6)
-        return self.mask_former.CLASS_WEIGHT * (loss.view(layers, -1).sum(1) / total).sum()
+        numbers = objects.numbers
+        found = numbers.claimed if background else numbers.annotated + numbers.pasted
+        total = (1 - last) * found + last * queries * numbers.images
+        return self.mask_former.CLASS_WEIGHT * loss.sum() / total.clamp(min=1e-6)
 
 
 def stacked_logits(layers: Sequence[LayerOutputs]) -> Tensor:

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import from_all_ranks
+from sim_m2f.draws import Seed, uniform
 from sim_m2f.geometry import mask_extents
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Target
 from sim_m2f.supervision.known_masks import known_truth
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
@@ -34,7 +37,7 @@ class Jitter:
     scale: tuple[float, float] = (1.0, 1.0)
 
     def __call__(
-        self, pixels: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int]
+        self, pixels: Tensor, masks: Tensor, boxes: Tensor, size: tuple[int, int], drawn: Tensor
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -42,14 +45,15 @@ class Jitter:
             masks: (R, h0, w0) bool, the objects' pixels at stride 4.
             boxes: (R, 4) xyxy in pixels.
             size: (H, W) of the receiving images.
+            drawn: (R, 3) random numbers, from 0 to 1.
 
         Returns:
             (R, 3, H, W) and (R, H / 4, W / 4) bool.
         """
         device, (height, width) = pixels.device, size
-        steps = torch.tensor([width // STRIDE, height // STRIDE])
-        shift = STRIDE * ((2 * torch.rand(len(boxes), 2) - 1) * self.shift * steps).round()
-        scale = torch.empty(len(boxes), 1).uniform_(*self.scale).to(device, non_blocking=True)
+        steps, (least, largest) = torch.tensor([width // STRIDE, height // STRIDE]), self.scale
+        shift = STRIDE * ((2 * drawn[:, :2] - 1) * self.shift * steps).round()
+        scale = (least + (largest - least) * drawn[:, 2:]).to(device, non_blocking=True)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2
         offset = centre - (centre + shift.to(device, non_blocking=True)) / scale
 
@@ -68,14 +72,15 @@ class Jitter:
 
 
 class CopyPaste:
-    """Pastes objects of recent images on new ones, and keeps the bank of these images."""
+    """Pastes objects of recent images on new ones, and keeps the bank of these images, all ranks the same."""
 
     def __init__(self, cfg: CfgNode, device: torch.device) -> None:
         self.keys = cfg.MODEL.SIM.COPY_PASTE
         self.start = resolve_steps(self.keys.START, cfg.SOLVER.MAX_ITER)
         moved = self.keys.SHIFT > 0 or self.keys.SCALE != (1.0, 1.0)
         self.jitter = Jitter(self.keys.SHIFT, self.keys.SCALE) if moved else None
-        self.bank = PasteBank(self.keys.PICTURES, device, self.keys.SCORE_POWER)
+        self.pixels = Pixels(cfg).to(device)
+        self.bank = PasteBank(self.keys.PICTURES, self.pixels, self.keys.SCORE_POWER)
 
     def __call__(
         self, images: Tensor, targets: Sequence[Target], step: int
@@ -85,28 +90,43 @@ class CopyPaste:
             return images, targets
         return paste(images, targets, self.bank, self.keys.PROBABILITY, self.keys.OBJECTS, self.jitter)
 
-    def remember(self, images: Tensor, matched: Matched) -> None:
-        """Enter the images (B, 3, H, W) of a step with their masks; none is pasted twice.
+    def remember(self, images: Tensor, matched: Sequence[Matched]) -> None:
+        """Enter the images of all ranks with their masks; no object is pasted twice.
 
-        They are the true masks where these are known, else those corrected by colour where these are made,
-        else the pseudo masks.
+        Args:
+            images: (B, 3, H, W) of this rank, as the network got them.
+            matched: what the losses of its parts were computed from.
         """
-        if not isinstance(matched, MatchedBoxes):
+        parts = [_entry(part) for part in matched if isinstance(part, MatchedBoxes)]
+        objects = [torch.cat(each) for each in zip(*(part for part in parts if part), strict=True)]
+        if not objects:
             return
-        made, objects = matched.supervision, matched.objects
-        if made.colors is not None:
-            masks, scores = made.colors.masks > 0.5, made.colors.quality
-        elif made.labels is not None:
-            masks, scores = made.labels.masks(objects)
-        elif made.truth is not None:
-            scores = torch.zeros(len(objects), device=images.device)
-            masks = torch.zeros(len(objects), *objects.size, dtype=torch.bool, device=images.device)
-        else:
-            return
-        if made.truth is not None:
-            masks = masks.index_copy(0, objects.known_index, cell_shares(made.truth) > 0.5)
-            scores = scores.index_fill(0, objects.known_index, TRUE_MASK)
-        self.bank.add(images, objects, masks, scores * ~objects.pasted)
+        counts = [count for part in matched for count in part.objects.counts]
+        rgb = self.pixels.undo(images).round().clamp(0, 255).byte()
+        for of_rank, entries in from_all_ranks(counts, [rgb, *objects]):
+            self.bank.add(of_rank, *entries)
+
+
+def _entry(matched: MatchedBoxes) -> tuple[Tensor, ...]:
+    """Boxes, labels, masks and scores for ``PasteBank.add``; nothing where no masks are made.
+
+    The masks are the true ones where these are known, else those corrected by colour where these are made,
+    else the pseudo masks.
+    """
+    made, objects = matched.supervision, matched.objects
+    if made.colors is not None:
+        masks, scores = made.colors.masks > 0.5, made.colors.quality
+    elif made.labels is not None:
+        masks, scores = made.labels.masks(objects)
+    elif made.truth is not None:
+        scores = torch.zeros(len(objects), device=objects.boxes.device)
+        masks = torch.zeros(len(objects), *objects.size, dtype=torch.bool, device=objects.boxes.device)
+    else:
+        return ()
+    if made.truth is not None:
+        masks = masks.index_copy(0, objects.known_index, cell_shares(made.truth) > 0.5)
+        scores = scores.index_fill(0, objects.known_index, TRUE_MASK)
+    return objects.boxes, objects.labels, masks, scores * ~objects.pasted
 
 
 def build_copy_paste(cfg: CfgNode, device: torch.device) -> CopyPaste | None:
@@ -134,14 +154,13 @@ def paste(
 
     Known masks and proposals lose what is covered. The mask of a pasted object is known if it was true.
 
-    Receivers and numbers are drawn from torch's global random state of the CPU, the objects from that of the
-    device. One transfer from the device: the boxes of the whole batch.
+    What an image receives is drawn by its seed. One transfer from the device: the boxes of the whole batch.
 
     Args:
         images: (B, 3, H, W), as the network gets them; H and W are multiples of 4.
         targets: per image {"labels": (N,) int64, "boxes": (N, 4) float xyxy in pixels, "valid": (H, W)
-            bool, "masks" and "proposals": (N, H, W) bool, "known": (N,) bool, "proposal_scores": (N,) float},
-            best on the CPU; all but the first two may be absent.
+            bool, "masks" and "proposals": (N, H, W) bool, "known": (N,) bool, "proposal_scores": (N,) float,
+            "seed"}, best on the CPU; all but the first two may be absent.
         bank: on the images' device.
         probability: that an image receives.
         most_objects: at least 1.
@@ -151,20 +170,22 @@ def paste(
         images and targets; the arguments are as they were. A target has "labels", "boxes" (annotated objects
         first) and "pasted": (N,) bool, all on the device of its labels; "pasted_masks": (N, h, w) bool on the
         images' device, the visible pixels of pasted objects at stride 4, False for all others; if it had it,
-        "valid", now also True where something was pasted; and what it had of the others, pasted objects being
-        without proposals (maps are on the images' device if an image received).
+        "seed" and "valid", now also True where something was pasted; and what it had of the others, pasted
+        objects being without proposals (maps are on the images' device if an image received).
     """
     size = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
-    receivers = (torch.rand(len(images)) < probability).nonzero().flatten()
+    seeds = [target.get("seed") for target in targets]
+    receivers = (uniform(seeds, "receivers", 1)[:, 0] < probability).nonzero().flatten()
     if not len(bank) or not len(receivers):
         return images, [_without_pasted(target, size, images.device) for target in targets]
 
-    drawn, exist = bank.draw(len(receivers), most_objects)
-    numbers = torch.randint(1, most_objects + 1, (len(receivers), 1))
-    received = torch.arange(drawn.shape[1]) < numbers
+    seeds = [seeds[i] for i in receivers.tolist()]
+    drawn, exist = bank.draw(seeds, most_objects)
+    numbers = (uniform(seeds, "numbers", 1) * most_objects).long()
+    received = torch.arange(drawn.shape[1]) <= numbers
     exist = exist & received.to(images.device, non_blocking=True)
     rows = receivers.to(images.device, non_blocking=True)
-    canvas, visible = _paint(images.index_select(0, rows), bank, drawn, exist, jitter)
+    canvas, visible = _paint(images.index_select(0, rows), bank, drawn, exist, jitter, seeds)
     images = images.clone().index_copy_(0, rows, canvas)  # the clone keeps the memory format
 
     covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
@@ -182,7 +203,12 @@ def _without_pasted(target: Target, size: tuple[int, int], device: torch.device)
 
 
 def _paint(
-    canvas: Tensor, bank: PasteBank, drawn: Tensor, exist: Tensor, jitter: Jitter | None
+    canvas: Tensor,
+    bank: PasteBank,
+    drawn: Tensor,
+    exist: Tensor,
+    jitter: Jitter | None,
+    seeds: Sequence[Seed],
 ) -> tuple[Tensor, Tensor]:
     """Paint those of the objects ``drawn`` (R, K) that ``exist`` (R, K) on R images, one of each at a time.
 
@@ -191,11 +217,11 @@ def _paint(
     """
     height, width = canvas.shape[-2:]
     visible: list[Tensor] = []
-    slots = bank.slots
-    for objects, here in zip(drawn.unbind(1), exist.unbind(1), strict=True):
-        pixels, masks = bank.images[slots[objects]], bank.masks[objects]
+    moves = uniform(seeds, "jitter", drawn.shape[1], 3)
+    for objects, here, move in zip(drawn.unbind(1), exist.unbind(1), moves.unbind(1), strict=True):
+        pixels, masks = bank.pictures(objects), bank.masks[objects]
         if jitter:
-            pixels, masks = jitter(pixels, masks, bank.boxes[objects], (height, width))
+            pixels, masks = jitter(pixels, masks, bank.boxes[objects], (height, width), move)
         masks = fit_to(masks, height // STRIDE, width // STRIDE) & here[:, None, None]
         pixels = fit_to(pixels, height, width).to(canvas.dtype)
         canvas = torch.where(_enlarged(masks)[:, None], pixels, canvas)
@@ -272,6 +298,8 @@ def _collect(
             "pasted": pasted.to(home),
             "pasted_masks": visible,
         }
+        if "seed" in target:
+            fields["seed"] = target["seed"]
         if "valid" in target:
             fields["valid"] = target["valid"].to(paint.device, non_blocking=True) | paint
         kept = (objects[~pasted] - first).to(home)

@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import LayerOutputs, Outputs, Target
-from sim_m2f.supervision.base import Criterion, mask_logits, stacked_logits
+from sim_m2f.supervision.affinity import alike_edges
+from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
+from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill
 from sim_m2f.supervision.color_model import ColorLabels, color_labels
 from sim_m2f.supervision.color_term import color_model
@@ -29,9 +32,9 @@ from sim_m2f.supervision.pairwise import pairwise
 from sim_m2f.supervision.paste_loss import copy_paste
 from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.prompting import match_prompts, prompt_queries
-from sim_m2f.supervision.pseudo_masks import PseudoLabels, PseudoMasks
+from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels, PseudoMasks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps, term_weight
-from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets, map_size
+from sim_m2f.supervision.targets import STRIDE, Targets
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
 TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
@@ -67,13 +70,19 @@ class SIMCriterion(Criterion):
         targets: Sequence[Target],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
+        prepared: Prepared | None = None,
     ) -> tuple[dict[str, Tensor], MatchedBoxes]:
         with torch.autocast(images.device.type, enabled=False):
-            layers = self.layers(outputs)
-            objects = flatten_targets(targets, map_size(outputs["pred_masks"]), images.device)
+            layers, objects = self.layers(outputs), self.objects(targets, images)
             match, labels = self._matched(layers, objects, teacher_outputs)
             features = teacher_outputs["mask_features"] if teacher_outputs else None
-            supervision = self._supervision(outputs, objects, match, targets, images, features, labels)
+            if prepared is not None:
+                labels, features = prepared.labels, prepared.features
+            supervision = self._supervision(objects, targets, images, features, labels)
+            numbers = prepared.numbers if prepared else mean_over_ranks(self._numbers(objects, supervision))
+            objects = normalised(objects, numbers)
+            colors = self._colors(outputs, objects, match, supervision)
+            supervision = replace(supervision, colors=colors, truth=known_truth(targets, images.device))
             masks = matched_masks(mask_logits(layers), match, objects)
             matched = MatchedBoxes(objects, match, masks, supervision)
             losses = self._losses(layers, matched)
@@ -85,13 +94,30 @@ class SIMCriterion(Criterion):
                 losses |= self.named_prompted(self._losses(layers, prompted, background=False))
         return losses, matched
 
-    def update(self, matched: Matched) -> None:
+    @torch.no_grad()
+    def prepare(
+        self, targets: Sequence[Target], images: Tensor, teacher_outputs: Outputs | None = None
+    ) -> Prepared:
+        with torch.autocast(images.device.type, enabled=False):
+            objects, labels, features = self.objects(targets, images), None, None
+            if teacher_outputs is not None:
+                taught, matcher = self.teacher_layers(teacher_outputs)
+                features = teacher_outputs["mask_features"]
+                labels = self.pseudo_masks(taught, features, objects, matcher)
+            supervision = self._supervision(objects, targets, images, features, labels)
+            return Prepared(self._numbers(objects, supervision), labels, features)
+
+    def update(self, *matched: Matched) -> None:
         """A training step more; the prototypes follow the teacher's features."""
-        super().update(matched)
-        assert isinstance(matched, MatchedBoxes)
-        supervision = matched.supervision
-        if supervision.labels is not None and supervision.teacher_features is not None:
-            self.pseudo_masks.update(supervision.teacher_features, matched.objects, supervision.labels)
+        super().update(*matched)
+        parts = []
+        for part in matched:
+            assert isinstance(part, MatchedBoxes)
+            features, labels = part.supervision.teacher_features, part.supervision.labels
+            if labels is not None and features is not None:
+                parts.append((features, part.objects, labels))
+        if parts:
+            self.pseudo_masks.update(parts)
 
     def teacher_layers(self, outputs: Outputs) -> tuple[list[LayerOutputs], Matcher]:
         """The teacher's layers that pseudo masks are made of, and who finds the objects in them.
@@ -140,21 +166,32 @@ class SIMCriterion(Criterion):
 
     def _supervision(
         self,
-        outputs: Outputs,
         objects: Targets,
-        match: Match,
         targets: Sequence[Target],
         images: Tensor,
         features: Tensor | None,
         labels: PseudoLabels | None,
     ) -> Supervision:
-        rgb, valid = self.pixels.undo(images), _valid(targets, images)
-        colors = self._colors(outputs, objects, match, rgb, valid)
+        """What is known without the student."""
+        rgb, valid, keys = self.pixels.undo(images), _valid(targets, images), self.sim.PAIRWISE
+        edges = None
+        if keys.ENABLED:
+            edges = box_edges(objects, alike_edges(rgb, valid, features, keys), keys.DILATION)
         run = self.sim, self.points, self.step, self.max_iter
-        return Supervision(*run, rgb, valid, features, labels, colors, known_truth(targets, images.device))
+        return Supervision(*run, rgb, valid, features, labels, None, edges=edges)
+
+    def _numbers(self, objects: Targets, supervision: Supervision) -> Tensor:
+        """(6,) float64: the ``Numbers`` of the objects."""
+        edges = labelled = torch.zeros((), dtype=torch.float64, device=objects.labels.device)
+        if supervision.edges is not None:
+            counted = supervision.edges.weight * objects.by_box[supervision.edges.target]
+            edges = counted.sum(dtype=torch.float64)
+        if (labels := supervision.labels) is not None:
+            labelled = ((labels.final != IGNORED) & objects.by_box[labels.pixels.target]).sum().double()
+        return torch.cat([self.own_numbers(objects), torch.stack([edges, labelled])])
 
     def _colors(
-        self, outputs: Outputs, objects: Targets, match: Match, rgb: Tensor, valid: Tensor
+        self, outputs: Outputs, objects: Targets, match: Match, supervision: Supervision
     ) -> ColorLabels | None:
         """Masks corrected by colour, of the prompted queries or, without any, of the matched ones."""
         keys = self.sim.COLOR_MODEL
@@ -164,7 +201,8 @@ class SIMCriterion(Criterion):
         if "prompted" in outputs:
             masks, query = outputs["prompted"]["pred_masks"], prompt_queries(objects)
         prior = fade_out(self.step, resolve_steps(keys.PRIOR, self.max_iter))
-        return color_labels(masks[objects.image_index, query].float(), rgb, valid, objects, keys, prior)
+        logits = masks[objects.image_index, query].float()
+        return color_labels(logits, supervision.images, supervision.valid, objects, keys, prior)
 
 
 def predictions(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor, Tensor]:

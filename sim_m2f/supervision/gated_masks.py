@@ -16,5 +16,5 @@ def gated_masks(matched: MatchedBoxes) -> Tensor:
     assert labels is not None
     good = labels.quality * (labels.quality >= supervision.sim.GATED_MASKS.MIN_QUALITY)
     truth = labels.soft_masks(matched.objects)
-    cross_entropy, dice = mask_losses(matched.masks, truth, *supervision.points)
+    cross_entropy, dice = mask_losses(matched.masks, truth, matched.random_points, *supervision.points)
     return per_object(good * (cross_entropy + dice), matched.by_box, matched.objects)

@@ -24,6 +24,11 @@ def known_masks(matched: MatchedBoxes) -> Tensor:
     truth, points, objects = matched.supervision.truth, matched.supervision.points, matched.objects
     assert truth is not None
     index = objects.known_index
-    cross_entropy, dice = mask_losses(matched.masks.index_select(1, index), truth, *points)
+    cross_entropy, dice = mask_losses(
+        matched.masks.index_select(1, index),
+        truth,
+        lambda purpose, number: matched.random_points(purpose, number).index_select(1, index),
+        *points,
+    )
     loss = torch.zeros_like(matched.match.matched, dtype=dice.dtype).index_add(1, index, cross_entropy + dice)
     return per_object(loss, matched.annotated, objects)

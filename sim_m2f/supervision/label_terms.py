@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sim_m2f.distributed import at_least_one
 from sim_m2f.supervision.matched import MatchedBoxes
 
 
@@ -24,4 +25,4 @@ def _is_semantic(matched: MatchedBoxes) -> Tensor:
 
 def _per_labelled_pixel(matched: MatchedBoxes, chosen: Tensor) -> Tensor:
     """Sum over the layers of the loss of the chosen (P,) pixels, divided by the number of labelled ones."""
-    return ((matched.label_loss * chosen).sum(1) / matched.labelled_number).sum()
+    return (matched.label_loss * chosen).sum() / at_least_one(matched.objects.numbers.labelled)

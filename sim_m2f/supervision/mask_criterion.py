@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.structures import LayerOutputs, Outputs, Target
-from sim_m2f.supervision.base import Criterion, mask_logits, stacked_logits
+from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.matched import Matched, matched_masks, per_object
 from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.prompting import match_prompts
-from sim_m2f.supervision.targets import flatten_targets, map_size
 
 
 class MaskCriterion(Criterion):
@@ -32,11 +32,14 @@ class MaskCriterion(Criterion):
         targets: Sequence[Target],
         images: Tensor,
         teacher_outputs: Outputs | None = None,
+        prepared: Prepared | None = None,
     ) -> tuple[dict[str, Tensor], Matched]:
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
             masks = mask_logits(layers)
-            objects = flatten_targets(targets, map_size(masks[0]), images.device)
+            objects = self.objects(targets, images)
+            numbers = prepared.numbers if prepared else mean_over_ranks(self.own_numbers(objects))
+            objects = normalised(objects, numbers)
             truth = [target["masks"].to(images.device, non_blocking=True) for target in targets]
             match = self.matcher(stacked_logits(layers), masks, truth, objects)
             matched = Matched(objects, match, matched_masks(masks, match, objects))
@@ -54,7 +57,7 @@ class MaskCriterion(Criterion):
     ) -> dict[str, Tensor]:
         """The losses of a group of queries towards the masks (T, H, W), by name."""
         keys = self.mask_former
-        cross_entropy, dice = mask_losses(matched.masks, truth, *self.points)
+        cross_entropy, dice = mask_losses(matched.masks, truth, matched.random_points, *self.points)
         return {
             "loss_ce": self.classification(
                 stacked_logits(layers), matched.objects, matched.match, background

@@ -3,15 +3,19 @@
 import torch
 from torch import Tensor
 
+from sim_m2f.distributed import at_least_one
 from sim_m2f.supervision.matched import Matched
 
 
 @torch.no_grad()
 def mask_shapes(matched: Matched) -> dict[str, Tensor]:
-    """Means of ``mask_fill`` and ``mask_solidity`` over the annotated objects, of the last layer's masks."""
+    """Means of ``mask_fill`` and ``mask_solidity`` over the annotated objects, of the last layer's masks.
+
+    Those of the parts of a batch add up to its own.
+    """
     masks, counted = matched.masks[-1], matched.annotated.matched[-1].float()
     shapes = {"mask_fill": mask_fill(masks, matched.objects.box_masks), "mask_solidity": mask_solidity(masks)}
-    number = counted.sum().clamp(min=1)
+    number = at_least_one(matched.objects.numbers.annotated)
     return {name: (shape * counted).sum() / number for name, shape in shapes.items()}
 
 

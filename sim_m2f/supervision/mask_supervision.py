@@ -3,13 +3,19 @@
 The upper bound for learning from boxes; used when MODEL.SIM.SUPERVISION is "mask".
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sim_m2f.draws import uniform
 from sim_m2f.supervision.losses import linear_dice_cost, linear_dice_loss
 from sim_m2f.supervision.matcher import Match, assign, class_cost
 from sim_m2f.supervision.targets import Targets
+
+# Random points (L, T, number, 2) on T masks after L layers, x and y from 0 to 1, for a purpose.
+Points = Callable[[str, int], Tensor]
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -22,7 +28,7 @@ class MaskMatcher:
 
     Args:
         class_weight, mask_weight, dice_weight: weights of the three costs.
-        num_points: points per image, drawn anew at every call and the same for all queries and objects.
+        num_points: points per image, drawn by its seed and the same for all queries and objects.
     """
 
     def __init__(self, class_weight: float, mask_weight: float, dice_weight: float, num_points: int) -> None:
@@ -47,7 +53,8 @@ class MaskMatcher:
         """
         cost = self.class_weight * class_cost(logits, targets)
         for image, truth in enumerate(masks):
-            points = torch.rand(1, self.num_points, 2, device=logits.device)
+            seed = targets.seeds[image : image + 1]
+            points = uniform(seed, "matching", self.num_points, 2, device=logits.device)
             maps = (layer[image, None].float() for layer in mask_logits)
             predicted = torch.cat([sample_points(layer, points) for layer in maps])
             target = sample_points(truth[None].to(predicted.dtype), points)[0]
@@ -64,11 +71,14 @@ def _cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def uncertain_points(logits: Tensor, num_points: int, oversample: float, importance: float) -> Tensor:
+def uncertain_points(
+    logits: Tensor, points: Points, num_points: int, oversample: float, importance: float
+) -> Tensor:
     """Points where masks are least certain, and some at random (PointRend).
 
     Args:
-        logits: (N, 1, h, w) mask logits.
+        logits: (N, 1, h, w) mask logits, those of all objects after one layer after the other.
+        points: draws points on these masks.
         num_points: points per mask.
         oversample: candidates per point.
         importance: share of the points that are the candidates nearest to logit 0.
@@ -76,22 +86,23 @@ def uncertain_points(logits: Tensor, num_points: int, oversample: float, importa
     Returns:
         (N, num_points, 2), x and y from 0 to 1.
     """
-    candidates = torch.rand(len(logits), int(num_points * oversample), 2, device=logits.device)
+    candidates = points("candidate points", int(num_points * oversample)).flatten(0, 1)
     certainty = sample_points(logits, candidates).squeeze(1).abs()
     chosen = certainty.topk(int(num_points * importance), dim=1, largest=False).indices
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
-    random = torch.rand(len(logits), num_points - uncertain.shape[1], 2, device=logits.device)
+    random = points("random points", num_points - uncertain.shape[1]).flatten(0, 1)
     return torch.cat([uncertain, random], dim=1)
 
 
 def mask_losses(
-    logits: Tensor, masks: Tensor, num_points: int, oversample: float, importance: float
+    logits: Tensor, masks: Tensor, points: Points, num_points: int, oversample: float, importance: float
 ) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy and dice at uncertain points.
 
     Args:
         logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
         masks: (T, H, W) bool, or probabilities.
+        points: draws points on these masks.
         num_points, oversample, importance: see ``uncertain_points``.
 
     Returns:
@@ -99,9 +110,9 @@ def mask_losses(
     """
     layers, objects = logits.shape[:2]
     maps = logits.flatten(0, 1)[:, None]
-    points = uncertain_points(maps, num_points, oversample, importance)
-    predicted = sample_points(maps, points).view(layers, objects, num_points)
-    per_object = points.view(layers, objects, num_points, 2).transpose(0, 1).flatten(1, 2)
+    places = uncertain_points(maps, points, num_points, oversample, importance)
+    predicted = sample_points(maps, places).view(layers, objects, num_points)
+    per_object = places.view(layers, objects, num_points, 2).transpose(0, 1).flatten(1, 2)
     target = (
         sample_points(masks[:, None].to(logits.dtype), per_object)
         .view(objects, layers, num_points)

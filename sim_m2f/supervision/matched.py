@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.distributed import number_over_ranks
-from sim_m2f.supervision.affinity import alike_edges
+from sim_m2f.distributed import at_least_one
+from sim_m2f.supervision.box_edges import BoxEdges
 from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.matcher import Match
@@ -41,8 +41,11 @@ class Matched:
     @cached_property
     def by_box(self) -> Match:
         """The match of the objects that learn from their boxes: neither pasted nor with a true mask."""
-        matched = self.annotated.matched.index_fill(1, self.objects.known_index, False)
-        return Match(self.match.query, matched)
+        return Match(self.match.query, self.match.matched & self.objects.by_box)
+
+    def random_points(self, purpose: str, number: int) -> Tensor:
+        """(L, T, number, 2) random points on the masks, x and y from 0 to 1."""
+        return self.objects.draw(purpose, len(self.masks), number)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Supervision:
         labels: of the P pixels of the boxes, if there is a teacher.
         colors: masks corrected by colour, if they are used.
         truth: (S, H, W) bool, the true masks of ``objects.known_index``, if there are any.
+        edges: of the boxes' pixels, for the pairwise loss.
     """
 
     sim: CfgNode
@@ -71,11 +75,7 @@ class Supervision:
     labels: PseudoLabels | None
     colors: ColorLabels | None
     truth: Tensor | None = None
-
-    @cached_property
-    def edges(self) -> Tensor:
-        """(B, 4, h, w) bool: see ``alike_edges``."""
-        return alike_edges(self.images, self.valid, self.teacher_features, self.sim.PAIRWISE)
+    edges: BoxEdges | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,6 @@ class MatchedBoxes(Matched):
         return (labels.final != IGNORED) & self.by_box.matched[:, labels.pixels.target]
 
     @cached_property
-    def labelled_number(self) -> Tensor:
-        """(L,): how many pixels are labelled, on a mean rank."""
-        return number_over_ranks(self.labelled.sum(1).float())
-
-    @cached_property
     def label_loss(self) -> Tensor:
         """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
         labels = self.supervision.labels
@@ -123,7 +118,7 @@ def focal_keys(sim: CfgNode) -> tuple[float, float]:
 
 def per_object(loss: Tensor, match: Match, objects: Targets) -> Tensor:
     """Sum over layers and matched objects of a loss (L, T), per annotated object of a mean rank."""
-    return (loss * match.matched).sum() / number_over_ranks(loss.new_full((), objects.annotated))
+    return (loss * match.matched).sum() / at_least_one(objects.numbers.annotated)
 
 
 def matched_masks(mask_logits: Sequence[Tensor], match: Match, objects: Targets) -> Tensor:

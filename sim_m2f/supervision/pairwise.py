@@ -5,22 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sim_m2f.distributed import number_over_ranks
-from sim_m2f.supervision.affinity import neighbour_offsets
+from sim_m2f.distributed import at_least_one
+from sim_m2f.supervision.box_edges import BoxEdges
 from sim_m2f.supervision.matched import MatchedBoxes
-from sim_m2f.supervision.targets import Targets, box_pixels
 
 
 def pairwise(matched: MatchedBoxes) -> Tensor:
     """The pairwise loss per counted edge, summed over the layers; less where the fill guard is at work."""
-    supervision, match = matched.supervision, matched.by_box
-    dilation = supervision.sim.PAIRWISE.DILATION
-    sums, numbers = pairwise_loss(matched.masks, matched.objects, supervision.edges, dilation)
-    counted = number_over_ranks((numbers * match.matched).sum(1))
-    sums = sums * match.matched
+    supervision = matched.supervision
+    assert supervision.edges is not None
+    sums = pairwise_loss(matched.masks, supervision.edges) * matched.by_box.matched
     if supervision.sim.FILL_GUARD.ENABLED:
         sums = sums * (1 - matched.deficit)
-    return (sums.sum(1) / counted).sum()
+    return sums.sum() / at_least_one(matched.objects.numbers.edges)
 
 
 class SameLabel(torch.autograd.Function):
@@ -59,43 +56,12 @@ class SameLabel(torch.autograd.Function):
         return result, None, None, None, None, None
 
 
-def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """Sum over the counted edges of -log P(same label), and their number.
-
-    An edge (i, j) to one of 8 neighbours counts for an object when i is in its box and ``edges`` has it;
-    it counts twice, once from each end, when both lie in the box.
+def pairwise_loss(logits: Tensor, edges: BoxEdges) -> Tensor:
+    """(L, T): sum over an object's counted edges of -log P(same label).
 
     Args:
         logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
-        targets: the T objects.
-        edges: (B, 4, h, w) bool, from each pixel to its four neighbours after it: alike, both ends usable.
-        dilation: distance of the neighbours in pixels at stride 4.
-
-    Returns:
-        (L, T) sums and (T,) numbers.
+        edges: of the pixels of the T objects.
     """
-    _, objects, height, width = logits.shape
-    pixels = box_pixels(targets, margin=dilation)
-    columns, rows = (projection.bool() for projection in targets.projections)
-    position = pixels.y * width + pixels.x
-    first = (pixels.target * height * width) + position
-    inside = _in_box(columns, rows, pixels.target, pixels.x, pixels.y)
-    image = targets.image_index[pixels.target]
-
-    seconds, weights = [], []
-    for direction, (dy, dx) in enumerate(neighbour_offsets(dilation)):
-        exists = edges[image, direction, pixels.y, pixels.x]
-        other_inside = _in_box(columns, rows, pixels.target, pixels.x + dx, pixels.y + dy)
-        weights.append(exists * (inside.to(logits.dtype) + other_inside))
-        seconds.append(torch.where(exists, first + dy * width + dx, first))
-    weight = torch.stack(weights)
-    pairs = first, torch.stack(seconds), weight, pixels.target
-    sums = SameLabel.apply(logits.flatten(1), *pairs, objects)
-    return sums, logits.new_zeros(objects).index_add(0, pixels.target, weight.sum(0))
-
-
-def _in_box(columns: Tensor, rows: Tensor, target: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(P,) bool: whether pixel (x, y) lies in the box of its object; False outside of the image."""
-    height, width = rows.shape[1], columns.shape[1]
-    in_image = (x >= 0) & (x < width) & (y < height)
-    return in_image & columns[target, x.clamp(0, width - 1)] & rows[target, y.clamp(max=height - 1)]
+    pairs = edges.first, edges.second, edges.weight, edges.target
+    return SameLabel.apply(logits.flatten(1), *pairs, logits.shape[1])

@@ -1,12 +1,15 @@
 """The bank of recent training images that copy-paste draws its objects from."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sim_m2f.supervision.targets import STRIDE, Targets, numbered
+from sim_m2f.draws import Seed, uniform
+from sim_m2f.pixels import Pixels
+from sim_m2f.supervision.targets import STRIDE, numbered
 
 # What a checkpoint calls the attributes of a bank.
 STATE = {
@@ -21,16 +24,15 @@ FIRST = 2.0**64  # factor of its speed in a draw, beyond the ratio of any two
 class PasteBank:
     """The last training images with their objects, first in, first out.
 
-    Pixels are kept as float16: it holds normalised pixels (below 4) to 0.001, a twentieth of one of 255 grey
-    levels. Images of all sizes share one buffer, which grows to the largest; beyond an image all is zero.
+    Images of all sizes share one buffer, which grows to the largest; beyond an image all is zero.
 
     Args:
         capacity: most images, at least 1.
-        device: where the batches' images are, and the bank.
+        pixels: how the network's images are normalised; on their device, which is the bank's.
         power: objects are drawn in proportion to score^power.
 
     Attributes:
-        images: (capacity, 3, H, W) float16; the n-th image that ever entered is at n % capacity.
+        images: (capacity, 3, H, W) uint8 RGB; the n-th image that ever entered is at n % capacity.
         masks: (M, h, w) bool, pixels of the objects of all images, the oldest image's first.
         boxes: (M, 4) float32 xyxy in pixels.
         labels: (M,) int64.
@@ -40,9 +42,10 @@ class PasteBank:
         entered: images that ever entered.
     """
 
-    def __init__(self, capacity: int, device: torch.device, power: float = 3.0) -> None:
-        self.capacity, self.power = capacity, power
-        self.images = torch.zeros(capacity, 3, 0, 0, dtype=torch.float16, device=device)
+    def __init__(self, capacity: int, pixels: Pixels, power: float = 3.0) -> None:
+        self.capacity, self.pixels, self.power = capacity, pixels, power
+        device = pixels.mean.device
+        self.images = torch.zeros(capacity, 3, 0, 0, dtype=torch.uint8, device=device)
         self.masks = torch.zeros(0, 0, 0, dtype=torch.bool, device=device)
         self.boxes = torch.zeros(0, 4, device=device)
         self.labels = torch.zeros(0, dtype=torch.int64, device=device)
@@ -55,35 +58,45 @@ class PasteBank:
         return len(self.counts)
 
     @torch.no_grad()
-    def add(self, images: Tensor, objects: Targets, masks: Tensor, scores: Tensor) -> None:
+    def add(
+        self,
+        counts: Sequence[int],
+        images: Tensor,
+        boxes: Tensor,
+        labels: Tensor,
+        masks: Tensor,
+        scores: Tensor,
+    ) -> None:
         """Enter every image of a batch that has objects, once; the oldest leave.
 
         Args:
-            images: (B, 3, H, W), as the network got them; H and W are multiples of 4.
-            objects: the T objects of the batch.
-            masks: (T, h, w) pseudo masks at stride 4, bool or probabilities, positive above one half.
+            counts: objects per image, T in all.
+            images: (B, 3, H, W) uint8 RGB; H and W are multiples of 4.
+            boxes: (T, 4) xyxy in pixels.
+            labels: (T,) int64.
+            masks: (T, h, w) bool, pseudo masks at stride 4.
             scores: (T,) from 0 to 1, or TRUE_MASK.
         """
         self._grow(*images.shape[-2:])
         height, width = self.images.shape[-2:]
-        masks = fit_to(masks > 0.5, height // STRIDE, width // STRIDE)
+        masks = fit_to(masks, height // STRIDE, width // STRIDE)
         scores = scores.float() * masks.flatten(1).any(1)
 
-        entering = [i for i, count in enumerate(objects.counts) if count]
-        counts = self.counts + [objects.counts[i] for i in entering]
+        entering = [i for i, count in enumerate(counts) if count]
+        counts = self.counts + [counts[i] for i in entering]
         leaving = max(len(counts) - self.capacity, 0)
         old = sum(counts[:leaving])
         new = max(old - len(self.scores), 0)  # of this batch itself, when it is larger than the bank
         self.masks = torch.cat([self.masks[old:], masks[new:]])
-        self.boxes = torch.cat([self.boxes[old:], objects.boxes[new:].float()])
-        self.labels = torch.cat([self.labels[old:], objects.labels[new:]])
+        self.boxes = torch.cat([self.boxes[old:], boxes[new:].float()])
+        self.labels = torch.cat([self.labels[old:], labels[new:]])
         self.scores = torch.cat([self.scores[old:], scores[new:]])
         self.counts = counts[leaving:]
         self.entered += len(entering)
 
         staying = torch.tensor(entering[-self.capacity :], dtype=torch.int64)
         slots = torch.arange(self.entered - len(staying), self.entered) % self.capacity
-        pixels = images.index_select(0, staying.to(images.device, non_blocking=True)).half()
+        pixels = images.index_select(0, staying.to(images.device, non_blocking=True))
         self.images.index_copy_(0, slots.to(images.device, non_blocking=True), fit_to(pixels, height, width))
 
     def _grow(self, height: int, width: int) -> None:
@@ -103,21 +116,26 @@ class PasteBank:
         """(M,) bool: objects that are cut out by their true masks."""
         return self.scores > 1
 
-    def draw(self, times: int, most: int) -> tuple[Tensor, Tensor]:
-        """Draw objects without replacement by score^power, several times independently.
+    def pictures(self, objects: Tensor) -> Tensor:
+        """(R, 3, H, W) float32: the images of (R,) objects, as the network got them."""
+        return self.pixels.normalise(self.images[self.slots[objects]])
+
+    def draw(self, seeds: Sequence[Seed], most: int) -> tuple[Tensor, Tensor]:
+        """Draw objects without replacement by score^power, for several images independently.
 
         The objects race: each needs a random time, exponential with rate score^power; the first ones win.
         Those with true masks start before all others.
 
         Args:
-            times: R draws.
+            seeds: of R images.
             most: objects a draw, fewer when the bank has not so many.
 
         Returns:
             (R, K) int64 objects in the order of the draw, and (R, K) bool, False where none was left to draw.
         """
         weights = self.scores.clamp(max=1) ** self.power
-        speed = weights / weights.new_empty(times, len(weights)).exponential_()
+        times = -(1 - uniform(seeds, "race", len(weights))).log()
+        speed = weights / times.clamp(min=1e-9).to(weights.device, non_blocking=True)
         speed = torch.where(self.known, FIRST * speed, speed)
         first = speed.topk(min(most, len(weights)), dim=1)
         return first.indices, first.values > 0

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sim_m2f.distributed import number_over_ranks
+from sim_m2f.distributed import at_least_one
 from sim_m2f.supervision.losses import dice_loss, focal_loss
 from sim_m2f.supervision.matched import MatchedBoxes, focal_keys
 
@@ -14,4 +14,4 @@ def copy_paste(matched: MatchedBoxes) -> Tensor:
     focal = focal_loss(logits, target.long(), *focal_keys(matched.supervision.sim)).mean(-1)
     loss = focal + dice_loss(logits.sigmoid(), target.float())
     loss = loss * matched.match.matched.index_select(1, pasted)
-    return loss.sum() / number_over_ranks(loss.new_full((), len(pasted)))
+    return loss.sum() / at_least_one(objects.numbers.pasted)

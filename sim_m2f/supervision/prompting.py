@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from sim_m2f.draws import uniform
 from sim_m2f.structures import Prompts, Target
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.targets import Targets
@@ -19,7 +20,7 @@ def annotated_prompts(
     box_noise: float = 0.0,
     label_noise: float = 0.0,
 ) -> Prompts:
-    """A prompt per object, in the order of the targets; noise is drawn from torch's global state on the CPU.
+    """A prompt per object, in the order of the targets; noise is drawn by the targets' seeds.
 
     Args:
         targets: per image {"labels": (N,) int64, "boxes": (N, 4) float xyxy in pixels of the input}.
@@ -32,17 +33,18 @@ def annotated_prompts(
     share = torch.tensor([size[1], size[0], size[1], size[0]])
     each_boxes = [target["boxes"].reshape(-1, 4).cpu().float() / share for target in targets]
     each_labels = [target["labels"].reshape(-1).cpu() for target in targets]
+    if box_noise or label_noise:
+        for i, target in enumerate(targets):
+            drawn = uniform([target.get("seed")], "prompts", len(each_labels[i]), 6)[0]
+            lengths = (each_boxes[i][:, 2:] - each_boxes[i][:, :2]).repeat(1, 2)
+            each_boxes[i] = (each_boxes[i] + (2 * drawn[:, :4] - 1) * box_noise * lengths).clamp(0, 1)
+            random = (drawn[:, 4] * classes).long()
+            each_labels[i] = torch.where(drawn[:, 5] < label_noise, random, each_labels[i])
     if not any(map(len, each_labels)):  # one any prompt, so that the network computes in every step the same
         each_boxes = [boxes.new_zeros(1, 4) for boxes in each_boxes]
         each_labels = [labels.new_zeros(1) for labels in each_labels]
     boxes = pad_sequence(each_boxes, batch_first=True)
     labels = pad_sequence(each_labels, batch_first=True)
-    if box_noise:
-        lengths = (boxes[..., 2:] - boxes[..., :2]).repeat(1, 1, 2)
-        boxes = (boxes + (2 * torch.rand(boxes.shape) - 1) * box_noise * lengths).clamp(0, 1)
-    if label_noise:
-        random = torch.randint(classes, labels.shape)
-        labels = torch.where(torch.rand(labels.shape) < label_noise, random, labels)
     return Prompts(boxes.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
 

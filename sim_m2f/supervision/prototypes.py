@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.distributed import max_over_ranks, ranks, sum_over_ranks
+from sim_m2f.distributed import max_over_ranks, sum_over_ranks
 
 
 class Prototypes(nn.Module):
@@ -32,36 +32,49 @@ class Prototypes(nn.Module):
         self.keys = keys
         self.register_buffer("vectors", F.normalize(torch.randn(classes, keys.COUNT, width), dim=-1))
 
-    def sample(self, labels: Tensor, confident: Tensor, present: int) -> tuple[Tensor, Tensor]:
-        """The pixels that an update takes, all of a class on all ranks with the same probability.
+    def counts(self, labels: Tensor, images: Tensor, number: int, confident: Tensor) -> Tensor:
+        """(B, C): the confident pixels of each of ``number`` images by class; see ``sample``."""
+        group = images * len(self.vectors) + labels
+        empty = torch.zeros(number * len(self.vectors), device=labels.device)
+        return empty.index_add(0, group, confident.float()).view(number, -1)
+
+    def sample(
+        self, labels: Tensor, images: Tensor, confident: Tensor, keys: Tensor, shares: Tensor, present: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pixels that an update takes: of a class, as many of each image as its share of all images' is.
 
         Args:
             labels: (N,) int64, the classes of the pixels' objects.
+            images: (N,) int64, the pixels' images, of B.
             confident: (N,) bool, whether the pixel surely belongs to its object; only these count.
+            keys: (N,) random numbers, from 0 to 1; of an image's pixels of a class, those of the least count.
+            shares: (B, C) of the images in all confident pixels of a class.
             present: how many classes there are among the labels.
 
         Returns:
             (M,) indices and (M,) classes, C for a place that is left over: M is known without asking the
             device.
         """
-        own = torch.zeros(len(self.vectors), device=labels.device).index_add(0, labels, confident.float())
-        share = own * ranks() / sum_over_ranks(own).clamp(min=1)
-        index, taken = sample_per_class(labels, confident, (self.keys.PIXELS_PER_CLASS * share).round())
-        most = present * self.keys.PIXELS_PER_CLASS * ranks()
-        first = (~taken).int().argsort(stable=True)[:most]
-        return index[first], torch.where(taken, labels[index], len(self.vectors))[first]
+        classes, limit = len(self.vectors), self.keys.PIXELS_PER_CLASS
+        group = torch.where(confident, images * classes + labels, shares.numel())
+        limits = F.pad((limit * shares).round().flatten(), (0, 1))
+        index, taken = sample_per_group(group, keys, limits)
+        first = (~taken).int().argsort(stable=True)[: present * (limit + len(shares))]
+        return index[first], torch.where(taken, labels[index], classes)[first]
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Move the prototypes towards the centroids of their pixels; one that received none stays.
 
+        It computes in float64, so that sums over ranks do not depend on their order.
+
         Args:
             features: (N, d) the teacher's features of N pixels, of any length.
             labels: (N,) int64, the classes of their objects; a pixel of class C does not count.
         """
-        features = F.normalize(features.float(), dim=-1)
+        features = F.normalize(features.double(), dim=-1)
         classes, count, width = self.vectors.shape
-        vectors = F.pad(self.vectors, (0, 0, 0, 0, 0, 1))  # and those of class C
+        vectors = F.pad(self.vectors.double(), (0, 0, 0, 0, 0, 1))  # and those of class C
         scores = torch.einsum("nd,nld->nl", features, vectors[labels])
         plan = sinkhorn(scores, labels, classes + 1, self.keys.EPSILON, self.keys.ITERATIONS)
         slot = labels * count + plan.argmax(1)
@@ -72,7 +85,7 @@ class Prototypes(nn.Module):
         momentum = self.keys.MOMENTUM
         centroid = sums / numbers.clamp(min=1)
         moved = F.normalize(momentum * self.vectors + (1 - momentum) * centroid, dim=-1)
-        self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors))
+        self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors.double()))
 
     @torch.no_grad()
     def similarity(self, features: Tensor, classes: Tensor, class_index: Tensor) -> Tensor:
@@ -92,22 +105,21 @@ class Prototypes(nn.Module):
         return scores.gather(1, own).amax(1)
 
 
-def sample_per_class(labels: Tensor, allowed: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    """So many allowed pixels of every class at most, each of a class with the same probability.
+def sample_per_group(group: Tensor, keys: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every group the pixels with the least keys, so many at most.
 
     Args:
-        labels: (N,) int64.
-        allowed: (N,) bool.
-        limits: (C,) most of each class.
+        group: (N,) int64, 0 to G-1.
+        keys: (N,) from 0 to 1.
+        limits: (G,) most of each group.
 
     Returns:
         (N,) indices of all pixels in another order, and (N,) bool, which of them are drawn.
     """
-    shuffled = torch.randperm(len(labels), device=labels.device)
-    key = torch.where(allowed, labels, -1)[shuffled]
-    key, order = key.sort(stable=True)
-    rank = torch.arange(len(labels), device=labels.device) - torch.searchsorted(key, key)
-    return shuffled[order], (key >= 0) & (rank < limits[key])
+    order = (group + keys.double()).argsort(stable=True)
+    group = group[order]
+    place = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+    return order, place < limits[group]
 
 
 def sinkhorn(scores: Tensor, labels: Tensor, classes: int, epsilon: float, iterations: int) -> Tensor:
@@ -117,7 +129,7 @@ def sinkhorn(scores: Tensor, labels: Tensor, classes: int, epsilon: float, itera
     each of the class's pixels; the pixels of all ranks count.
 
     Args:
-        scores: (N, L) float32, inner product of each pixel with the prototypes of its class.
+        scores: (N, L), inner product of each pixel with the prototypes of its class.
         labels: (N,) int64, class of each pixel.
         classes: C.
         epsilon: weight of the entropy.

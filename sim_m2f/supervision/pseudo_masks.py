@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.distributed import sum_over_ranks
+from sim_m2f.draws import uniform
 from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import LayerOutputs
 from sim_m2f.supervision.matcher import Match, Matcher, mask_projections
@@ -114,12 +116,27 @@ class PseudoMasks(nn.Module):
         return self.labels(self.evidence(layers, features, targets, matcher))
 
     @torch.no_grad()
-    def update(self, features: Tensor, targets: Targets, labels: PseudoLabels) -> None:
-        """Let the prototypes follow the teacher's features (B, d, h, w) at pixels with a confident M_I."""
-        confident = labels.instance > self.sim.PROTOTYPES.CONFIDENT
-        classes = targets.labels[labels.pixels.target]
-        chosen, classes = self.prototypes.sample(classes, confident, len(targets.classes))
-        self.prototypes.update(features_at(features, targets, labels.pixels, chosen), classes)
+    def update(self, parts: Sequence[tuple[Tensor, Targets, PseudoLabels]]) -> None:
+        """Let the prototypes follow the teacher's features (B, d, h, w) at pixels with a confident M_I.
+
+        Features, objects and labels are those of the parts of a rank's images.
+        """
+        prototypes, least = self.prototypes, self.sim.PROTOTYPES.CONFIDENT
+        pixels = []
+        for _, targets, labels in parts:
+            target = labels.pixels.target
+            pixels.append((targets.labels[target], targets.image_index[target], labels.instance > least))
+        own = [
+            prototypes.counts(classes, images, len(targets.counts), confident)
+            for (classes, images, confident), (_, targets, _) in zip(pixels, parts, strict=True)
+        ]
+        total = sum_over_ranks(torch.cat(own).sum(0)).clamp(min=1)
+        chosen = []
+        for (features, targets, labels), part, count in zip(parts, pixels, own, strict=True):
+            draws = pixel_draws(targets)
+            index, classes = prototypes.sample(*part, draws, count / total, len(targets.classes))
+            chosen.append((features_at(features, targets, labels.pixels, index), classes))
+        prototypes.update(*map(torch.cat, zip(*chosen, strict=True)))
 
     @torch.no_grad()
     def evidence(
@@ -180,6 +197,15 @@ class PseudoMasks(nn.Module):
         further = positive.QUERIES if positive.WEIGHTING else 0
         masks = positive_masks(logits, *projections, match, targets, further, positive.MIN_IOU)
         return instance_probability(mask_logits, masks, targets, pixels), masks
+
+
+def pixel_draws(targets: Targets) -> Tensor:
+    """(P,): a random number of every pixel of every box."""
+    columns, rows = (targets.ranges[:, 2:] - targets.ranges[:, :2]).unbind(1)
+    pixels = [int(areas.sum()) for areas in (columns * rows).split(targets.counts)]
+    device, seeds = targets.labels.device, targets.seeds
+    drawn = [uniform([seed], "prototypes", n, device=device) for seed, n in zip(seeds, pixels, strict=True)]
+    return torch.cat(drawn, dim=1)[0]
 
 
 def features_at(features: Tensor, targets: Targets, pixels: BoxPixels, index: Tensor) -> Tensor:

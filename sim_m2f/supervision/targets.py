@@ -1,17 +1,39 @@
 """The annotations of a batch as flat tensors, and its boxes as pixels at stride 4."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sim_m2f.draws import Seed, uniform
 from sim_m2f.geometry import iou, mask_extents
 from sim_m2f.structures import Target
 
 STRIDE = 4
+
+
+class Numbers(NamedTuple):
+    """What losses are divided by, each () float32: of a batch, or of the whole batch on a mean rank.
+
+    Attributes:
+        images: how many.
+        annotated: objects that learn from annotations: the images' own, and pasted ones with a true mask.
+        pasted: objects of other images, with a pseudo mask.
+        claimed: objects that find a query.
+        edges: counted edges of the pairwise loss, if it is in use.
+        labelled: pixels with a pseudo label, if there is a teacher.
+    """
+
+    images: Tensor
+    annotated: Tensor
+    pasted: Tensor
+    claimed: Tensor
+    edges: Tensor = torch.zeros(())
+    labelled: Tensor = torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,8 @@ class Targets:
         known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         size: (h, w) of the maps at stride 4.
         proposals: masks from elsewhere, if there are any.
+        seeds: per image, of its random numbers.
+        numbers: those of these objects, until a criterion puts those of the whole batch in their place.
     """
 
     labels: Tensor
@@ -59,15 +83,25 @@ class Targets:
     pasted_masks: Tensor
     known_index: Tensor
     size: tuple[int, int]
+    seeds: list[Seed]
+    numbers: Numbers
     proposals: Proposals | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def annotated(self) -> int:
-        """How many objects learn from annotations: the images' own, and pasted ones with a true mask."""
-        return len(self.labels) - len(self.pasted_index)
+    def by_box(self) -> Tensor:
+        """(T,) bool: objects that learn from their boxes, neither pasted nor with a true mask."""
+        return (~self.pasted).index_fill(0, self.known_index, False)
+
+    def draw(self, purpose: str, layers: int, number: int) -> Tensor:
+        """(L, T, number, 2) random numbers, from 0 to 1, on the objects' device; see ``sim_m2f.draws``."""
+        drawn = [
+            uniform([seed], purpose, layers, count, number, 2, device=self.labels.device)[0]
+            for seed, count in zip(self.seeds, self.counts, strict=True)
+        ]
+        return torch.cat(drawn, dim=1)
 
     @cached_property
     def projections(self) -> tuple[Tensor, Tensor]:
@@ -158,6 +192,8 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         known_index=known.nonzero().flatten().to(device, non_blocking=True),
         size=size,
         proposals=_proposals(targets, boxes.to(device, non_blocking=True)),
+        seeds=[target.get("seed") for target in targets],
+        numbers=Numbers(*own_numbers(counts, len(pasted_index)).float().to(device, non_blocking=True)),
     )
 
 
@@ -175,6 +211,18 @@ def cell_shares(masks: Tensor) -> Tensor:
     """(N, 4 h, 4 w) bool to (N, h, w): the share of each pixel at stride 4 that is the mask's."""
     cells = masks.unflatten(2, (-1, STRIDE)).unflatten(1, (-1, STRIDE))
     return cells.sum((2, 4)) / STRIDE**2
+
+
+def own_numbers(counts: Sequence[int], pasted: int, queries: float = math.inf) -> Tensor:
+    """(4,) float64 on the CPU: the first of the ``Numbers`` of images with so many objects.
+
+    Args:
+        counts: objects per image.
+        pasted: how many of them have a pseudo mask.
+        queries: per image, each of which claims an object at most.
+    """
+    claimed = sum(min(count, queries) for count in counts)
+    return torch.tensor([len(counts), sum(counts) - pasted, pasted, claimed], dtype=torch.float64)
 
 
 def _pasted(
