@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sim_m2f.allocator import keep_freed_memory
-from sim_m2f.errors import UserError, memory_problem, rank_problem
+from sim_m2f.errors import UserError, memory_problem
 
 COMMANDS = (
     *("fit", "label", "train", "predict", "export", "check", "convert", "report", "explain"),
@@ -72,8 +72,7 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         return 128 + signal.SIGPIPE
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        problem = f"{error}; free space, or write elsewhere" if full else None
-        problem = problem or memory_problem(error) or rank_problem(error)
+        problem = f"{error}; free space, or write elsewhere" if full else memory_problem(error)
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

@@ -58,8 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
                 resume = arguments.resume or arguments.max_restarts > 0  # ``_launch`` has let no other run in
                 build_trainer(cfg, resume, arguments.overwrite).train()
     except Exception as error:
-        if not rank_problem(error):
-            get_error_handler().record_exception(error)  # for the launcher
+        if problem := rank_problem(error):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            os._exit(2)  # an orderly exit might wait for the other rank
+        get_error_handler().record_exception(error)  # for the launcher
         raise
     return 0
 

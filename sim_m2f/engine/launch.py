@@ -39,6 +39,8 @@ def launch(
     options = [f"--nproc-per-node={processes}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
     options += _meeting(machines, machine, address)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
+    # in one store for all starts, restarted ranks find addresses of those before them and wait for ever
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun.run(torchrun.parse_args([*options, *command]))
     except SignalException as error:
