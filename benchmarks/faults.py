@@ -340,13 +340,23 @@ def trials(bench: Bench, row: Row, args: argparse.Namespace) -> None:
 
 def store(row: Row, output: Path) -> None:
     """Put the row in the place of the same one in the results, or behind all others."""
-    with output.with_suffix(".lock").open("w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)
+    with locked(output.parent):
         rows = json.loads(output.read_text()) if output.exists() else []
         key = row.fault, row.ranks, row.seed
         places = [place for place, one in enumerate(rows) if (one["fault"], one["ranks"], one["seed"]) == key]
         rows[slice(places[0], places[0] + 1) if places else slice(len(rows), None)] = [vars(row)]
         write_file(output, json.dumps(rows, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process of this program writes there."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def one_trial(bench: Bench, row: Row, number: int, args: argparse.Namespace) -> None:
