@@ -139,4 +139,4 @@ def _launch(arguments: argparse.Namespace) -> int:
     if not (arguments.resume or arguments.overwrite or arguments.eval_only):
         refuse_used(Path(cfg.OUTPUT_DIR))
     machines = arguments.num_machines, arguments.machine_rank, arguments.dist_url
-    return launch(sys.argv, arguments.num_gpus, *machines, arguments.max_restarts)
+    return launch(sys.argv, cfg.OUTPUT_DIR, arguments.num_gpus, *machines, arguments.max_restarts)
