@@ -162,17 +162,16 @@ def trial(bench: Bench, row: Row, folder: Path, number: int, resize: Sequence[in
     if row.fault == "resized":
         return resized(bench, row, folder, draw, resize)
     if row.fault == "rank killed":
-        fault = Fault.drawn(signal.SIGKILL, phase, bench.usual(ranks)[1][phase], draw, ranks)
-        ended = bench.struck(row, folder, ranks, fault)
+        sent = signal.SIGKILL
     else:
         ranks, sent = 1, SIGNALS[row.fault]
-        fault = Fault.drawn(sent, phase, bench.usual(1)[1][phase], draw, 1)
-        ended = bench.struck(row, folder, 1, fault)
-        if ended.hit and sent != signal.SIGKILL:
-            check_stop(ended, sent)
+    fault = Fault.drawn(sent, phase, bench.usual(ranks)[1][phase], draw, ranks)
+    ended = bench.struck(row, folder, ranks, fault)
     bench.resumed(folder, ranks)
-    difference = compare(folder / OUTPUT, bench.usual(ranks)[0], ranks)
-    row.largest_difference = max(row.largest_difference, difference)
+    largest = compare(folder / OUTPUT, bench.usual(ranks)[0], ranks)
+    row.largest_difference = max(row.largest_difference, largest)
+    if ended.hit and sent != signal.SIGKILL:
+        check_stop(ended, sent)
     return bool(ended.hit)
 
 
@@ -225,8 +224,8 @@ def resized(bench: Bench, row: Row, folder: Path, draw: random.Random, resize: S
         fault = Fault.drawn(sent, phase, usual[:1] if leg else usual, draw, ranks)  # fewer steps are left
         met = bool(bench.struck(row, folder, ranks, fault).hit) and met
     bench.resumed(folder, resize[-1])
-    difference = compare(folder / OUTPUT, bench.usual(resize[0])[0], max(resize))
-    row.largest_difference = max(row.largest_difference, difference)
+    largest = compare(folder / OUTPUT, bench.usual(resize[0])[0], max(resize))
+    row.largest_difference = max(row.largest_difference, largest)
     return met
 
 

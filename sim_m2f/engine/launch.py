@@ -21,7 +21,7 @@ WAIT = 600  # seconds that machines wait for the first one
 def launch(
     command: Sequence[str],
     name: str,
-    processes: int,
+    ranks: int,
     machines: int,
     machine: int,
     address: str,
@@ -32,7 +32,7 @@ def launch(
     Args:
         command: the file and its arguments, the same for all ranks.
         name: of the run, the same on all machines; no other meets there.
-        processes: ranks per machine.
+        ranks: per machine.
         machines: how many machines call this.
         machine: this one's number, from 0.
         address: tcp://HOST:PORT of machine 0, where several have to meet.
@@ -44,7 +44,7 @@ def launch(
     Raises:
         UserError: the address is none, or machines do not meet there.
     """
-    options = [f"--nproc-per-node={processes}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
+    options = [f"--nproc-per-node={ranks}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
     options += _meeting(name, machines, machine, address)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
     # in one store for all starts, restarted ranks find addresses of those before them and wait for ever
