@@ -9,7 +9,9 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
+from torch.nn.utils.rnn import pad_sequence
 
+from sim_m2f.supervision import pasted_targets
 from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.copy_paste import Jitter, build_copy_paste, paste
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
@@ -206,6 +208,34 @@ def test_boxes_are_refitted_or_dropped():
     ]
     assert torch.equal(new["boxes"], torch.tensor(expected))
     assert new["pasted"].tolist() == [False] * 4 + [True]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_targets_settled_with_the_costs_are_those_that_one_reads(seed):
+    """And the costs that remain are those of the objects that do, image by image."""
+    torch.manual_seed(seed)
+    bank, _ = random_bank((32, 64), (32, 32))
+    targets = [make_target(random_boxes(number)) for number in (6, 0, 3)]
+    state = torch.get_rng_state()
+    read, settled = (
+        paste(random_images(3), targets, bank, 1.0, 3)[1]
+        for _ in range(2)
+        if torch.set_rng_state(state) is None
+    )
+    size, everything = (HEIGHT // 4, WIDTH // 4), []
+
+    def cost(boxes):
+        """Of a query, that names the object; the place of a box in its image tells nobody else."""
+        everything.append(boxes)
+        corners = pad_sequence(boxes.boxes.split(boxes.counts), batch_first=True)
+        return corners.transpose(1, 2)[None]
+
+    objects, costs = pasted_targets.settled(settled, size, CPU, cost)
+    assert objects.counts == [len(target["labels"]) for target in read]
+    assert sum(everything[0].counts) > len(objects)
+    assert torch.equal(torch.cat(costs, dim=-1)[0].T, objects.boxes)
+    for one, other in zip(read, settled, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_image_covered_wholly_has_the_pasted_object_alone():
@@ -436,6 +466,6 @@ def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
     valid = torch.ones(1, 8, 16, dtype=torch.bool)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
-    copying.remember(images, MatchedBoxes(objects, match, torch.zeros(1, 2, 8, 16), made))
+    copying.remember(images, MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made))
     assert torch.equal(copying.bank.masks, masks > 0.5)
     assert torch.equal(copying.bank.scores, colors.quality)

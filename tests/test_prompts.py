@@ -14,6 +14,7 @@ from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Prompts
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import per_object
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.projection import projection_loss
@@ -184,7 +185,8 @@ def test_the_nth_prompt_learns_the_nth_object_with_the_same_losses():
     groups = [*outputs["prompted"]["aux_outputs"], outputs["prompted"]]
     masks = torch.stack([torch.cat([layer["pred_masks"][0], layer["pred_masks"][1, :1]]) for layer in groups])
     whole = Match(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool))
-    projection = per_object(projection_loss(masks, *objects.projections), whole, objects)
+    profiles = masks.amax(-2), masks.amax(-1)
+    projection = per_object(projection_loss(*profiles, *objects.projections), whole, objects)
     fill = per_object(box_fill_loss(masks, objects.box_masks), whole, objects)
     logits = [torch.cat([layer["pred_logits"][0], layer["pred_logits"][1, :1]]) for layer in groups]
     classes = sum(torch.nn.functional.cross_entropy(layer, objects.labels) for layer in logits)
@@ -221,7 +223,7 @@ def test_images_without_an_object_have_a_prompt_that_does_not_count():
 
 def test_the_match_of_prompts_is_their_order():
     objects = flatten_targets(targets_of(BOXES, [], BOXES[:2]), (16, 16), torch.device("cpu"))
-    match = match_prompts(torch.zeros(4, 3, 3, 4), None, None, objects)
+    match = match_prompts(Layers(torch.zeros(4, 3, 3, 4), torch.zeros(3, 4, 3, 16, 16)), objects)
     assert match.query.tolist() == [[0, 1, 2, 0, 1]] * 4
     assert match.matched.all()
 

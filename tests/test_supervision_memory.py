@@ -43,4 +43,6 @@ def test_memory_grows_with_the_boxes_area(share, most):
         losses, _ = criterion(student, [target], images, teacher)
         kept = memory.now
         sum(losses.values()).backward()
+        gradients = sum(layer["pred_masks"].grad.nbytes for layer in (student, *student["aux_outputs"]))
+    print(share, kept * 64 / 2**30, memory.bytes * 64 / 2**30, gradients * 64 / 2**30)
     assert kept * (1024 / PIXELS) ** 2 < most * 2**30

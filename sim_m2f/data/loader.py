@@ -17,6 +17,7 @@ from sim_m2f.data.catalog import DatasetSource, train_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.errors import UserError
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Sample, Target
 
 Data = TypeVar("Data", TrainDataset, EvalDataset)
@@ -46,9 +47,10 @@ class Batches(DataLoader[Sample], Generic[Data]):
     """
 
     dataset: Data
+    pixels: Pixels  # for ``Pixels.of_batch``
 
     def __init__(self, cfg: CfgNode, dataset: Data, least_size: int, **options: Any) -> None:
-        divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        self.pixels, divisor = Pixels(cfg), cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         super().__init__(
             dataset,
             num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -21,7 +21,7 @@ from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError, first_line
-from sim_m2f.modeling import build_model
+from sim_m2f.modeling import build_model, compile_maps
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion
@@ -78,6 +78,9 @@ class Trainer:
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
         self.teacher = build_teacher(cfg, model, device)
+        if cfg.MODEL.COMPILE != "none":
+            for network in [model, *([self.teacher.network] if self.teacher else [])]:
+                compile_maps(network, cfg.MODEL.COMPILE)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
@@ -141,8 +144,7 @@ class Trainer:
         self.model.train()
         self.criterion.train()
         torch.backends.cudnn.benchmark = True  # in training, images have one size
-        device = self.accelerator.device
-        images = batch["images"].to(device, memory_format=torch.channels_last, non_blocking=True)
+        images = self.pixels.of_batch(batch["images"], batch["image_sizes"])
         targets: Sequence[Target] = batch["targets"]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
@@ -175,7 +177,8 @@ class Trainer:
         """``evaluate_all`` of the network that TEST.USE_TEACHER names."""
         network = self.teacher.network if self.teacher and self.cfg.TEST.USE_TEACHER else self.model
         copy_from_first_rank([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-        return evaluate_all(self.cfg, network, self.accelerator)
+        with torch.compiler.set_stance("force_eager"):  # its images have many sizes
+            return evaluate_all(self.cfg, network, self.accelerator)
 
     def save(self) -> None:
         """Write a checkpoint of everything that training changes; the run's previous one goes.

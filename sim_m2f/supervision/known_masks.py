@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sim_m2f.structures import Target
 from sim_m2f.supervision.mask_supervision import mask_losses
-from sim_m2f.supervision.matched import MatchedBoxes, per_object
+from sim_m2f.supervision.matched import MatchedBoxes, per_object, whole_masks
 
 
 def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | None:
@@ -21,6 +21,7 @@ def known_masks(matched: MatchedBoxes) -> Tensor:
     truth, points, objects = matched.supervision.truth, matched.supervision.points, matched.objects
     assert truth is not None
     index = objects.known_index
-    cross_entropy, dice = mask_losses(matched.masks.index_select(1, index), truth, *points)
+    masks = whole_masks(matched.predicted, matched.rows.index_select(1, index))
+    cross_entropy, dice = mask_losses(masks, truth, *points)
     loss = torch.zeros_like(matched.match.matched, dtype=dice.dtype).index_add(1, index, cross_entropy + dice)
     return per_object(loss, matched.annotated, objects)

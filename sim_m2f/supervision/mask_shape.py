@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from sim_m2f.supervision.matched import Matched
+from sim_m2f.supervision.matched import Matched, whole_masks
 
 
 @torch.no_grad()
 def mask_shapes(matched: Matched) -> dict[str, Tensor]:
     """Means of ``mask_fill`` and ``mask_solidity`` over the annotated objects, of the last layer's masks."""
-    masks, counted = matched.masks[-1], matched.annotated.matched[-1].float()
+    masks, counted = whole_masks(matched.predicted, matched.rows[-1]), matched.annotated.matched[-1].float()
     shapes = {"mask_fill": mask_fill(masks, matched.objects.box_masks), "mask_solidity": mask_solidity(masks)}
     number = counted.sum().clamp(min=1)
     return {name: (shape * counted).sum() / number for name, shape in shapes.items()}

@@ -1,11 +1,13 @@
 """A batch whose objects have found their queries: what every loss is computed from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import number_over_ranks
@@ -15,7 +17,7 @@ from sim_m2f.supervision.losses import focal_loss
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels
 from sim_m2f.supervision.schedule import fade_out, resolve_steps
-from sim_m2f.supervision.targets import Targets
+from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,24 @@ class Matched:
     Attributes:
         objects: the T objects.
         match: which query claims which object.
-        masks: (L, T, h, w) float32 mask logits of these queries.
+        predicted: (B, L, Q, h, w) mask logits of all queries, in the network's precision.
     """
 
     objects: Targets
     match: Match
-    masks: Tensor
+    predicted: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(L, T) int64: which of the B * L * Q predicted masks are the objects'."""
+        _, layers, queries = self.predicted.shape[:3]
+        layer = torch.arange(layers, device=self.predicted.device)[:, None]
+        return (self.objects.image_index * layers + layer) * queries + self.match.query
+
+    @property
+    def masks(self) -> Tensor:
+        """(L, T, h, w) float32: the mask logits of these queries, copied anew at each use."""
+        return whole_masks(self.predicted, self.rows)
 
     @cached_property
     def annotated(self) -> Match:
@@ -77,6 +91,47 @@ class Supervision:
         return alike_edges(self.images, self.valid, self.teacher_features, self.sim.PAIRWISE)
 
 
+class _Read(torch.autograd.Function):
+    """Values of the predicted masks at two lists of places, with one gradient of the masks.
+
+    Nothing is kept but the lists, and of the first one, which is long, only what it is made from.
+
+    Takes masks (B, L, Q, h, w), first places of masks (L, T), objects (P,) and places in a mask (P,) of
+    pixels, and further places (L, T, K); returns (L, P) and (L, T, K) float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, masks: Tensor, first: Tensor, target: Tensor, pixel: Tensor, further: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(first, target, pixel, further)
+        ctx.like = masks.shape, masks.dtype
+        flat, places = masks.flatten(), first.index_select(1, target).add_(pixel)
+        return flat[places].float(), flat[further].float()
+
+    @staticmethod
+    def backward(ctx: Any, of_pixels: Tensor, of_further: Tensor) -> tuple[Tensor | None, ...]:
+        (first, target, pixel, further), (shape, dtype) = ctx.saved_tensors, ctx.like
+        gradient = torch.zeros(shape, dtype=dtype, device=of_pixels.device)
+        flat, places = gradient.view(-1), first.index_select(1, target).add_(pixel)
+        flat.index_add_(0, places.view(-1), of_pixels.reshape(-1).to(dtype))
+        flat.index_add_(0, further.view(-1), of_further.reshape(-1).to(dtype))
+        return gradient, None, None, None, None
+
+
+class BoxLogits(NamedTuple):
+    """All that the losses in boxes read of the masks; float32 logits.
+
+    pixels: (L, P) at the P pixels of ``MatchedBoxes.pixels``.
+    along_x, along_y: (L, T, w) and (L, T, h), the largest of every column and of every row; one of equal
+        ones receives the gradient.
+    """
+
+    pixels: Tensor
+    along_x: Tensor
+    along_y: Tensor
+
+
 @dataclass(frozen=True)
 class MatchedBoxes(Matched):
     """The same with what the masks are compared with."""
@@ -84,10 +139,38 @@ class MatchedBoxes(Matched):
     supervision: Supervision
 
     @cached_property
+    def pixels(self) -> BoxPixels:
+        """The P pixels of the boxes and of the margin around them that holds their pixels' neighbours."""
+        return box_pixels(self.objects, self.supervision.sim.PAIRWISE.DILATION)
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """(P,) bool: in the box, not in the margin."""
+        return self.objects.inside(self.pixels.target, self.pixels.x, self.pixels.y)
+
+    @cached_property
+    def logits(self) -> BoxLogits:
+        """The masks where the losses read them."""
+        height, width = self.objects.size
+        first, pixels = self.rows * (height * width), self.pixels
+        with torch.no_grad():
+            masks = self.predicted.flatten(0, 2)[self.rows]
+            top, left = masks.max(-2).indices, masks.max(-1).indices
+            columns, rows = (torch.arange(side, device=first.device) for side in (width, height))
+            largest = torch.cat([top * width + columns, rows * width + left], dim=-1) + first[..., None]
+        places = first, pixels.target, pixels.y * width + pixels.x, largest
+        values, profiles = _Read.apply(self.predicted, *places)
+        return BoxLogits(values, *profiles.split([width, height], dim=-1))
+
+    @cached_property
+    @torch.no_grad()
     def deficit(self) -> Tensor:
         """(L, T): how far each mask is from filling its box enough; it fades over FILL_GUARD.FADE."""
-        keys = self.supervision.sim.FILL_GUARD
-        deficit = fill_deficit(self.masks, self.objects.box_masks, *keys.RANGE)
+        keys, target = self.supervision.sim.FILL_GUARD, self.pixels.target
+        areas = self.objects.areas.to(target.device, non_blocking=True)
+        within = self.logits.pixels.sigmoid() * self.inside
+        fill = within.new_zeros(len(within), len(self.objects)).index_add(1, target, within) / areas
+        deficit = fill_deficit(fill, *keys.RANGE)
         if keys.FADE == 0:
             return deficit
         return deficit * fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
@@ -109,9 +192,7 @@ class MatchedBoxes(Matched):
         """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
         labels = self.supervision.labels
         assert labels is not None
-        pixels, (height, width) = labels.pixels, self.objects.size
-        position = (pixels.target * height + pixels.y) * width + pixels.x
-        logits = self.masks.flatten(1).index_select(1, position)
+        logits = self.logits.pixels.index_select(1, self.pixels.places(labels.pixels))
         return focal_loss(logits, labels.final, *focal_keys(self.supervision.sim)) * self.labelled
 
 
@@ -125,27 +206,24 @@ def per_object(loss: Tensor, match: Match, objects: Targets) -> Tensor:
     return (loss * match.matched).sum() / number_over_ranks(loss.new_full((), objects.annotated))
 
 
-def matched_masks(mask_logits: Sequence[Tensor], match: Match, objects: Targets) -> Tensor:
-    """(L, T, h, w) float32: the mask logits of the query that claims each object, per layer."""
-    return torch.stack(
-        [
-            layer[objects.image_index, query].float()
-            for layer, query in zip(mask_logits, match.query, strict=True)
-        ]
+def whole_masks(predicted: Tensor, rows: Tensor) -> Tensor:
+    """Those (..., h, w) of the predicted masks (B, L, Q, h, w) that the rows (...) name, copied, float32."""
+    maps = predicted.flatten(0, 2).index_select(0, rows.flatten())
+    return maps.view(*rows.shape, *maps.shape[1:]).float()
+
+
+def recomputed(loss: Callable[[Tensor], Tensor], predicted: Tensor, rows: Tensor) -> Tensor:
+    """A loss of ``whole_masks``, computed once more in the backward pass instead of keeping the masks."""
+    return checkpoint(
+        lambda: loss(whole_masks(predicted, rows)), use_reentrant=False, preserve_rng_state=False
     )
 
 
-@torch.no_grad()
-def fill_deficit(logits: Tensor, box_masks: Tensor, least: float, enough: float) -> Tensor:
+def fill_deficit(fill: Tensor, least: float, enough: float) -> Tensor:
     """1 where a mask fills at most the share ``least`` of its box, falling linearly to 0 at ``enough``.
 
     Args:
-        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
-        box_masks: (T, h, w), 1 inside the box.
-        least, enough: shares of the box, by the mean of the mask's probabilities.
-
-    Returns:
-        (L, T).
+        fill: any shape, the mean of the mask's probabilities in its box.
+        least, enough: shares of the box.
     """
-    fill = (logits.sigmoid() * box_masks).sum((-2, -1)) / box_masks.sum((-2, -1))
     return ((enough - fill) / max(enough - least, 1e-6)).clamp(0, 1)

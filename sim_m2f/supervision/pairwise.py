@@ -1,21 +1,26 @@
 """Pairwise loss: neighbours of like colour carry the same label (BoxInst, https://arxiv.org/abs/2012.02310)."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from sim_m2f.distributed import number_over_ranks
 from sim_m2f.supervision.affinity import neighbour_offsets
 from sim_m2f.supervision.matched import MatchedBoxes
-from sim_m2f.supervision.targets import Targets, box_pixels
+from sim_m2f.supervision.targets import BoxPixels, Targets
+
+CHUNK = 2**22  # pairs of logits that are compared together
 
 
 def pairwise(matched: MatchedBoxes) -> Tensor:
     """The pairwise loss per counted edge, summed over the layers; less where the fill guard is at work."""
     supervision, match = matched.supervision, matched.by_box
     dilation = supervision.sim.PAIRWISE.DILATION
-    sums, numbers = pairwise_loss(matched.masks, matched.objects, supervision.edges, dilation)
+    where = matched.pixels, matched.objects, supervision.edges, dilation
+    sums, numbers = pairwise_loss(matched.logits.pixels, *where)
     counted = number_over_ranks((numbers * match.matched).sum(1))
     sums = sums * match.matched
     if supervision.sim.FILL_GUARD.ENABLED:
@@ -27,46 +32,55 @@ class SameLabel(torch.autograd.Function):
     """Sums of -log P(same label) = softplus(a) + softplus(b) - softplus(a + b) of pairs of logits.
 
     The derivative sigmoid(a) - sigmoid(a + b) is written out and the pairs are gathered once more for it, so
-    that nothing is kept for the backward pass but the masks, and all pairs share one gradient of them.
+    that nothing is kept for the backward pass but the logits. As many pixels go together as ``CHUNK`` allows.
 
-    Takes logits (L, S) of S places, the first places (P,) of D x P pairs, the second (D, P), weights (D, P),
-    the object (P,) of each first place, and the number T of objects; returns (L, T).
+    Takes logits (L, P), the other pixels (D, P) of the D pairs of each, weights (D, P), the object (P,) of
+    each pixel, and the number T of objects; returns (L, T).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, first: Tensor, second: Tensor, weight: Tensor, target: Tensor, objects: int
+        ctx: Any, logits: Tensor, other: Tensor, weight: Tensor, target: Tensor, objects: int
     ) -> Tensor:
-        ctx.save_for_backward(logits, first, second, weight, target)
-        softplus = torch.nn.functional.softplus
-        sums, a = logits.new_zeros(len(logits), objects), logits.index_select(1, first)
-        for place, share in zip(second, weight, strict=True):
-            b = logits.index_select(1, place)
-            loss = softplus(a).add_(softplus(b)).sub_(softplus(b.add_(a)))
-            sums.index_add_(1, target, loss.mul_(share))
+        ctx.save_for_backward(logits, other, weight, target)
+        sums = logits.new_zeros(len(logits), objects)
+        for part, there, share in _parts(logits, other, weight):
+            a, b = logits[:, None, part], logits[:, there]
+            loss = softplus(b).add_(softplus(a)).sub_(softplus(b.add_(a)))
+            sums.index_add_(1, target[part], loss.mul_(share).sum(1))
         return sums
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, first, second, weight, target = ctx.saved_tensors
-        result, a = torch.zeros_like(logits), logits.index_select(1, first)
-        for place, share in zip(second, weight, strict=True):
-            b = logits.index_select(1, place)
-            both = (a + b).sigmoid_()
-            each = gradient.index_select(1, target).mul_(share)
-            result.index_add_(1, place, b.sigmoid_().sub_(both).mul_(each))
-            result.index_add_(1, first, a.sigmoid().sub_(both).mul_(each))
-        return result, None, None, None, None, None
+        logits, other, weight, target = ctx.saved_tensors
+        result = torch.zeros_like(logits)
+        for part, there, share in _parts(logits, other, weight):
+            a, b = logits[:, None, part], logits[:, there]
+            both, each = (a + b).sigmoid_(), gradient[:, None, target[part]] * share
+            result[:, part] += (a.sigmoid() - both).mul_(each).sum(1)
+            result.index_add_(1, there.flatten(), b.sigmoid_().sub_(both).mul_(each).flatten(1))
+        return result, None, None, None, None
 
 
-def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+def _parts(logits: Tensor, other: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Slices of the pixels, each with its other pixels and their weights, ``CHUNK`` pairs or fewer."""
+    size = max(CHUNK // (len(logits) * len(other)), 1)
+    for start in range(0, logits.shape[1], size):
+        part = slice(start, start + size)
+        yield part, other[:, part], weight[:, part]
+
+
+def pairwise_loss(
+    logits: Tensor, pixels: BoxPixels, targets: Targets, edges: Tensor, dilation: int
+) -> tuple[Tensor, Tensor]:
     """Sum over the counted edges of -log P(same label), and their number.
 
     An edge (i, j) to one of 8 neighbours counts for an object when i is in its box and ``edges`` has it;
     it counts twice, once from each end, when both lie in the box.
 
     Args:
-        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
+        logits: (L, P), stride 4: the matched mask of every object after every decoder layer, at the pixels.
+        pixels: the P pixels of the boxes with ``dilation`` more on all sides.
         targets: the T objects.
         edges: (B, 4, h, w) bool, from each pixel to its four neighbours after it: alike, both ends usable.
         dilation: distance of the neighbours in pixels at stride 4.
@@ -74,28 +88,14 @@ def pairwise_loss(logits: Tensor, targets: Targets, edges: Tensor, dilation: int
     Returns:
         (L, T) sums and (T,) numbers.
     """
-    _, objects, height, width = logits.shape
-    pixels = box_pixels(targets, margin=dilation)
-    columns, rows = (projection.bool() for projection in targets.projections)
-    position = pixels.y * width + pixels.x
-    first = (pixels.target * height * width) + position
-    inside = _in_box(columns, rows, pixels.target, pixels.x, pixels.y)
-    image = targets.image_index[pixels.target]
-
-    seconds, weights = [], []
-    for direction, (dy, dx) in enumerate(neighbour_offsets(dilation)):
-        exists = edges[image, direction, pixels.y, pixels.x]
-        other_inside = _in_box(columns, rows, pixels.target, pixels.x + dx, pixels.y + dy)
-        weights.append(exists * (inside.to(logits.dtype) + other_inside))
-        seconds.append(torch.where(exists, first + dy * width + dx, first))
-    weight = torch.stack(weights)
-    pairs = first, torch.stack(seconds), weight, pixels.target
-    sums = SameLabel.apply(logits.flatten(1), *pairs, objects)
-    return sums, logits.new_zeros(objects).index_add(0, pixels.target, weight.sum(0))
-
-
-def _in_box(columns: Tensor, rows: Tensor, target: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """(P,) bool: whether pixel (x, y) lies in the box of its object; False outside of the image."""
-    height, width = rows.shape[1], columns.shape[1]
-    in_image = (x >= 0) & (x < width) & (y < height)
-    return in_image & columns[target, x.clamp(0, width - 1)] & rows[target, y.clamp(max=height - 1)]
+    target, x, y = pixels.target, pixels.x, pixels.y
+    offsets = torch.tensor(neighbour_offsets(dilation)).to(x.device, non_blocking=True)
+    dy, dx = offsets[:, :1], offsets[:, 1:]
+    exists = edges[targets.image_index[target], :, y, x].T
+    ends = targets.inside(target, x, y).to(logits.dtype) + targets.inside(target, x + dx, y + dy)
+    weight = exists * ends
+    # where the weight is 0 the other end may lie beyond the pixels: any other one serves
+    there = torch.arange(len(x), device=x.device) + dy * pixels.columns + dx
+    there = there.clamp_(0, max(len(x) - 1, 0))
+    sums = SameLabel.apply(logits, there, weight, target, len(targets))
+    return sums, logits.new_zeros(len(targets)).index_add(0, target, weight.sum(0))
