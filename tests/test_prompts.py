@@ -101,12 +101,13 @@ def test_the_first_layer_looks_into_the_box_alone(networks):
     decoder.transformer_ffn_layers = decoder.transformer_ffn_layers[:1]
     encoded = [torch.randn(1, 32, side, side) for side in (4, 8, 16)]
     features, prompts = torch.randn(1, 32, 32, 32), prompts_of([[16.0, 0.0, 48.0, 32.0]])
-    _, (before,) = decoder(encoded, features, True, prompts)
+    _, before = decoder(encoded, features, True, prompts)
+    assert before["pred_logits"].shape[:3] == (1, 1, 1)
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[:2, 1:3] = True
     for changed, same in ((~inside, True), (inside, False)):
         others = [torch.where(changed, torch.randn(1, 32, 4, 4), encoded[0]), *encoded[1:]]
-        _, (after,) = decoder(others, features, True, prompts)
+        _, after = decoder(others, features, True, prompts)
         assert torch.equal(before["pred_logits"], after["pred_logits"]) == same
 
 

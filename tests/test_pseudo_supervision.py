@@ -14,7 +14,7 @@ import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
-from sim_m2f.supervision.losses import focal_loss
+from sim_m2f.supervision.losses import FocalSums, focal_loss
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
@@ -335,6 +335,16 @@ def test_focal_loss_has_the_derivative_of_its_formula():
     expected = sigmoid_focal_loss(logits, labels.double().expand(3, -1), alpha=0.3, gamma=1.5)
     torch.testing.assert_close(focal_loss(logits, labels, 0.3, 1.5), expected)
     assert torch.autograd.gradcheck(lambda logits: focal_loss(logits, labels, 0.3, 1.5), (logits,))
+    places = torch.arange(0, 40, 3).flip(0)
+    group = places % 4 % 3
+
+    def sums(logits):
+        return FocalSums.apply(logits, places, labels[places] == 1, group, 4, 0.3, 1.5)
+
+    for index in range(4):
+        members = places[group == index]
+        torch.testing.assert_close(sums(logits)[:, index], expected[:, members].sum(1))
+    assert torch.autograd.gradcheck(sums, (logits,))
 
 
 def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():

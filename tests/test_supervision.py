@@ -163,11 +163,11 @@ def test_same_label_loss_and_gradient():
         torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).mul(4).unbind(0)
     )
     place = torch.arange(200)
-    other, weight = torch.cat([place + 200, place])[None], torch.ones(1, 400, dtype=torch.float64)
-    weight[:, 200:] = 0
+    way, weight = torch.full((1, 400), 200), torch.ones(1, 400, dtype=torch.float64)
+    weight[:, 200:] = 0  # pixels whose way leads out
 
     def losses(a, b):
-        return SameLabel.apply(torch.cat([a, b])[None], other, weight, place.repeat(2), 200)[0]
+        return SameLabel.apply(torch.cat([a, b])[None], way, weight, place.repeat(2), 200)[0]
 
     for x, y, value in zip(a.tolist(), b.tolist(), losses(a, b).tolist(), strict=True):
         p, q = sigmoid(x), sigmoid(y)

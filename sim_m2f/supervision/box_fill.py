@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.supervision.losses import dice_loss
-from sim_m2f.supervision.matched import MatchedBoxes, per_object, recomputed
+from sim_m2f.supervision.matched import MatchedBoxes, per_object
+from sim_m2f.supervision.reading import recomputed
 
 
 def box_fill(matched: MatchedBoxes) -> Tensor:

@@ -122,6 +122,7 @@ class SIMCriterion(Criterion):
                 losses[name] = weight * term(matched)
         return losses
 
+    @torch.no_grad()
     def _matched(
         self, layers: Layers, targets: Sequence[Target], teacher_outputs: Outputs | None
     ) -> tuple[Targets, Match, PseudoLabels | None]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sim_m2f.structures import Target
 from sim_m2f.supervision.mask_supervision import mask_losses
-from sim_m2f.supervision.matched import MatchedBoxes, per_object, whole_masks
+from sim_m2f.supervision.matched import MatchedBoxes, per_object
+from sim_m2f.supervision.reading import whole_masks
 
 
 def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | None:

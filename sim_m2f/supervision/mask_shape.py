@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sim_m2f.supervision.matched import Matched, whole_masks
+from sim_m2f.supervision.matched import Matched
+from sim_m2f.supervision.reading import whole_masks
 
 
 @torch.no_grad()

@@ -1,21 +1,19 @@
 """A batch whose objects have found their queries: what every loss is computed from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import number_over_ranks
 from sim_m2f.supervision.affinity import alike_edges
 from sim_m2f.supervision.color_model import ColorLabels
-from sim_m2f.supervision.losses import focal_loss
+from sim_m2f.supervision.losses import FocalSums
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels
+from sim_m2f.supervision.reading import BoxLogits, box_logits, whole_masks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
@@ -91,47 +89,6 @@ class Supervision:
         return alike_edges(self.images, self.valid, self.teacher_features, self.sim.PAIRWISE)
 
 
-class _Read(torch.autograd.Function):
-    """Values of the predicted masks at two lists of places, with one gradient of the masks.
-
-    Nothing is kept but the lists, and of the first one, which is long, only what it is made from.
-
-    Takes masks (B, L, Q, h, w), first places of masks (L, T), objects (P,) and places in a mask (P,) of
-    pixels, and further places (L, T, K); returns (L, P) and (L, T, K) float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, masks: Tensor, first: Tensor, target: Tensor, pixel: Tensor, further: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(first, target, pixel, further)
-        ctx.like = masks.shape, masks.dtype
-        flat, places = masks.flatten(), first.index_select(1, target).add_(pixel)
-        return flat[places].float(), flat[further].float()
-
-    @staticmethod
-    def backward(ctx: Any, of_pixels: Tensor, of_further: Tensor) -> tuple[Tensor | None, ...]:
-        (first, target, pixel, further), (shape, dtype) = ctx.saved_tensors, ctx.like
-        gradient = torch.zeros(shape, dtype=dtype, device=of_pixels.device)
-        flat, places = gradient.view(-1), first.index_select(1, target).add_(pixel)
-        flat.index_add_(0, places.view(-1), of_pixels.reshape(-1).to(dtype))
-        flat.index_add_(0, further.view(-1), of_further.reshape(-1).to(dtype))
-        return gradient, None, None, None, None
-
-
-class BoxLogits(NamedTuple):
-    """All that the losses in boxes read of the masks; float32 logits.
-
-    pixels: (L, P) at the P pixels of ``MatchedBoxes.pixels``.
-    along_x, along_y: (L, T, w) and (L, T, h), the largest of every column and of every row; one of equal
-        ones receives the gradient.
-    """
-
-    pixels: Tensor
-    along_x: Tensor
-    along_y: Tensor
-
-
 @dataclass(frozen=True)
 class MatchedBoxes(Matched):
     """The same with what the masks are compared with."""
@@ -151,24 +108,14 @@ class MatchedBoxes(Matched):
     @cached_property
     def logits(self) -> BoxLogits:
         """The masks where the losses read them."""
-        height, width = self.objects.size
-        first, pixels = self.rows * (height * width), self.pixels
-        with torch.no_grad():
-            masks = self.predicted.flatten(0, 2)[self.rows]
-            top, left = masks.max(-2).indices, masks.max(-1).indices
-            columns, rows = (torch.arange(side, device=first.device) for side in (width, height))
-            largest = torch.cat([top * width + columns, rows * width + left], dim=-1) + first[..., None]
-        places = first, pixels.target, pixels.y * width + pixels.x, largest
-        values, profiles = _Read.apply(self.predicted, *places)
-        return BoxLogits(values, *profiles.split([width, height], dim=-1))
+        return box_logits(self.predicted, self.rows, self.pixels)
 
     @cached_property
-    @torch.no_grad()
     def deficit(self) -> Tensor:
         """(L, T): how far each mask is from filling its box enough; it fades over FILL_GUARD.FADE."""
         keys, target = self.supervision.sim.FILL_GUARD, self.pixels.target
         areas = self.objects.areas.to(target.device, non_blocking=True)
-        within = self.logits.pixels.sigmoid() * self.inside
+        within = self.logits.pixels.detach().sigmoid() * self.inside
         fill = within.new_zeros(len(within), len(self.objects)).index_add(1, target, within) / areas
         deficit = fill_deficit(fill, *keys.RANGE)
         if keys.FADE == 0:
@@ -176,24 +123,26 @@ class MatchedBoxes(Matched):
         return deficit * fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
 
     @cached_property
-    def labelled(self) -> Tensor:
-        """(L, P) bool: pixels of the boxes with a label, of annotated objects that have a query."""
-        labels = self.supervision.labels
-        assert labels is not None
-        return (labels.final != IGNORED) & self.by_box.matched[:, labels.pixels.target]
-
-    @cached_property
     def labelled_number(self) -> Tensor:
-        """(L,): how many pixels are labelled, on a mean rank."""
-        return number_over_ranks(self.labelled.sum(1).float())
-
-    @cached_property
-    def label_loss(self) -> Tensor:
-        """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
+        """(L,): how many pixels of annotated objects that have a query are labelled, on a mean rank."""
         labels = self.supervision.labels
         assert labels is not None
-        logits = self.logits.pixels.index_select(1, self.pixels.places(labels.pixels))
-        return focal_loss(logits, labels.final, *focal_keys(self.supervision.sim)) * self.labelled
+        numbers = labels.blend.new_zeros(len(self.objects))
+        numbers = numbers.index_add(0, labels.pixels.target, (labels.final != IGNORED).to(numbers.dtype))
+        return number_over_ranks((numbers * self.by_box.matched).sum(1))
+
+    @cached_property
+    def label_sums(self) -> Tensor:
+        """(2, L): sums of the focal loss of the same pixels towards their labels.
+
+        First those that keep the label of their semantic mask, then those whose label was corrected.
+        """
+        labels, number = self.supervision.labels, len(self.objects)
+        assert labels is not None
+        kind = torch.where(labels.final == IGNORED, 2, (labels.final != labels.semantic).long())
+        pixels = self.pixels.places(labels.pixels), labels.final == 1, kind * number + labels.pixels.target
+        sums = FocalSums.apply(self.logits.pixels, *pixels, 3 * number, *focal_keys(self.supervision.sim))
+        return (sums.unflatten(1, (3, number))[:, :2] * self.by_box.matched[:, None]).sum(2).T
 
 
 def focal_keys(sim: CfgNode) -> tuple[float, float]:
@@ -204,19 +153,6 @@ def focal_keys(sim: CfgNode) -> tuple[float, float]:
 def per_object(loss: Tensor, match: Match, objects: Targets) -> Tensor:
     """Sum over layers and matched objects of a loss (L, T), per annotated object of a mean rank."""
     return (loss * match.matched).sum() / number_over_ranks(loss.new_full((), objects.annotated))
-
-
-def whole_masks(predicted: Tensor, rows: Tensor) -> Tensor:
-    """Those (..., h, w) of the predicted masks (B, L, Q, h, w) that the rows (...) name, copied, float32."""
-    maps = predicted.flatten(0, 2).index_select(0, rows.flatten())
-    return maps.view(*rows.shape, *maps.shape[1:]).float()
-
-
-def recomputed(loss: Callable[[Tensor], Tensor], predicted: Tensor, rows: Tensor) -> Tensor:
-    """A loss of ``whole_masks``, computed once more in the backward pass instead of keeping the masks."""
-    return checkpoint(
-        lambda: loss(whole_masks(predicted, rows)), use_reentrant=False, preserve_rng_state=False
-    )
 
 
 def fill_deficit(fill: Tensor, least: float, enough: float) -> Tensor:

@@ -9,10 +9,9 @@ from torch.nn.functional import softplus
 
 from sim_m2f.distributed import number_over_ranks
 from sim_m2f.supervision.affinity import neighbour_offsets
+from sim_m2f.supervision.losses import parts
 from sim_m2f.supervision.matched import MatchedBoxes
 from sim_m2f.supervision.targets import BoxPixels, Targets
-
-CHUNK = 2**22  # pairs of logits that are compared together
 
 
 def pairwise(matched: MatchedBoxes) -> Tensor:
@@ -32,42 +31,48 @@ class SameLabel(torch.autograd.Function):
     """Sums of -log P(same label) = softplus(a) + softplus(b) - softplus(a + b) of pairs of logits.
 
     The derivative sigmoid(a) - sigmoid(a + b) is written out and the pairs are gathered once more for it, so
-    that nothing is kept for the backward pass but the logits. As many pixels go together as ``CHUNK`` allows.
+    that nothing is kept for the backward pass but the logits; ``parts`` of the pixels go together.
 
-    Takes logits (L, P), the other pixels (D, P) of the D pairs of each, weights (D, P), the object (P,) of
-    each pixel, and the number T of objects; returns (L, T).
+    Takes logits (L, P), the way (D, P) from each pixel to the D others that it is paired with, weights
+    (D, P), the object (P,) of each pixel, and the number T of objects; returns (L, T).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, other: Tensor, weight: Tensor, target: Tensor, objects: int
+        ctx: Any, logits: Tensor, way: Tensor, weight: Tensor, target: Tensor, objects: int
     ) -> Tensor:
-        ctx.save_for_backward(logits, other, weight, target)
+        ctx.save_for_backward(logits, way, weight, target)
         sums = logits.new_zeros(len(logits), objects)
-        for part, there, share in _parts(logits, other, weight):
+        for part, there in _others(logits, way):
             a, b = logits[:, None, part], logits[:, there]
             loss = softplus(b).add_(softplus(a)).sub_(softplus(b.add_(a)))
-            sums.index_add_(1, target[part], loss.mul_(share).sum(1))
+            sums.index_add_(1, target[part], loss.mul_(weight[:, part]).sum(1))
         return sums
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, other, weight, target = ctx.saved_tensors
+        logits, way, weight, target = ctx.saved_tensors
         result = torch.zeros_like(logits)
-        for part, there, share in _parts(logits, other, weight):
+        first = logits.shape[1] * torch.arange(len(logits), device=logits.device)[:, None]
+        for part, there in _others(logits, way):
             a, b = logits[:, None, part], logits[:, there]
-            both, each = (a + b).sigmoid_(), gradient[:, None, target[part]] * share
+            both, each = (a + b).sigmoid_(), gradient[:, None, target[part]] * weight[:, part]
             result[:, part] += (a.sigmoid() - both).mul_(each).sum(1)
-            result.index_add_(1, there.flatten(), b.sigmoid_().sub_(both).mul_(each).flatten(1))
+            places = there.flatten() + first  # in one dimension, where a CPU adds at once
+            of_other = b.sigmoid_().sub_(both).mul_(each)
+            result.view(-1).index_add_(0, places.view(-1), of_other.reshape(-1))
         return result, None, None, None, None
 
 
-def _parts(logits: Tensor, other: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Slices of the pixels, each with its other pixels and their weights, ``CHUNK`` pairs or fewer."""
-    size = max(CHUNK // (len(logits) * len(other)), 1)
-    for start in range(0, logits.shape[1], size):
-        part = slice(start, start + size)
-        yield part, other[:, part], weight[:, part]
+def _others(logits: Tensor, way: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the pixels (L, P), each with the other pixels (D, p) of its pairs.
+
+    A way that leads out of the pixels ends at the first or the last: the pair's weight is 0.
+    """
+    last = logits.shape[1] - 1
+    for part in parts(logits.shape[1], len(logits) * len(way)):
+        here = torch.arange(part.start, min(part.stop, last + 1), device=logits.device)
+        yield part, (here + way[:, part]).clamp_(0, last)
 
 
 def pairwise_loss(
@@ -92,10 +97,9 @@ def pairwise_loss(
     offsets = torch.tensor(neighbour_offsets(dilation)).to(x.device, non_blocking=True)
     dy, dx = offsets[:, :1], offsets[:, 1:]
     exists = edges[targets.image_index[target], :, y, x].T
-    ends = targets.inside(target, x, y).to(logits.dtype) + targets.inside(target, x + dx, y + dy)
+    ends = targets.inside(target, x, y).byte() + targets.inside(target, x + dx, y + dy)
     weight = exists * ends
-    # where the weight is 0 the other end may lie beyond the pixels: any other one serves
-    there = torch.arange(len(x), device=x.device) + dy * pixels.columns + dx
-    there = there.clamp_(0, max(len(x) - 1, 0))
-    sums = SameLabel.apply(logits, there, weight, target, len(targets))
-    return sums, logits.new_zeros(len(targets)).index_add(0, target, weight.sum(0))
+    way = (dy * pixels.columns + dx).int()
+    sums = SameLabel.apply(logits, way, weight, target, len(targets))
+    numbers = logits.new_zeros(len(targets)).index_add(0, target, weight.sum(0).to(logits.dtype))
+    return sums, numbers
