@@ -44,7 +44,7 @@ class SameLabel(torch.autograd.Function):
         ctx.save_for_backward(logits, way, weight, target)
         sums = logits.new_zeros(len(logits), objects)
         for part, there in _others(logits, way):
-            a, b = logits[:, None, part], logits[:, there]
+            a, b = logits[:, None, part], _gathered(logits, there)
             loss = softplus(b).add_(softplus(a)).sub_(softplus(b.add_(a)))
             sums.index_add_(1, target[part], loss.mul_(weight[:, part]).sum(1))
         return sums
@@ -53,15 +53,17 @@ class SameLabel(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, way, weight, target = ctx.saved_tensors
         result = torch.zeros_like(logits)
-        first = logits.shape[1] * torch.arange(len(logits), device=logits.device)[:, None]
         for part, there in _others(logits, way):
-            a, b = logits[:, None, part], logits[:, there]
+            a, b = logits[:, None, part], _gathered(logits, there)
             both, each = (a + b).sigmoid_(), gradient[:, None, target[part]] * weight[:, part]
             result[:, part] += (a.sigmoid() - both).mul_(each).sum(1)
-            places = there.flatten() + first  # in one dimension, where a CPU adds at once
-            of_other = b.sigmoid_().sub_(both).mul_(each)
-            result.view(-1).index_add_(0, places.view(-1), of_other.reshape(-1))
+            result.index_add_(1, there.flatten(), b.sigmoid_().sub_(both).mul_(each).flatten(1))
         return result, None, None, None, None
+
+
+def _gathered(logits: Tensor, places: Tensor) -> Tensor:
+    """(L, D, p): logits (L, P) at places (D, p)."""
+    return logits.index_select(1, places.flatten()).unflatten(1, places.shape)
 
 
 def _others(logits: Tensor, way: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -228,8 +228,9 @@ def instance_probability(
     flat, place = predicted.flatten(), pixels.y * width + pixels.x
     parts = []
     for target, pixel in zip(pixels.target.split(CHUNK), place.split(CHUNK), strict=True):
-        values = flat[rows[:, target] * (height * width) + pixel].float().sigmoid()
-        parts.append((values * share[:, target]).sum(0))
+        places = rows.index_select(1, target) * (height * width) + pixel
+        values = flat.index_select(0, places.view(-1)).view(places.shape).float().sigmoid()
+        parts.append((values * share.index_select(1, target)).sum(0))
     return torch.cat(parts)
 
 

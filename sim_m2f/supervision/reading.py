@@ -54,7 +54,7 @@ def _largest(predicted: Tensor, rows: Tensor) -> Tensor:
     masks, flat = predicted.flatten(0, 2), rows.flatten()
     found = [rows.new_zeros(0, width + height)]
     for part in parts(len(flat), height * width):
-        own = masks[flat[part]]
+        own = masks.index_select(0, flat[part])
         of_columns, of_rows = own.max(-2).indices, own.max(-1).indices
         found.append(torch.cat([of_columns * width + columns, lines * width + of_rows], dim=-1))
     return torch.cat(found).view(*rows.shape, width + height)
@@ -79,8 +79,9 @@ class _Read(torch.autograd.Function):
         flat = masks.flatten()
         values = torch.empty(len(first), len(target), device=masks.device)
         for part in parts(len(target), len(first)):
-            values[:, part] = flat[first.index_select(1, target[part]).add_(pixel[part])]
-        return values, flat[further].float()
+            places = first.index_select(1, target[part]).add_(pixel[part])
+            values[:, part] = flat.index_select(0, places.view(-1)).view(places.shape)
+        return values, flat.index_select(0, further.view(-1)).view(further.shape).float()
 
     @staticmethod
     def backward(ctx: Any, of_pixels: Tensor, of_further: Tensor) -> tuple[Tensor | None, ...]:
