@@ -207,7 +207,7 @@ def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (T, 4) int64: first column, first row, last column + 1, last row + 1.
     """
-    limit = torch.tensor([size[1], size[0]], device=boxes.device)
+    limit = torch.tensor([size[1], size[0]]).to(boxes.device, non_blocking=True)
     first = torch.ceil(boxes[:, :2] / STRIDE - 0.5).long().clamp(min=0)
     end = torch.ceil(boxes[:, 2:] / STRIDE - 0.5).long().minimum(limit)
     centre = ((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor().long().clamp(min=0).minimum(limit - 1)
