@@ -60,8 +60,8 @@ def counted_step(cfg: CfgNode, steps: int = 2) -> StepCounts:
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize(
     ("name", "calls", "casts", "waits"),
-    # Of the whole method 4,642, 312 and 2, and from masks 2,681, 234 and 1, before all layers were predicted
-    # together, frozen norms folded together, boxes read in one go, and pasted boxes transferred with the costs.
+    # Of the whole method 4,642, 312 and 2, and from masks 2,681, 234 and 1, before all layers were predicted and
+    # frozen norms folded together, boxes read in one go, and what pasting leaves transferred with the costs.
     [("sim", 3600, 300, 1), ("mask", 2100, 200, 1)],
 )
 def test_a_step_casts_little_and_waits_once(tmp_path, name, calls, casts, waits):
