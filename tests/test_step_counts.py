@@ -60,7 +60,7 @@ def counted_step(cfg: CfgNode, steps: int = 2) -> StepCounts:
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize(
     ("name", "calls", "casts", "waits"),
-    # Of the whole method 4,642, 312 and 2, and from masks 2,681, 234 and 1, before all layers were predicted and
+    # Of the whole method 4,642, 312 and 2, and from masks 2,681, 234 and 1, before layers were predicted and
     # frozen norms folded together, boxes read in one go, and what pasting leaves transferred with the costs.
     [("sim", 3600, 300, 1), ("mask", 2100, 200, 1)],
 )
