@@ -47,14 +47,16 @@ def _levels(
 def _numbers_on(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(L, 2) and (L,) int64 of levels that follow each other; they travel without a wait."""
     starts = [start for start, _, _ in _level_numbers(pairs, None)]
-    with torch.inference_mode(False):  # else no gradient could use what is kept
-        numbers = torch.tensor([[*pair, start] for pair, start in zip(pairs, starts, strict=True)])
-        numbers = numbers.view(-1, 3).to(device, torch.int64, non_blocking=True)
-        return numbers[:, :2].contiguous(), numbers[:, 2].contiguous()
+    numbers = torch.tensor([[*pair, start] for pair, start in zip(pairs, starts, strict=True)])
+    numbers = numbers.view(-1, 3).to(device, torch.int64, non_blocking=True)
+    return numbers[:, :2].contiguous(), numbers[:, 2].contiguous()
 
 
-# Kept, so that a step that runs once more, or is captured as a CUDA graph, copies nothing from the host.
-_kept_numbers_on = lru_cache(maxsize=64)(_numbers_on)
+@lru_cache(maxsize=64)
+def _kept_numbers_on(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, kept: what runs once more, or is captured as a CUDA graph, copies nothing from the host."""
+    with torch.inference_mode(False):  # else no gradient could use them
+        return _numbers_on(pairs, device)
 
 
 def _level_numbers(spatial_shapes: Shapes, level_start_index: Tensor | None) -> list[tuple[int, int, int]]:
