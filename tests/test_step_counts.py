@@ -1,6 +1,7 @@
 """What a training step asks of a GPU: counted operator calls, casts, and waits of the host."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from step_counts import StepCounts, on_gpu
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.loader import train_loader
 from sim_m2f.engine import trainer as trainer_file
+from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.trainer import Trainer
 
 # As many layers as the R-50 of configs/coco, few channels and pixels; something is pasted in every step.
@@ -91,3 +93,14 @@ def test_views_and_empty_tensors_are_no_calls():
     with StepCounts() as counts:
         torch.empty(4, 6).fill_(1.0).t()[1:].expand(2, 5, 4).unsqueeze(0).sum().detach()
     assert (counts.calls, counts.views) == (2, 6)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the system does not list what its CPU can do")
+@pytest.mark.usefixtures("bf16")
+def test_a_cpu_computes_in_bf16_if_it_is_asked_to_and_can(small_cfg):
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    able, small_cfg.MODEL.DEVICE = bool(flags & {"avx512_bf16", "amx_tile"}), "cpu"
+    for asked in (False, True):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        small_cfg.SOLVER.AMP.ON_CPU = asked
+        assert build_accelerator(small_cfg).mixed_precision == ("bf16" if asked and able else "no")
