@@ -207,10 +207,14 @@ def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (T, 4) int64: first column, first row, last column + 1, last row + 1.
     """
-    limit = torch.tensor([size[1], size[0]]).to(boxes.device, non_blocking=True)
-    first = torch.ceil(boxes[:, :2] / STRIDE - 0.5).long().clamp(min=0)
-    end = torch.ceil(boxes[:, 2:] / STRIDE - 0.5).long().minimum(limit)
-    centre = ((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor().long().clamp(min=0).minimum(limit - 1)
+
+    def clamped(places: Tensor, beyond: int) -> Tensor:
+        each = zip(places.long().unbind(1), size[::-1], strict=True)
+        return torch.stack([place.clamp(0, length - beyond) for place, length in each], dim=1)
+
+    first = clamped(torch.ceil(boxes[:, :2] / STRIDE - 0.5), 0)
+    end = clamped(torch.ceil(boxes[:, 2:] / STRIDE - 0.5), 0)
+    centre = clamped(((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor(), 1)
     empty = end <= first
     return torch.cat([torch.where(empty, centre, first), torch.where(empty, centre + 1, end)], dim=1)
 
