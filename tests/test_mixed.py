@@ -11,6 +11,7 @@ from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import train_loader
 from sim_m2f.errors import UserError
+from sim_m2f.pixels import Pixels
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.matched import per_object
@@ -36,10 +37,11 @@ def mixed_cfg(small_cfg, tmp_path):
 def step(cfg, batch, change=None):
     """The losses of one batch, and the gradient of their sum (or of one) towards the mask logits."""
     network, criterion = sim_m2f.build_model(cfg).eval(), build_criterion(cfg)
-    outputs = network(batch["images"])
-    outputs["pred_masks"].retain_grad()
+    images = Pixels(cfg).of_batch(batch["images"], batch["image_sizes"])
+    outputs = network(images)
+    outputs["layers"]["pred_masks"].retain_grad()
     torch.manual_seed(0)
-    losses, matched = criterion(outputs, change or batch["targets"], batch["images"])
+    losses, matched = criterion(outputs, change or batch["targets"], images)
     return losses, matched, outputs
 
 
@@ -56,12 +58,13 @@ def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_
     losses, matched, outputs = step(mixed_cfg, batch)
     known = torch.cat([target["known"] for target in batch["targets"]])
     assert set(losses) >= {"loss_known_masks", "loss_projection"}
-    only_unknown = projection_loss(matched.masks, *matched.objects.projections)[:, ~known].sum() / len(known)
+    masks = matched.masks
+    unknown = projection_loss(masks.amax(-2), masks.amax(-1), *matched.objects.projections)[:, ~known]
     weight = mixed_cfg.MODEL.SIM.PROJECTION.WEIGHT
-    assert torch.allclose(losses["loss_projection"], weight * only_unknown)
+    assert torch.allclose(losses["loss_projection"], weight * unknown.sum() / len(known))
     losses["loss_known_masks"].backward()
     image, query = matched.objects.image_index, matched.match.query[-1]
-    moved = outputs["pred_masks"].grad[image, query].flatten(1).any(1)
+    moved = outputs["layers"]["pred_masks"].grad[image, -1, query].flatten(1).any(1)
     assert torch.equal(moved, known)
 
 
