@@ -1,5 +1,6 @@
 """Mixed supervision: masks where they are annotated, boxes elsewhere, in one batch."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -34,19 +35,24 @@ def mixed_cfg(small_cfg, tmp_path):
     return small_cfg
 
 
+def batches(cfg):
+    """Batches of training, their images as the network gets them."""
+    for batch in train_loader(cfg):
+        yield {**batch, "images": Pixels(cfg).of_batch(batch["images"], batch["image_sizes"])}
+
+
 def step(cfg, batch, change=None):
     """The losses of one batch, and the gradient of their sum (or of one) towards the mask logits."""
     network, criterion = sim_m2f.build_model(cfg).eval(), build_criterion(cfg)
-    images = Pixels(cfg).of_batch(batch["images"], batch["image_sizes"])
-    outputs = network(images)
+    outputs = network(batch["images"])
     outputs["layers"]["pred_masks"].retain_grad()
     torch.manual_seed(0)
-    losses, matched = criterion(outputs, change or batch["targets"], images)
+    losses, matched = criterion(outputs, change or batch["targets"], batch["images"])
     return losses, matched, outputs
 
 
 def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     known = torch.cat([target["known"] for target in batch["targets"]])
     masks = torch.cat([target["masks"] for target in batch["targets"]])
     assert 0 < known.sum() < len(known)
@@ -54,7 +60,7 @@ def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
 
 
 def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_them(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     losses, matched, outputs = step(mixed_cfg, batch)
     known = torch.cat([target["known"] for target in batch["targets"]])
     assert set(losses) >= {"loss_known_masks", "loss_projection"}
@@ -70,7 +76,7 @@ def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_
 
 def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
     """Cross-entropy and dice equal those of the mask criterion at the same points, weighted by 5."""
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     targets = [{**t, "known": torch.ones_like(t["known"]), "masks": t["masks"]} for t in batch["targets"]]
     losses, matched, outputs = step(mixed_cfg, batch, targets)
     names = [name for name in losses if name not in OWN]
@@ -86,7 +92,7 @@ def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
 
 
 def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     targets = [{**t, "known": torch.zeros_like(t["known"])} for t in batch["targets"]]
     mixed, _, _ = step(mixed_cfg, batch, targets)
     mixed_cfg.MODEL.SIM.SUPERVISION = "box"
@@ -106,7 +112,7 @@ def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cf
 
 
 def test_the_loss_is_per_annotated_object(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     _, matched, _ = step(mixed_cfg, batch)
     ones = torch.ones(matched.match.matched.shape)
     known = torch.cat([target["known"] for target in batch["targets"]])
@@ -119,10 +125,9 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = mixed_cfg.MODEL.SIM.COLOR_MODEL.ENABLED = True
     mixed_cfg.MODEL.SIM.COPY_PASTE.START, mixed_cfg.MODEL.SIM.COPY_PASTE.PROBABILITY = 0.0, 1.0
     copying = build_copy_paste(mixed_cfg, torch.device("cpu"))
-    batches = iter(train_loader(mixed_cfg))
-    first, second = next(batches), next(batches)
+    first, second = itertools.islice(batches(mixed_cfg), 2)
     _, matched, _ = step(mixed_cfg, first)
-    copying.remember(first["images"], matched)
+    copying.remember(first["images"], [matched])
     assert copying.bank.known.tolist() == torch.cat([t["known"] for t in first["targets"]]).tolist()
     copying.bank.scores[copying.bank.known.nonzero()[2:]] = 0.5  # a few true ones, and others after them
     images, targets = copying(second["images"], second["targets"], 0)
@@ -135,5 +140,5 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     assert losses.keys() >= {"loss_known_masks", "loss_copy_paste", "loss_projection"}
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
     count = copying.bank.scores.count_nonzero()
-    copying.remember(images, matched)
+    copying.remember(images, [matched])
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice
