@@ -35,6 +35,8 @@ from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
 
+Part = tuple[Tensor, Sequence[Target], Sequence[Seed]]  # images, their targets and seeds
+
 
 class Hook:
     """A run calls each of its hooks, in their order, on all ranks."""
@@ -180,18 +182,13 @@ class Trainer:
         self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed]
     ) -> tuple[dict[str, Tensor], list[Matched]]:
         """Those of this rank's images, SOLVER.IMAGES_AT_ONCE together; returns the sums of their losses."""
-        parts: list[tuple[Tensor, Sequence[Target], Sequence[Seed]]] = [(images, targets, seeds)]
+        parts: list[Part] = [(images, targets, seeds)]
         prepared: Sequence[Prepared | None] = [None]
-        if self.in_parts:  # which looks at the targets before the network has seen the images
+        if self.in_parts:
             number = self.cfg.SOLVER.IMAGES_AT_ONCE
-            places = [slice(i, i + number) for i in range(0, len(images), number)]
-            parts = [(images[part], targets[part], seeds[part]) for part in places]
-            prepared = together(
-                [
-                    self.criterion.prepare(own, part, self._teacher_outputs(part, own))
-                    for part, own, _ in parts
-                ]
-            )
+            cuts = [slice(start, start + number) for start in range(0, len(images), number)]
+            parts = [(images[cut], targets[cut], seeds[cut]) for cut in cuts]
+            prepared = together([self._prepared(part, own) for part, own, _ in parts])
         sums: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         done: list[Matched] = []
@@ -209,6 +206,9 @@ class Trainer:
         if exact:
             exact.give()
         return sums, done
+
+    def _prepared(self, images: Tensor, targets: Sequence[Target]) -> Prepared:
+        return self.criterion.prepare(targets, images, self._teacher_outputs(images, targets))
 
     def _losses(
         self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed], prepared: Prepared | None
