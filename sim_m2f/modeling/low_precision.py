@@ -36,6 +36,7 @@ def lowered_weights(network: nn.Module) -> Iterator[None]:
     weights, biases = folded(normed) if normed else ([], [])
     values = [*kept, *weights, *biases]
     copies = iter(_lower(values, dtype) if dtype else values)
+    del weights, biases, values  # which the network does not need in float32 beside their copies
     try:
         for (own, name), copy in zip(places, copies, strict=False):
             own[name] = copy
