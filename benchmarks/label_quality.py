@@ -94,7 +94,7 @@ def of_network(
     """By row, the masks (N, H, W) that need the network's input: the colours alone, and the network's."""
     boxes = torch.from_numpy(image.boxes).float()
     size, original = batch["image_sizes"][0], batch["original_sizes"][0]
-    rgb, keys = Pixels(cfg).undo(batch["images"]), cfg.MODEL.SIM.COLOR_MODEL
+    rgb, keys = batch["images"], cfg.MODEL.SIM.COLOR_MODEL
     given = batch["targets"][0]["boxes"]
     finer = FINER * size[0], FINER * size[1]
     height, width = (side // STRIDE for side in rgb.shape[-2:])
@@ -104,7 +104,7 @@ def of_network(
     first = corrected(torch.zeros(len(boxes), height, width), rgb, valid, targets, keys, prior=1.0)
     masks = {"colours": masks_in_boxes(first - 0.5, boxes, finer, original)[0]}
     if network:
-        logits = box_masks(cfg, network, batch["images"], batch["targets"])
+        logits = box_masks(cfg, network, Pixels(cfg).of_batch(rgb, [size]), batch["targets"])
         fine = corrected_masks(logits, rgb[0], given, size, keys)
         masks["network"] = masks_in_boxes(logits, boxes, size, original)[0]
         masks["network, colours"] = masks_in_boxes(fine, boxes, finer, original)[0]

@@ -72,5 +72,4 @@ class OriginalTrainer:
 
         instances = Instances(tuple(image.shape[1:]))
         instances.gt_classes, instances.gt_masks = target["labels"], target["masks"]
-        pixels = image * self.model.pixel_std.cpu() + self.model.pixel_mean.cpu()
-        return {"image": pixels, "instances": instances}
+        return {"image": image, "instances": instances}

@@ -58,10 +58,11 @@ def gather(run: Path, batches: int) -> tuple[dict[str, Tensor], dict[str, Tensor
     edges: dict[str, list[Tensor]] = {"colour": [], "features": [], "right": []}
     objects = 0
     for batch in itertools.islice(loader, batches):
-        outputs = teacher(batch["images"])
-        layers, features = criterion.layers(outputs), outputs["mask_features"]
+        outputs = teacher(criterion.pixels.of_batch(batch["images"], batch["image_sizes"]))
+        (layers, matcher), features = criterion.teacher_layers(outputs), outputs["mask_features"]
         targets = flatten_targets(batch["targets"], features.shape[-2:], "cpu")
-        evidence = criterion.pseudo_masks.evidence(layers, features, targets, criterion.matcher)
+        match = matcher(layers, targets)
+        evidence = criterion.pseudo_masks.evidence(layers, features, targets, match)
         pixels = evidence.pixels
         similarity = criterion.pseudo_masks.similarity(features, targets, pixels)
         masks = torch.cat([target["masks"] for target in batch["targets"]]).float()
@@ -93,7 +94,7 @@ def gather_edges(batch: Batch, features: Tensor, criterion: SIMCriterion) -> dic
     inside[boxes.image_index[pixels.target], pixels.y, pixels.x] = True
     counted = edge_mask(torch.ones_like(inside), dilation) & inside[:, None]
     ends = [torch.roll(instances, (-dy, -dx), (1, 2)) for dy, dx in neighbour_offsets(dilation)]
-    images = criterion.pixels.undo(batch["images"])
+    images = batch["images"]
     return {
         "colour": color_affinity(images, dilation)[counted],
         "features": feature_affinity(features, dilation)[counted],

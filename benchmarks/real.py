@@ -32,9 +32,9 @@ from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Target
-from sim_m2f.supervision.base import stacked_logits
 from sim_m2f.supervision.color_model import FINER, corrected_masks
-from sim_m2f.supervision.matcher import BoxMatcher, mask_projections
+from sim_m2f.supervision.layers import Layers
+from sim_m2f.supervision.matcher import BoxMatcher
 from sim_m2f.supervision.prompting import annotated_prompts
 from sim_m2f.supervision.targets import flatten_targets
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -64,7 +64,7 @@ def box_masks(cfg: CfgNode, network: Mask2Former, images: Tensor, targets: list[
     objects = flatten_targets(targets, outputs["pred_masks"].shape[-2:], images.device)
     keys = cfg.MODEL.SIM.MATCHER
     matcher = BoxMatcher(keys.CLASS_WEIGHT, keys.PROJECTION_WEIGHT, keys.BOX_WEIGHT)
-    match = matcher(stacked_logits([outputs]), *mask_projections([outputs["pred_masks"]]), objects)
+    match = matcher(Layers(outputs["pred_logits"][None].float(), outputs["pred_masks"][:, None]), objects)
     return outputs["pred_masks"][0, match.query[0]]
 
 
@@ -79,10 +79,10 @@ def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
     for batch, image in zip(tqdm(batches, "label", leave=False, disable=None), truth.images, strict=True):
         if not len(image.labels):
             continue
-        images = batch["images"].to(device)
+        images = normalised.of_batch(batch["images"], batch["image_sizes"])
         logits = box_masks(cfg, network, images, batch["targets"])
         given, size = batch["targets"][0]["boxes"], batch["image_sizes"][0]
-        pixels = normalised.undo(images[0])
+        pixels = batch["images"][0].to(device)
         corrected = corrected_masks(logits, pixels, given, size, cfg.MODEL.SIM.COLOR_MODEL)
         boxes, original = torch.from_numpy(image.boxes).float().to(device), batch["original_sizes"][0]
         masks, _ = masks_in_boxes(logits, boxes, size, original)

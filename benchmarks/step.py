@@ -11,8 +11,10 @@ configuration's data. --original DIR also times Mask2Former itself, from a check
 configurations with masks; detectron2 has to be importable.
 
 "data" is the wait for the loader and no part of the step. Parts are timed in steps of their own, since a GPU
-has to be waited for at the borders of each. On a GPU one trainer follows the other and each has the memory to
-itself; on the CPU they take turns, so that they meet the same disturbances.
+has to be waited for at the borders of each; the losses' backward pass ends where it reaches the masks that
+the student predicted. --clock cpu counts the processor time of this process, for machines that others use
+too. On a GPU one trainer follows the other and each has the memory to itself; on the CPU they take turns, so
+that they meet the same disturbances.
 """
 
 import argparse
@@ -44,8 +46,14 @@ from original_step import OriginalTrainer  # noqa: E402
 from sim_m2f.config import CfgNode, get_cfg  # noqa: E402
 from sim_m2f.data.loader import train_loader  # noqa: E402
 from sim_m2f.engine.trainer import Trainer  # noqa: E402
+from sim_m2f.structures import Outputs  # noqa: E402
+from sim_m2f.supervision.base import Criterion  # noqa: E402
 
-PARTS = ("copy-paste", "student forward", "teacher", "criterion", "backward", "optimizer", "EMA", "rest")
+PARTS = (
+    *("copy-paste", "student forward", "teacher", "criterion", "losses backward", "backward", "optimizer"),
+    *("EMA", "rest"),
+)
+SUPERVISION = ("copy-paste", "criterion", "losses backward")
 PRECISIONS = {"float32": (False, "auto"), "bf16": (True, "bf16"), "fp16": (True, "fp16")}
 AnyTrainer = Trainer | OriginalTrainer
 
@@ -66,10 +74,17 @@ def configuration(files: str, case: str, device: str, changes: list[str]) -> Cfg
 
 
 class Stopwatch:
-    """Adds up the milliseconds that a step spends in functions."""
+    """Adds up the milliseconds that a step spends in functions.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: "cpu" or "cuda".
+        clock: "wall", or "cpu" for the time of the processor.
+    """
+
+    def __init__(self, device: str, clock: str = "wall") -> None:
         self.device, self.milliseconds = device, defaultdict(float)
+        self.started: dict[str, float] = {}
+        self.clock = time.perf_counter if clock == "wall" else time.process_time
 
     def watch(self, owner: Any, name: str, part: str) -> None:
         """Time a method of an object from now on."""
@@ -77,7 +92,7 @@ class Stopwatch:
 
     def timed(self, work: Callable[..., Any], part: str) -> Callable[..., Any]:
         def run(*args: Any, **keywords: Any) -> Any:
-            start = self.now()
+            start = self.started[part] = self.now()
             result = work(*args, **keywords)
             self.milliseconds[part] += self.now() - start
             return result
@@ -87,7 +102,13 @@ class Stopwatch:
     def now(self) -> float:
         if self.device == "cuda":
             torch.cuda.synchronize()
-        return 1e3 * time.perf_counter()
+        return 1e3 * self.clock()
+
+    def divide(self, whole: str, first: str) -> None:
+        """What has passed of a part that is being timed belongs to another one."""
+        passed = self.now() - self.started[whole]
+        self.milliseconds[first] += passed
+        self.milliseconds[whole] -= passed
 
 
 class WatchedCall:
@@ -117,12 +138,25 @@ def watch_parts(trainer: AnyTrainer, stopwatch: Stopwatch) -> None:
     watch(trainer, "_teacher_outputs", "teacher")
     watch(trainer.criterion, "forward", "criterion")
     watch(trainer.criterion, "update", "criterion")
+    watch_masks(trainer.criterion, stopwatch)
     watch(trainer.accelerator, "backward", "backward")
     watch(trainer.accelerator, "clip_grad_norm_", "optimizer")
     watch(trainer.optimizer, "step", "optimizer")
     watch(trainer.optimizer, "zero_grad", "optimizer")
     if trainer.teacher:
         watch(trainer.teacher, "update", "EMA")
+
+
+def watch_masks(criterion: Criterion, stopwatch: Stopwatch) -> None:
+    """Part the backward pass at the masks that the student predicted."""
+    forward = criterion.forward
+
+    def run(outputs: Outputs, *rest: Any) -> Any:
+        masks = outputs["layers"]["pred_masks"]
+        masks.register_hook(lambda _: stopwatch.divide("backward", "losses backward"))
+        return forward(outputs, *rest)
+
+    criterion.forward = run
 
 
 class Measured:
@@ -132,11 +166,14 @@ class Measured:
         name: how the results call it.
         cfg: its configuration.
         device: "cpu" or "cuda".
+        clock: "wall" or "cpu", see ``Stopwatch``.
         original: a checkout of Mask2Former, whose network is trained instead.
     """
 
-    def __init__(self, name: str, cfg: CfgNode, device: str, original: Path | None = None) -> None:
-        self.name, self.cfg, self.stopwatch = name, cfg, Stopwatch(device)
+    def __init__(
+        self, name: str, cfg: CfgNode, device: str, clock: str, original: Path | None = None
+    ) -> None:
+        self.name, self.cfg, self.stopwatch = name, cfg, Stopwatch(device, clock)
         middle = cfg.SOLVER.MAX_ITER // 2
         self.trainer = OriginalTrainer(original, cfg, device) if original else Trainer(cfg)
         if isinstance(self.trainer, Trainer):
@@ -180,7 +217,9 @@ class Measured:
             "step_ms": medians["step"],
             "step_ms_range": [round(min(whole), 2), round(max(whole), 2)],
             "data_ms": medians["data"],
+            "fastest_ms": min(whole),
             "parts_ms": {part: medians[part] for part in PARTS},
+            "supervision_share": round(sum(medians[part] for part in SUPERVISION) / medians["by part"], 3),
         }
 
 
@@ -258,6 +297,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("configurations", nargs="+", metavar="FILE[+FILE] or KEY=VALUE")
     parser.add_argument("--case", nargs="+", default=[""], metavar="IMAGES[:PRECISION]")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5, help="steps timed as a whole, and as many by part")
     parser.add_argument("--synthetic", type=int, metavar="N", help="draw images of N objects each")
@@ -275,8 +315,8 @@ class Row:
     cfg: CfgNode
     original: Path | None = None
 
-    def start(self, device: str) -> Measured:
-        return Measured(self.name, self.cfg, device, self.original)
+    def start(self, device: str, clock: str) -> Measured:
+        return Measured(self.name, self.cfg, device, clock, self.original)
 
 
 def rows(args: argparse.Namespace, data: Path) -> list[Row]:
@@ -298,7 +338,7 @@ def rows(args: argparse.Namespace, data: Path) -> list[Row]:
 def measure_or_explain(group: list[Row], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The results of rows that take turns, or why there are none; other groups are worth having."""
     try:
-        trainers = [row.start(args.device) for row in group]
+        trainers = [row.start(args.device, args.clock) for row in group]
         return measure(trainers, args.warmup, args.steps, args.device)
     except Exception as error:
         traceback.print_exc()

@@ -14,6 +14,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 import sim_m2f
 from sim_m2f.data.loader import train_loader
+from sim_m2f.pixels import Pixels
 from sim_m2f.supervision.criterion import SIMCriterion
 
 NAMES = {"pred_logits": "class_queries_logits", "pred_masks": "masks_queries_logits"}
@@ -61,11 +62,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(cfg.SEED)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = small_model(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES).to(device).train()
-    criterion = SIMCriterion(cfg).to(device)
+    criterion, pixels = SIMCriterion(cfg).to(device), Pixels(cfg).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.SOLVER.BASE_LR)
     totals = []
     for step, batch in zip(range(args.steps), train_loader(cfg), strict=False):
-        images = batch["images"].to(device)
+        images = pixels.of_batch(batch["images"], batch["image_sizes"])
         found = model(pixel_values=images, output_auxiliary_logits=True)
         losses, matched = criterion(as_outputs(found), batch["targets"], images)
         total = sum(losses.values())

@@ -38,9 +38,12 @@ class Prompted(LayerOutputs):
     """The last layer's predictions of N prompted queries (N for Q), and with them:
 
     aux_outputs: those of each earlier layer, from the first layer on.
+    layers: all of these in one tensor each, (B, L, Q, ...), of which they are views; the criteria take them
+        where they are.
     """
 
     aux_outputs: list[LayerOutputs]
+    layers: NotRequired[LayerOutputs]
 
 
 class Outputs(LayerOutputs):
@@ -48,11 +51,13 @@ class Outputs(LayerOutputs):
 
     mask_features: (B, d, h, w) at stride 4.
     aux_outputs: the predictions of each earlier layer.
+    layers: all of these in one tensor each, (B, L, Q, ...), of which they are views.
     prompted: those of the prompted queries, where the network was given prompts.
     """
 
     mask_features: Tensor
     aux_outputs: list[LayerOutputs]
+    layers: NotRequired[LayerOutputs]
     prompted: NotRequired[Prompted]
 
 
@@ -113,9 +118,9 @@ class Annotated(TypedDict):
 
 
 class Sample(TypedDict):
-    """One image as the network sees it, before padding.
+    """One image as the network sees it, before padding and normalising.
 
-    image: (3, h, w) float32, normalised.
+    image: (3, h, w) uint8 RGB.
     boxes: (N, 4) float32 xyxy in its pixels.
     labels: (N,) int64.
     valid: (h, w) bool.
@@ -142,7 +147,7 @@ class Sample(TypedDict):
 class Batch(TypedDict):
     """B images, padded at the bottom and on the right to a common size.
 
-    images: (B, 3, H, W) float32, normalised, 0 on padding.
+    images: (B, 3, H, W) uint8 RGB, 0 on padding; ``Pixels.of_batch`` gives what the network sees.
     targets: one per image.
     image_ids: ids in the JSON.
     image_sizes: (h, w) of each before padding.

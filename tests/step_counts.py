@@ -12,6 +12,31 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 # Those whose result's size or value the host has to wait for.
 WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.bincount}
+VIEWS = (
+    *(
+        "alias",
+        "as_strided",
+        "detach",
+        "diagonal",
+        "expand",
+        "lift_fresh",
+        "narrow",
+        "permute",
+        "select",
+        "slice",
+    ),
+    *("split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view"),
+    *(
+        "_reshape_alias",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+    ),
+)
+IDLE = {f"aten.{name}" for name in VIEWS}
 
 
 class StepCounts(TorchDispatchMode):
@@ -21,7 +46,8 @@ class StepCounts(TorchDispatchMode):
     non_blocking=True)`` copies, and all that is computed from these. What ``cpu()`` gives is on the CPU.
 
     Attributes:
-        calls: operators below autograd.
+        calls: operators below autograd, without those that compute nothing: views and empty tensors.
+        views: these.
         casts: copies that change the floating-point type.
         waits: what made the host wait for a tensor of the GPU, and how often.
     """
@@ -34,8 +60,12 @@ class StepCounts(TorchDispatchMode):
         self.methods = _Copies(self)
 
     @property
+    def views(self) -> int:
+        return sum(self.names[name] for name in self.names if name in IDLE)
+
+    @property
     def calls(self) -> int:
-        return self.names.total()
+        return self.names.total() - self.views
 
     def __enter__(self) -> "StepCounts":
         super().__enter__()

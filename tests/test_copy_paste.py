@@ -9,15 +9,17 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 from scipy.stats import chisquare
+from torch.nn.utils.rnn import pad_sequence
 
 from sim_m2f.config import get_cfg
 from sim_m2f.pixels import Pixels
+from sim_m2f.supervision import pasted_targets
 from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.copy_paste import Jitter, build_copy_paste, paste
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.paste_bank import PasteBank
-from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
 from sim_m2f.supervision.teacher import teacher_terms
 
 HEIGHT, WIDTH = 32, 64
@@ -145,7 +147,7 @@ def assert_painted(image, target, new_image, new, by_label, true=()):
         masks |= {label: visible[label] if label in true else np.zeros_like(covered) for label in pasted}
         known = was_known | {label: label in true for label in pasted}
         assert new["known"].tolist() == [known[label] for label in boxes]
-        np.testing.assert_array_equal(new["masks"].numpy(), [masks[label] for label in boxes])
+        assert [mask.tolist() for mask in new["masks"]] == [masks[label].tolist() for label in boxes]
     if "proposals" in target:
         own, theirs = new["labels"][~new["pasted"]], new["pasted"]
         left = target["proposals"] & torch.from_numpy(~covered)
@@ -203,7 +205,7 @@ def test_known_masks_are_cut_and_pasted_true_ones_stay_known(seed):
         assert objects.pasted_index.tolist() == [
             i for i, label in enumerate(target["labels"].tolist()) if label >= 100 and label not in true
         ]
-        assert objects.annotated + len(objects.pasted_index) == len(objects)
+        assert objects.numbers.annotated + len(objects.pasted_index) == len(objects)
 
 
 def test_a_image_that_receives_nothing_stays_as_it_is():
@@ -270,6 +272,34 @@ def test_boxes_are_refitted_or_dropped():
     assert new["pasted"].tolist() == [False] * 4 + [True]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_targets_settled_with_the_costs_are_those_that_one_reads(seed):
+    """And the costs that remain are those of the objects that do, image by image."""
+    torch.manual_seed(seed)
+    bank, _ = random_bank((32, 64), (32, 32))
+    targets = [make_target(random_boxes(number)) for number in (6, 0, 3)]
+    state = torch.get_rng_state()
+    read, settled = (
+        paste(random_images(3), targets, bank, 1.0, 3)[1]
+        for _ in range(2)
+        if torch.set_rng_state(state) is None
+    )
+    size, everything = (HEIGHT // 4, WIDTH // 4), []
+
+    def cost(boxes):
+        """Of a query, that names the object; the place of a box in its image tells nobody else."""
+        everything.append(boxes)
+        corners = pad_sequence(boxes.boxes.split(boxes.counts), batch_first=True)
+        return corners.transpose(1, 2)[None]
+
+    objects, costs = pasted_targets.settled(settled, size, CPU, cost)
+    assert objects.counts == [len(target["labels"]) for target in read]
+    assert sum(everything[0].counts) > len(objects)
+    assert torch.equal(torch.cat(costs, dim=-1)[0].T, objects.boxes)
+    for one, other in zip(read, settled, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_image_covered_wholly_has_the_pasted_object_alone():
     bank = bank_of(cells(slice(None), slice(None)))
     targets = [make_target(random_boxes(5)), make_target([])]
@@ -327,7 +357,7 @@ def test_objects_are_drawn_by_the_cube_of_their_score():
 def test_true_masks_are_drawn_before_all_others():
     bank = bank_of(*[cells(0, 0)] * 5, cells([], []), scores=torch.tensor([0.9, 2.0, 0.5, 2.0, 0.0, 2.0]))
     assert bank.known.tolist() == [False, True, False, True, False, False]
-    drawn, exist = bank.draw(8000, 6)
+    drawn, exist = bank.draw([(0, 0, slot) for slot in range(8000)], 6)
     assert exist.all(0).tolist() == exist.any(0).tolist() == [True] * 4 + [False] * 2
     assert set(drawn[:, :2].flatten().tolist()) == {1, 3}
     assert chisquare([(drawn[:, 0] == 1).sum(), (drawn[:, 0] == 3).sum()]).pvalue > 0.01
@@ -516,9 +546,10 @@ def test_true_masks_enter_the_bank_in_whole_cells(small_cfg):
     objects = flatten_targets([target], (8, 16), CPU)
     colors = ColorLabels(torch.rand(4, 8, 16), torch.tensor([0.9, 0.4, 0.7, 0.6]), torch.ones(4))
     valid = torch.ones(1, 8, 16, dtype=torch.bool)
-    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors, masks[known])
+    pixels = box_pixels(objects)
+    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors, masks[known])
     match = Match(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool))
-    copying.remember(images, MatchedBoxes(objects, match, torch.zeros(1, 4, 8, 16), made))
+    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 4, 8, 16), made)])
     assert copying.bank.scores.tolist() == pytest.approx([0.9, 2.0, 0, 0])
     assert torch.equal(copying.bank.masks[0], colors.masks[0] > 0.5)
     for y, x in itertools.product(range(8), range(16)):
@@ -536,8 +567,9 @@ def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
     masks = torch.rand(2, 8, 16)
     colors = ColorLabels(masks, torch.tensor([0.9, 0.4]), torch.ones(2))
     valid = torch.ones(1, 8, 16, dtype=torch.bool)
-    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, None, None, colors)
+    pixels = box_pixels(objects)
+    made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
-    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 2, 8, 16), made)])
+    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made)])
     assert torch.equal(copying.bank.masks, masks > 0.5)
     assert torch.equal(copying.bank.scores, colors.quality)

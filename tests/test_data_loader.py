@@ -19,6 +19,7 @@ from sim_m2f import get_cfg
 from sim_m2f.data import loader
 from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.errors import UserError
+from sim_m2f.pixels import Pixels
 
 MASK = ["MODEL.SIM.SUPERVISION", "mask"]
 PLAIN = ["INPUT.MIN_SCALE", 1.0, "INPUT.MAX_SCALE", 1.0, "INPUT.RANDOM_FLIP", "none"]
@@ -68,7 +69,7 @@ def test_format_of_a_batch(source):
     for batch in first_batches(3, config(source, *MASK)):
         assert batch.keys() == {"images", "targets", "image_ids", "image_sizes", "original_sizes"}
         assert batch["images"].shape == (4, 3, 96, 96)
-        assert batch["images"].dtype == torch.float32
+        assert batch["images"].dtype == torch.uint8
         for index, target in enumerate(batch["targets"]):
             assert batch["original_sizes"][index] == SIZES[batch["image_ids"][index]]
             height, width = batch["image_sizes"][index]
@@ -106,7 +107,7 @@ def test_pixels_masks_and_valid_rows_without_augmentation(tmp_path):
     )
     pixels = np.asarray(Image.open(source.image_root / "15.png"), np.float64)
     expected = (pixels - [123.675, 116.280, 103.530]) / [58.395, 57.120, 57.375]
-    image = batch["images"][0]
+    image = Pixels(config(source)).of_batch(batch["images"], batch["image_sizes"])[0]
     assert image.shape == (3, 96, 96)
     np.testing.assert_allclose(image[:, :90, :90].permute(1, 2, 0), expected, atol=1e-5)
     assert image[:, 90:].eq(0).all()

@@ -98,7 +98,8 @@ def test_maps_hold_the_modules_values_in_every_pixel(explained):
     objects = flatten_targets(targets, (SIDE, SIDE), torch.device("cpu"))
     taught = teacher(torch.zeros(1, 3, 4 * SIDE, 4 * SIDE))
     pseudo = criterion.pseudo_masks
-    evidence = pseudo.evidence(criterion.layers(taught), taught["mask_features"], objects, criterion.matcher)
+    layers, matcher = criterion.teacher_layers(taught)
+    evidence = pseudo.evidence(layers, taught["mask_features"], objects, matcher(layers, objects))
     made = pseudo.labels(evidence)
     wanted = (evidence.semantic, evidence.instance, made.blend, made.final)
     place = 0

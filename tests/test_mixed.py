@@ -1,5 +1,6 @@
 """Mixed supervision: masks where they are annotated, boxes elsewhere, in one batch."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import train_loader
 from sim_m2f.errors import UserError
+from sim_m2f.pixels import Pixels
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.matched import per_object
@@ -33,18 +35,24 @@ def mixed_cfg(small_cfg, tmp_path):
     return small_cfg
 
 
+def batches(cfg):
+    """Batches of training, their images as the network gets them."""
+    for batch in train_loader(cfg):
+        yield {**batch, "images": Pixels(cfg).of_batch(batch["images"], batch["image_sizes"])}
+
+
 def step(cfg, batch, change=None):
     """The losses of one batch, and the gradient of their sum (or of one) towards the mask logits."""
     network, criterion = sim_m2f.build_model(cfg).eval(), build_criterion(cfg)
     outputs = network(batch["images"])
-    outputs["pred_masks"].retain_grad()
+    outputs["layers"]["pred_masks"].retain_grad()
     torch.manual_seed(0)
     losses, matched = criterion(outputs, change or batch["targets"], batch["images"])
     return losses, matched, outputs
 
 
 def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     known = torch.cat([target["known"] for target in batch["targets"]])
     masks = torch.cat([target["masks"] for target in batch["targets"]])
     assert 0 < known.sum() < len(known)
@@ -52,22 +60,23 @@ def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
 
 
 def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_them(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     losses, matched, outputs = step(mixed_cfg, batch)
     known = torch.cat([target["known"] for target in batch["targets"]])
     assert set(losses) >= {"loss_known_masks", "loss_projection"}
-    only_unknown = projection_loss(matched.masks, *matched.objects.projections)[:, ~known].sum() / len(known)
+    masks = matched.masks
+    unknown = projection_loss(masks.amax(-2), masks.amax(-1), *matched.objects.projections)[:, ~known]
     weight = mixed_cfg.MODEL.SIM.PROJECTION.WEIGHT
-    assert torch.allclose(losses["loss_projection"], weight * only_unknown)
+    assert torch.allclose(losses["loss_projection"], weight * unknown.sum() / len(known))
     losses["loss_known_masks"].backward()
     image, query = matched.objects.image_index, matched.match.query[-1]
-    moved = outputs["pred_masks"].grad[image, query].flatten(1).any(1)
+    moved = outputs["layers"]["pred_masks"].grad[image, -1, query].flatten(1).any(1)
     assert torch.equal(moved, known)
 
 
 def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
     """Cross-entropy and dice equal those of the mask criterion at the same points, weighted by 5."""
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     targets = [{**t, "known": torch.ones_like(t["known"]), "masks": t["masks"]} for t in batch["targets"]]
     losses, matched, outputs = step(mixed_cfg, batch, targets)
     names = [name for name in losses if name not in OWN]
@@ -83,7 +92,7 @@ def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
 
 
 def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     targets = [{**t, "known": torch.zeros_like(t["known"])} for t in batch["targets"]]
     mixed, _, _ = step(mixed_cfg, batch, targets)
     mixed_cfg.MODEL.SIM.SUPERVISION = "box"
@@ -103,7 +112,7 @@ def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cf
 
 
 def test_the_loss_is_per_annotated_object(mixed_cfg):
-    batch = next(iter(train_loader(mixed_cfg)))
+    batch = next(batches(mixed_cfg))
     _, matched, _ = step(mixed_cfg, batch)
     ones = torch.ones(matched.match.matched.shape)
     known = torch.cat([target["known"] for target in batch["targets"]])
@@ -116,10 +125,9 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = mixed_cfg.MODEL.SIM.COLOR_MODEL.ENABLED = True
     mixed_cfg.MODEL.SIM.COPY_PASTE.START, mixed_cfg.MODEL.SIM.COPY_PASTE.PROBABILITY = 0.0, 1.0
     copying = build_copy_paste(mixed_cfg, torch.device("cpu"))
-    batches = iter(train_loader(mixed_cfg))
-    first, second = next(batches), next(batches)
+    first, second = itertools.islice(batches(mixed_cfg), 2)
     _, matched, _ = step(mixed_cfg, first)
-    copying.remember(first["images"], matched)
+    copying.remember(first["images"], [matched])
     assert copying.bank.known.tolist() == torch.cat([t["known"] for t in first["targets"]]).tolist()
     copying.bank.scores[copying.bank.known.nonzero()[2:]] = 0.5  # a few true ones, and others after them
     images, targets = copying(second["images"], second["targets"], 0)
@@ -132,5 +140,5 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     assert losses.keys() >= {"loss_known_masks", "loss_copy_paste", "loss_projection"}
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
     count = copying.bank.scores.count_nonzero()
-    copying.remember(images, matched)
+    copying.remember(images, [matched])
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice

@@ -122,6 +122,20 @@ def test_folded_norms_change_nothing():
     torch.testing.assert_close(*grads)
 
 
+def test_compiled_maps_are_those_of_the_network_itself(network):
+    compiled = copy.deepcopy(network)
+    mask2former.compile_maps(compiled, "aot_eager")
+    assert list(compiled.state_dict()) == list(network.state_dict())
+    images, results = torch.randn(1, 3, 64, 64), []
+    for one in (network, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = one(images)
+        outputs["layers"]["pred_masks"].float().square().mean().backward()
+        gradients = {name: weight.grad for name, weight in one.named_parameters() if weight.grad is not None}
+        results.append((outputs["pred_logits"], outputs["pred_masks"], gradients))
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
 def test_weights_cast_together_are_those_that_autocast_casts(monkeypatch):
     cfg = get_cfg()
     cfg.merge_from_file(SMALL_FILE)

@@ -43,6 +43,22 @@ def test_equals_the_definition(device):
     assert distance(attend(problem.to(device)), by_loops(problem)) < 1e-10
 
 
+@compiled
+def test_the_numbers_of_levels_travel_once_and_serve_gradients_after_inference():
+    shapes = [(3, 5), (2, 2)]
+    value, points = torch.randn(1, 19, 2, 8), torch.rand(1, 4, 2, 2, 1, 2)
+    with torch.inference_mode():
+        msda.ms_deform_attn(value, shapes, None, points, points[..., 0])
+    numbers = msda._levels(shapes, None, value.device)
+    assert all(
+        one is other for one, other in zip(numbers, msda._levels(shapes, None, value.device), strict=True)
+    )
+    assert [tensor.tolist() for tensor in numbers] == [[[3, 5], [2, 2]], [0, 15]]
+    value.requires_grad_()
+    msda.ms_deform_attn(value, shapes, None, points, points[..., 0]).sum().backward()
+    assert value.grad.any()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("channels", [1, 8, 16, 24, 32, 48, 64, 80, 300])

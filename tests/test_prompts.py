@@ -14,6 +14,7 @@ from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Prompts
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import per_object
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.projection import projection_loss
@@ -100,12 +101,13 @@ def test_the_first_layer_looks_into_the_box_alone(networks):
     decoder.transformer_ffn_layers = decoder.transformer_ffn_layers[:1]
     encoded = [torch.randn(1, 32, side, side) for side in (4, 8, 16)]
     features, prompts = torch.randn(1, 32, 32, 32), prompts_of([[16.0, 0.0, 48.0, 32.0]])
-    _, (before,) = decoder(encoded, features, True, prompts)
+    _, before = decoder(encoded, features, True, prompts)
+    assert before["pred_logits"].shape[:3] == (1, 1, 1)
     inside = torch.zeros(4, 4, dtype=torch.bool)
     inside[:2, 1:3] = True
     for changed, same in ((~inside, True), (inside, False)):
         others = [torch.where(changed, torch.randn(1, 32, 4, 4), encoded[0]), *encoded[1:]]
-        _, (after,) = decoder(others, features, True, prompts)
+        _, after = decoder(others, features, True, prompts)
         assert torch.equal(before["pred_logits"], after["pred_logits"]) == same
 
 
@@ -184,7 +186,8 @@ def test_the_nth_prompt_learns_the_nth_object_with_the_same_losses():
     groups = [*outputs["prompted"]["aux_outputs"], outputs["prompted"]]
     masks = torch.stack([torch.cat([layer["pred_masks"][0], layer["pred_masks"][1, :1]]) for layer in groups])
     whole = Match(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool))
-    projection = per_object(projection_loss(masks, *objects.projections), whole, objects)
+    profiles = masks.amax(-2), masks.amax(-1)
+    projection = per_object(projection_loss(*profiles, *objects.projections), whole, objects)
     fill = per_object(box_fill_loss(masks, objects.box_masks), whole, objects)
     logits = [torch.cat([layer["pred_logits"][0], layer["pred_logits"][1, :1]]) for layer in groups]
     classes = sum(torch.nn.functional.cross_entropy(layer, objects.labels) for layer in logits)
@@ -221,7 +224,7 @@ def test_images_without_an_object_have_a_prompt_that_does_not_count():
 
 def test_the_match_of_prompts_is_their_order():
     objects = flatten_targets(targets_of(BOXES, [], BOXES[:2]), (16, 16), torch.device("cpu"))
-    match = match_prompts(torch.zeros(4, 3, 3, 4), None, None, objects)
+    match = match_prompts(Layers(torch.zeros(4, 3, 3, 4), torch.zeros(3, 4, 3, 16, 16)), objects)
     assert match.query.tolist() == [[0, 1, 2, 0, 1]] * 4
     assert match.matched.all()
 

@@ -22,6 +22,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.labelling import proposals
 from sim_m2f.labelling.masks import filled
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.pseudo_masks import Evidence, PseudoMasks, pseudo_labels
 from sim_m2f.supervision.targets import BoxPixels, flatten_targets
 
@@ -232,7 +233,7 @@ def test_a_blend_with_proposals_pixel_by_pixel():
     semantic, instance, proposed = torch.rand(3, 40, generator=generator, dtype=torch.float64)
     quality = torch.tensor([0.9, 0.0, 0.6], dtype=torch.float64)
     given = torch.tensor([0.7, 0.8, 0.0], dtype=torch.float64)
-    pixels = BoxPixels(target, target, target, torch.ones_like(target))
+    pixels = BoxPixels(target, target, target, torch.ones_like(target), target)
     keys = 0.25, (0.7, 0.7), 0.4
     labels = pseudo_labels(semantic, instance, pixels, quality, *keys, proposal=(proposed, given))
     for i, t in enumerate(target.tolist()):
@@ -262,9 +263,9 @@ def test_proposals_go_through_the_quality_gate():
     shares = masks.double().reshape(2, 16, 4, 16, 4).mean((2, 4))
     torch.testing.assert_close(objects.proposals.masks.double(), shares)
     pseudo = PseudoMasks(cfg)
-    outputs = {"pred_logits": torch.zeros(1, 3, 81), "pred_masks": torch.randn(1, 3, 16, 16)}
-    criterion = build_criterion(_boxes(cfg))
-    evidence = pseudo.evidence([outputs], torch.randn(1, 256, 16, 16), objects, criterion.matcher)
+    layers = Layers(torch.zeros(1, 1, 3, 81), torch.randn(1, 1, 3, 16, 16))
+    match = build_criterion(_boxes(cfg)).matcher(layers, objects)
+    evidence = pseudo.evidence(layers, torch.randn(1, 256, 16, 16), objects, match)
     y, x, t = evidence.pixels.y, evidence.pixels.x, evidence.pixels.target
     torch.testing.assert_close(evidence.proposal[0].double(), shares[t, y, x])
     labels = pseudo.labels(evidence)

@@ -15,7 +15,7 @@ import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
-from sim_m2f.supervision.losses import focal_loss
+from sim_m2f.supervision.losses import FocalSums, focal_loss
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
@@ -125,11 +125,10 @@ def test_prototypes_move_towards_the_centroids_of_their_pixels(generator):
 def test_similarity_is_that_of_the_nearest_prototype_of_the_class(generator):
     prototypes = prototypes_of(5, count=3, limit=10)
     features = torch.randn(20, 4, generator=generator)
-    classes, index = torch.tensor([1, 4]), torch.randint(2, (20,), generator=generator)
-    similarity = prototypes.similarity(features, classes, index)
+    similarity = prototypes.similarity(features, 4)
     for i in range(20):
         z = features[i] / features[i].norm()
-        expected = max(float(z @ p) for p in prototypes.vectors[classes[index[i]]])
+        expected = max(float(z @ p) for p in prototypes.vectors[4])
         assert similarity[i].item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -164,7 +163,7 @@ def test_instance_probability_is_the_weighted_mean_of_the_positive_masks(generat
     pixels = box_pixels(objects)
     profiles = masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid()
     chosen = positive_masks(logits, *profiles, match, objects, queries=2, min_iou=0.2)
-    mean = instance_probability(list(masks), chosen, objects, pixels)
+    mean = instance_probability(masks.transpose(0, 1), chosen, objects, pixels)
 
     def weight(layer, t, query):
         p = logits[layer, objects.image_index[t], query].softmax(0)[objects.labels[t]].item()
@@ -205,7 +204,7 @@ def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     )
     profiles = masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid()
     chosen = positive_masks(logits, *profiles, match, objects, queries=0, min_iou=0.2)
-    mean = instance_probability(list(masks), chosen, objects, box_pixels(objects))
+    mean = instance_probability(masks.transpose(0, 1), chosen, objects, box_pixels(objects))
     assert (chosen.weight[:, 1] == 0).all()
     assert (mean[box_pixels(objects).target == 1] == 0).all()
     wanted = torch.full((2, 2, 5), 3)
@@ -227,7 +226,7 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     target = torch.repeat_interleave(torch.arange(4), torch.tensor(areas))
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
-    pixels = BoxPixels(target, target, target, torch.ones_like(target))
+    pixels = BoxPixels(target, target, target, torch.ones_like(target), target)
     labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4)
     thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
     for t in range(4):
@@ -340,6 +339,16 @@ def test_focal_loss_has_the_derivative_of_its_formula():
     expected = sigmoid_focal_loss(logits, labels.double().expand(3, -1), alpha=0.3, gamma=1.5)
     torch.testing.assert_close(focal_loss(logits, labels, 0.3, 1.5), expected)
     assert torch.autograd.gradcheck(lambda logits: focal_loss(logits, labels, 0.3, 1.5), (logits,))
+    places = torch.arange(0, 40, 3).flip(0)
+    group = places % 4 % 3
+
+    def sums(logits):
+        return FocalSums.apply(logits, places, labels[places] == 1, group, 4, 0.3, 1.5)
+
+    for index in range(4):
+        members = places[group == index]
+        torch.testing.assert_close(sums(logits)[:, index], expected[:, members].sum(1))
+    assert torch.autograd.gradcheck(sums, (logits,))
 
 
 def test_pseudo_losses_are_means_over_the_labelled_pixels_of_each_layer():
@@ -374,7 +383,7 @@ def test_copy_paste_loss_is_focal_and_dice_of_the_pasted_objects(generator):
     losses, _ = criterion(outputs, targets, torch.zeros(2, 3, 24, 32))
 
     flat = flatten_targets(targets, (6, 8), torch.device("cpu"))
-    match = criterion.matcher(logits[1:], masks[1:].amax(-2).sigmoid(), masks[1:].amax(-1).sigmoid(), flat)
+    match = criterion.matcher(criterion.layers(outputs), flat)
     own = [masks[1, flat.image_index[t], match.query[0, t]].double() for t in range(3)]
     target = wanted[1].double()
     p = own[1].sigmoid()
@@ -408,11 +417,11 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     torch.testing.assert_close(labels.soft_masks(objects), wanted)
     points, empty = (40, 3.0, 0.75), torch.zeros(0)
     sim = sim_m2f.get_cfg().MODEL.SIM
-    supervision = Supervision(sim, points, 0, 1, empty, empty, None, labels, None)
+    supervision = Supervision(sim, points, 0, 1, empty, empty, pixels, None, labels, None)
     everything = torch.ones(1, 2, dtype=torch.bool)
-    match = Match(torch.zeros(1, 2, dtype=torch.int64), everything)
+    match = Match(torch.arange(2)[None], everything)
     objects = replace(objects, seeds=[(0, 1, 2)])
-    matched = MatchedBoxes(objects, match, masks, supervision)
+    matched = MatchedBoxes(objects, match, masks[None], supervision)
     loss = gated_masks(matched)
     cross_entropy, dice = mask_losses(masks, wanted, matched.random_points, *points)
     assert loss.item() == pytest.approx(0.8 * (cross_entropy + dice)[0, 0].item() / 2, rel=1e-6)

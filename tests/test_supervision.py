@@ -14,8 +14,9 @@ from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_of
 from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import TERMS, build_criterion
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.level_set import level_set, region_energy
-from sim_m2f.supervision.matched import MatchedBoxes, Supervision, fill_deficit
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.pairwise import SameLabel, pairwise_loss
 from sim_m2f.supervision.projection import projection_loss
@@ -56,6 +57,16 @@ def make_targets(*images: list[list[float]]):
 
 def flat(*images: list[list[float]]):
     return flatten_targets(make_targets(*images), (HEIGHT, WIDTH), torch.device("cpu"))
+
+
+def matched_boxes(objects, masks, sim, step=0, matched=None, images=None, features=None):
+    """Objects of one image, matched with the masks (L, T, h, w) in their order."""
+    layers, number = masks.shape[:2]
+    matched = torch.ones(layers, number, dtype=torch.bool) if matched is None else matched
+    pixels = box_pixels(objects, sim.PAIRWISE.DILATION)
+    supervision = Supervision(sim, (8, 3.0, 0.75), step, 100, images, None, pixels, features, None, None)
+    match = Match(torch.arange(number).expand(layers, -1), matched)
+    return MatchedBoxes(objects, match, masks[None], supervision)
 
 
 def sigmoid(x: float) -> float:
@@ -130,7 +141,7 @@ def test_projection_loss_and_gradient(name):
     logits.requires_grad_()
     targets = flat([BOXES[name]])
     columns, rows = (projection.double() for projection in targets.projections)
-    loss = projection_loss(logits, columns, rows)
+    loss = projection_loss(logits.amax(-2), logits.amax(-1), columns, rows)
     box = owned(BOXES[name])
 
     def dice(u, t):
@@ -145,7 +156,8 @@ def test_projection_loss_and_gradient(name):
         )
         along_y = dice([max(row) for row in p], [float(y in {r for r, _ in box}) for y in range(HEIGHT)])
         assert loss[layer, 0].item() == pytest.approx(along_x + along_y, abs=1e-12)
-    assert torch.autograd.gradcheck(lambda m: projection_loss(m, columns, rows), (logits,))
+    profiles = logits.amax(-2).detach().requires_grad_(), logits.amax(-1).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, y: projection_loss(x, y, columns, rows), profiles)
 
 
 def test_same_label_loss_and_gradient():
@@ -153,10 +165,11 @@ def test_same_label_loss_and_gradient():
         torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).mul(4).unbind(0)
     )
     place = torch.arange(200)
-    pairs = place, place[None] + 200, torch.ones(1, 200, dtype=torch.float64), place, 200
+    way, weight = torch.full((1, 400), 200), torch.ones(1, 400, dtype=torch.float64)
+    weight[:, 200:] = 0  # pixels whose way leads out
 
     def losses(a, b):
-        return SameLabel.apply(torch.cat([a, b])[None], *pairs)[0]
+        return SameLabel.apply(torch.cat([a, b])[None], way, weight, place.repeat(2), 200)[0]
 
     for x, y, value in zip(a.tolist(), b.tolist(), losses(a, b).tolist(), strict=True):
         p, q = sigmoid(x), sigmoid(y)
@@ -186,10 +199,6 @@ def brute_force_pairwise(logits, boxes, images, affinity_of, valid, threshold):
     return torch.stack(sums), numbers
 
 
-def counted(edges, objects):
-    return torch.zeros(objects).index_add(0, edges.target, edges.weight.sum(0))
-
-
 def test_pairwise_loss_and_gradient():
     boxes = list(BOXES.values())
     image_of = [0] * 4 + [1] * 3
@@ -204,8 +213,10 @@ def test_pairwise_loss_and_gradient():
     )
     threshold = 0.3
     edges = (color_affinity(images, 2) >= threshold) & edge_mask(valid, 2)
-    found = box_edges(targets, edges, 2)
-    sums, numbers = pairwise_loss(logits, found), counted(found, 7)
+    pixels = box_pixels(targets, margin=2)
+    found = box_edges(pixels, targets, edges, 2)
+    sums = pairwise_loss(logits[:, pixels.target, pixels.y, pixels.x], found, pixels.target, 7)
+    numbers = torch.zeros(7).index_add(0, pixels.target, found.weight.sum(0).float())
 
     pooled = images.double().view(2, 3, HEIGHT, 4, WIDTH, 4).mean((3, 5)) / 255
     lab = rgb2lab(pooled.permute(0, 2, 3, 1).numpy())
@@ -225,20 +236,56 @@ def test_pairwise_loss_and_gradient():
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_losses_in_boxes_read_the_matched_masks_with_one_gradient():
+    """As from whole masks cut out by autograd, also where two objects have the same query."""
+    generator = torch.Generator().manual_seed(9)
+    boxes = list(BOXES.values())
+    objects = flat(boxes[:3], boxes[3:])
+    predicted = torch.randn(2, 3, 4, HEIGHT, WIDTH, generator=generator).requires_grad_()
+    query = torch.randint(4, (3, len(boxes)), generator=generator)
+    sim = sim_m2f.get_cfg().MODEL.SIM
+    pixels = box_pixels(objects, margin=2)
+    supervision = Supervision(sim, (8, 3.0, 0.75), 0, 1, None, None, pixels, None, None, None)
+    matched = MatchedBoxes(objects, Match(query, torch.ones_like(query) > 0), predicted, supervision)
+    read = matched.logits
+    image = [0] * 3 + [1] * (len(boxes) - 3)
+    whole = torch.stack(
+        [
+            torch.stack([predicted[image[t], layer, query[layer, t]] for t in range(len(boxes))])
+            for layer in range(3)
+        ]
+    )
+    assert torch.equal(matched.masks, whole)
+    expected = whole[:, pixels.target, pixels.y, pixels.x], whole.amax(-2), whole.amax(-1)
+    gradients = []
+    for values in (read, expected):
+        weights = torch.Generator().manual_seed(10)
+        total = sum((value * torch.randn(value.shape, generator=weights)).sum() for value in values)
+        gradients.append(torch.autograd.grad(total, predicted)[0])
+    for ours, theirs in zip((*read, gradients[0]), (*expected, gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    inner = box_pixels(objects)
+    places = pixels.places(inner)
+    for name in ("target", "x", "y"):
+        assert torch.equal(getattr(pixels, name)[places], getattr(inner, name))
+    assert torch.equal(matched.inside.nonzero().flatten(), places)
+
+
 def test_losses_of_no_objects_are_zero_and_have_a_gradient():
     targets = flat([], [])
     logits = torch.zeros(3, 0, HEIGHT, WIDTH, requires_grad=True)
     edges = torch.ones(2, 4, HEIGHT, WIDTH, dtype=torch.bool)
-    found = box_edges(targets, edges, 2)
-    sums, numbers = pairwise_loss(logits, found), counted(found, 0)
+    pixels = box_pixels(targets, margin=2)
+    found = box_edges(pixels, targets, edges, 2)
+    sums = pairwise_loss(logits[:, :, 0, 0], found, pixels.target, 0)
     total = (
         sums.sum()
-        + projection_loss(logits, *targets.projections).sum()
+        + projection_loss(logits.amax(-2), logits.amax(-1), *targets.projections).sum()
         + box_fill_loss(logits, targets.box_masks).sum()
     )
     total.backward()
     assert total.item() == 0
-    assert numbers.shape == (0,)
+    assert found.weight.shape == (4, 0)
     assert logits.grad.shape == logits.shape
 
 
@@ -302,7 +349,7 @@ def test_matcher_finds_the_cheapest_assignment(box_weight):
     masks = torch.randn(layers, 3, queries, HEIGHT, WIDTH, generator=generator) * 3 - 4
     masks[0, 0, 0] = -9.0  # an empty mask
     weights = (2.0, 5.0, box_weight)
-    match = BoxMatcher(*weights)(logits, masks.amax(-2).sigmoid(), masks.amax(-1).sigmoid(), targets)
+    match = BoxMatcher(*weights)(Layers(logits, masks.transpose(0, 1)), targets)
     assert match.matched.all()
     for layer in range(layers):
         start = 0
@@ -325,20 +372,21 @@ def test_matcher_finds_the_cheapest_assignment(box_weight):
 def test_matcher_leaves_objects_over_when_queries_run_out():
     targets = flat(list(BOXES.values()))
     masks = torch.zeros(1, 1, 4, HEIGHT, WIDTH)
-    match = BoxMatcher(2.0, 5.0, 0.0)(torch.zeros(1, 1, 4, 4), masks.amax(-2), masks.amax(-1), targets)
+    match = BoxMatcher(2.0, 5.0, 0.0)(Layers(torch.zeros(1, 1, 4, 4), masks), targets)
     assert match.matched.sum() == 4
     assert sorted(match.query[match.matched].tolist()) == [0, 1, 2, 3]
 
 
 def test_fill_deficit_is_linear_between_its_shares():
-    boxes = flat([BOXES["inside"], BOXES["whole image"]]).box_masks
-    logits = torch.randn(3, 2, HEIGHT, WIDTH, dtype=torch.float64)
-    deficit = fill_deficit(logits, boxes, 0.3, 0.6)
+    objects = flat([BOXES["inside"], BOXES["whole image"]])
+    logits, sim = torch.randn(3, 2, HEIGHT, WIDTH), sim_m2f.get_cfg().MODEL.SIM
+    sim.FILL_GUARD.RANGE, sim.FILL_GUARD.FADE = (0.3, 0.6), 0.0
+    deficit = matched_boxes(objects, logits, sim).deficit
     for layer, t in itertools.product(range(3), range(2)):
         values = [sigmoid(logits[layer, t, y, x]) for y, x in owned(list(BOXES.values())[t])]
         expected = min(max((0.6 - sum(values) / len(values)) / 0.3, 0), 1)
-        assert deficit[layer, t].item() == pytest.approx(expected, abs=1e-6)
-    assert fill_deficit(logits - 50, boxes, 0.3, 0.6).eq(1).all()
+        assert deficit[layer, t].item() == pytest.approx(expected, abs=1e-5)
+    assert matched_boxes(objects, logits - 50, sim).deficit.eq(1).all()
 
 
 @pytest.mark.parametrize(
@@ -349,12 +397,7 @@ def test_the_fill_guard_fades_only_when_told_to(fade, step, share):
     masks = torch.full((2, 1, HEIGHT, WIDTH), -9.0)
     sim = sim_m2f.get_cfg().MODEL.SIM
     sim.FILL_GUARD.FADE = fade
-    supervision = Supervision(
-        sim, (8, 3.0, 0.75), step, 100, torch.zeros(0), torch.zeros(0), None, None, None
-    )
-    nothing = torch.zeros(2, 1, dtype=torch.int64)
-    match = Match(nothing, nothing == 0)
-    assert MatchedBoxes(objects, match, masks, supervision).deficit.eq(share).all()
+    assert matched_boxes(objects, masks, sim, step).deficit.eq(share).all()
 
 
 def test_level_set_energy_is_the_variance_that_two_regions_leave():
@@ -381,7 +424,7 @@ def test_level_set_loss_is_the_energy_of_colours_per_object():
     objects = flatten_targets(make_targets([[4.0, 8.0, 24.0, 28.0]]), (8, 8), torch.device("cpu"))
     pixels, masks = box_pixels(objects), torch.randn(2, 1, 8, 8)
     sim, features = sim_m2f.get_cfg().MODEL.SIM, torch.randn(1, 4, 8, 8)
-    match = Match(torch.zeros(2, 1, dtype=torch.int64), torch.tensor([[True], [False]]))
+    matched = torch.tensor([[True], [False]])
     lab = rgb_to_lab(torch.nn.functional.avg_pool2d(image, 4) / 255)
     inside = masks[:, pixels.target, pixels.y, pixels.x].sigmoid()
     energies = [
@@ -389,8 +432,7 @@ def test_level_set_loss_is_the_energy_of_colours_per_object():
         for maps in (lab, features)
     ]
     for sim.LEVEL_SET.FEATURES, expected in ((False, energies[0]), (True, sum(energies))):
-        supervision = Supervision(sim, (8, 3.0, 0.75), 0, 1, image, torch.zeros(0), features, None, None)
-        loss = level_set(MatchedBoxes(objects, match, masks, supervision))
+        loss = level_set(matched_boxes(objects, masks, sim, 0, matched, image, features))
         assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,6 +8,7 @@ operators `torch.ops.msda.*` where there is a kernel, in plain PyTorch elsewhere
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -31,15 +32,31 @@ Shapes = Tensor | Sequence[Sequence[int]]
 def _levels(
     spatial_shapes: Shapes, level_start_index: Tensor | None, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Shapes and first positions of the levels on ``device``; numbers travel there without a wait."""
+    """Shapes and first positions of the levels on ``device``."""
     if not isinstance(spatial_shapes, Tensor):
-        spatial_shapes = (
-            torch.tensor(spatial_shapes, dtype=torch.int64).view(-1, 2).to(device, non_blocking=True)
-        )
+        pairs = tuple((height, width) for height, width in spatial_shapes)
+        numbers = _numbers_on if torch.compiler.is_compiling() else _kept_numbers_on  # sizes may be symbols
+        spatial_shapes, starts = numbers(pairs, device)
+        return spatial_shapes, starts if level_start_index is None else level_start_index
     if level_start_index is None:
         sizes = spatial_shapes.prod(1)
         level_start_index = sizes.cumsum(0) - sizes
     return spatial_shapes, level_start_index
+
+
+def _numbers_on(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(L, 2) and (L,) int64 of levels that follow each other; they travel without a wait."""
+    starts = [start for start, _, _ in _level_numbers(pairs, None)]
+    numbers = torch.tensor([[*pair, start] for pair, start in zip(pairs, starts, strict=True)])
+    numbers = numbers.view(-1, 3).to(device, torch.int64, non_blocking=True)
+    return numbers[:, :2].contiguous(), numbers[:, 2].contiguous()
+
+
+@lru_cache(maxsize=64)
+def _kept_numbers_on(pairs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same, kept: what runs once more, or is captured as a CUDA graph, copies nothing from the host."""
+    with torch.inference_mode(False):  # else no gradient could use them
+        return _numbers_on(pairs, device)
 
 
 def _level_numbers(spatial_shapes: Shapes, level_start_index: Tensor | None) -> list[tuple[int, int, int]]:

@@ -1,4 +1,4 @@
-"""Images as samples for the network: read, augmented, normalised."""
+"""Images as samples for the network: read and augmented."""
 
 from typing import Any
 
@@ -13,7 +13,6 @@ from sim_m2f.data.augmentation import eval_augmentation, train_augmentation
 from sim_m2f.data.coco import CocoData, ImageRecord
 from sim_m2f.data.segmentation import decode_segmentation
 from sim_m2f.errors import UserError
-from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Annotated, Sample
 
 
@@ -64,7 +63,7 @@ class SampleReader:
     """Reads an image with its objects, augments both, and gives what ``loader.collate`` takes."""
 
     def __init__(self, cfg: CfgNode, augmentation: v2.Transform) -> None:
-        self.pixels, self.bottom_rows = Pixels(cfg), cfg.INPUT.BOTTOM_ROWS
+        self.bottom_rows = cfg.INPUT.BOTTOM_ROWS
         self.augment = v2.Compose([augmentation, v2.ToPureTensor()])
 
     def __call__(self, data: CocoData, record: ImageRecord) -> Sample:
@@ -74,8 +73,7 @@ class SampleReader:
         """
         sample = self.augment(read_sample(data, record, self.bottom_rows))
         masks = {name: sample[name].bool() for name in ("valid", "masks", "proposals") if name in sample}
-        image, size = self.pixels.normalise(sample["image"]), (record.height, record.width)
-        return sample | masks | {"image": image, "image_id": record.id, "original_size": size}
+        return sample | masks | {"image_id": record.id, "original_size": (record.height, record.width)}
 
 
 def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annotated:

@@ -22,6 +22,7 @@ from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
 from sim_m2f.distributed import once_per_node, share
 from sim_m2f.errors import UserError
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Sample, Target
 
 Data = TypeVar("Data", TrainDataset, EvalDataset)
@@ -50,9 +51,10 @@ class Batches(DataLoader[Sample], Generic[Data]):
     """
 
     dataset: Data
+    pixels: Pixels  # for ``Pixels.of_batch``
 
     def __init__(self, cfg: CfgNode, dataset: Data, least_size: int, **options: Any) -> None:
-        divisor = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+        self.pixels, divisor = Pixels(cfg), cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         super().__init__(
             dataset,
             num_workers=cfg.DATALOADER.NUM_WORKERS,

@@ -21,7 +21,10 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
         advice = "set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
         raise UserError(f"MODEL.DEVICE: cuda, but PyTorch sees no GPU; {advice}")
     precision = "no"
-    if amp.ENABLED and has_gpu and device != "cpu":
+    if device == "cpu" or not has_gpu:
+        computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if amp.ENABLED and amp.ON_CPU and computes else "no"
+    elif amp.ENABLED:
         automatic = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = automatic if amp.DTYPE == "auto" else amp.DTYPE
     missing = [name for name in cfg.TRACKERS if find_spec(name) is None]

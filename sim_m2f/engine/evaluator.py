@@ -110,10 +110,11 @@ def _detect(
     results: list[dict[str, Any]] = []
     shown = accelerator.is_local_main_process
     progress = tqdm(loader, "evaluate", unit="image", mininterval=1.0, disable=not shown, leave=False)
+    pixels = loader.pixels.to(accelerator.device)
     with torch.no_grad(), evaluation_mode(network):
         for batch in progress:
             with accelerator.autocast():
-                images = batch["images"].to(accelerator.device, non_blocking=True)
+                images = pixels.of_batch(batch["images"], batch["image_sizes"])
                 outputs = tiled(network, images, tile)
             sizes = batch["image_sizes"], batch["original_sizes"]
             detections = postprocess.instances(outputs, *sizes, top_k)

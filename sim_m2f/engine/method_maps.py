@@ -18,9 +18,9 @@ from sim_m2f.data.augmentation import eval_augmentation
 from sim_m2f.data.dataset import SampleReader, TrainDataset
 from sim_m2f.data.loader import collate
 from sim_m2f.engine.evaluator import evaluation_mode
+from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Prompts, Size
 from sim_m2f.supervision.criterion import SIMCriterion
-from sim_m2f.supervision.matcher import mask_projections
 from sim_m2f.supervision.pseudo_masks import positive_thresholds
 from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets
 
@@ -82,7 +82,7 @@ class MethodView:
 
     def __init__(self, cfg: CfgNode, dataset: TrainDataset, number: int, accelerator: Accelerator) -> None:
         read, divisor = SampleReader(cfg, eval_augmentation(cfg)), cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-        self.accelerator, self.pixels = accelerator, read.pixels
+        self.accelerator, self.pixels = accelerator, Pixels(cfg).to(accelerator.device)
         self.images: list[tuple[str, list[str], Batch]] = []  # file name, names of all classes, batch of one
         for data, image in dataset.images[:number]:
             batch = collate([read(data, image)], divisor=divisor)
@@ -92,16 +92,16 @@ class MethodView:
     def maps(self, student: nn.Module, teacher: nn.Module, criterion: SIMCriterion) -> Iterator[MethodMaps]:
         """What the networks, wrapped by accelerate or not, and the criterion make of each image now."""
         for name, class_names, batch in self.images:
-            images = batch["images"].to(self.accelerator.device, memory_format=torch.channels_last)
+            images = self.pixels.of_batch(batch["images"], batch["image_sizes"])
             outputs = self._outputs(student, images)
             prompts = criterion.teacher_prompts(batch["targets"], images)
             teacher_outputs = self._outputs(teacher, images, prompts)
             (*_, rows, columns), (height, width) = outputs["pred_masks"].shape, batch["image_sizes"][0]
             objects = flatten_targets(batch["targets"], (rows, columns), images.device)
-            image = self.pixels.undo(batch["images"][0])[:, :height, :width].permute(1, 2, 0)
+            image = batch["images"][0, :, :height, :width].permute(1, 2, 0)
             yield MethodMaps(
                 name=name,
-                image=image.round().clamp(0, 255).byte().numpy(),
+                image=image.numpy(),
                 boxes=objects.boxes.cpu().numpy(),
                 classes=np.array(class_names)[objects.labels.cpu().numpy()],
                 student=_student_masks(criterion, outputs, objects)[:, :height, :width].cpu().numpy(),
@@ -117,7 +117,7 @@ class MethodView:
 def _pseudo_masks(criterion: SIMCriterion, outputs: Outputs, objects: Targets, size: Size) -> dict[str, Any]:
     """The teacher's share of ``MethodMaps``, from its outputs for an image of this size."""
     (layers, matcher), pseudo = criterion.teacher_layers(outputs), criterion.pseudo_masks
-    evidence = pseudo.evidence(layers, outputs["mask_features"], objects, matcher)
+    evidence = pseudo.evidence(layers, outputs["mask_features"], objects, matcher(layers, objects))
     labels = pseudo.labels(evidence)
     pixels, positive, keys = evidence.pixels, evidence.positive, criterion.sim.PSEUDO_MASKS
     bounds = keys.POSITIVE, keys.CONFIDENT
@@ -132,7 +132,7 @@ def _pseudo_masks(criterion: SIMCriterion, outputs: Outputs, objects: Targets, s
     own = max(positive.layer) + 1  # masks of the object's query, of the decoder's last layers
     first = criterion.mask_former.DEC_LAYERS - own
     masks = [
-        layers[layer - own]["pred_masks"][0, query[pixels.target], pixels.y, pixels.x]
+        layers.masks[0, layer, query[pixels.target], pixels.y, pixels.x]
         for layer, query in zip(positive.layer, positive.query, strict=True)
     ]
     further = range(1, 1 + len(masks) - own)
@@ -151,7 +151,7 @@ def _pseudo_masks(criterion: SIMCriterion, outputs: Outputs, objects: Targets, s
 def _student_masks(criterion: SIMCriterion, outputs: Outputs, objects: Targets) -> Tensor:
     """(T, H, W) bool: the last masks of the queries that claim the objects; empty where none does."""
     masks = outputs["pred_masks"]
-    match = criterion.matcher(outputs["pred_logits"][None].float(), *mask_projections([masks]), objects)
+    match = criterion.matcher(criterion.layers(outputs).last, objects)
     own = masks[0, match.query[0]].float()
     full = F.interpolate(own[None], scale_factor=STRIDE, mode="bilinear", align_corners=False)[0]
     return (full > 0) & match.matched[0, :, None, None]

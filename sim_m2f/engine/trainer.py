@@ -16,7 +16,7 @@ from sim_m2f.config import CfgNode, cfg_from_text, changed_on_resume
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.student_colors import student_colors
 from sim_m2f.distributed import copy_from_first_rank, largest_number, share
-from sim_m2f.draws import generator
+from sim_m2f.draws import Seed, generator
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.engine.gradient_sum import GradientSum
@@ -24,7 +24,7 @@ from sim_m2f.engine.logging import MetricsLogger, add_to
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError, first_line
-from sim_m2f.modeling import build_model
+from sim_m2f.modeling import build_model, compile_maps
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Outputs, Target
 from sim_m2f.supervision.base import Criterion, Prepared, together
@@ -34,6 +34,8 @@ from sim_m2f.supervision.mask_shape import mask_shapes
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
+
+Part = tuple[Tensor, Sequence[Target], Sequence[Seed]]  # images, their targets and seeds
 
 
 class Hook:
@@ -85,6 +87,9 @@ class Trainer:
         self.criterion: Criterion = build_criterion(cfg).to(device)
         self.teacher_terms = teacher_terms(cfg)
         self.teacher = build_teacher(cfg, model, device)
+        if cfg.MODEL.COMPILE != "none":
+            for network in [model, *([self.teacher.network] if self.teacher else [])]:
+                compile_maps(network, cfg.MODEL.COMPILE)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
@@ -151,14 +156,13 @@ class Trainer:
         self.model.train()
         self.criterion.train()
         torch.backends.cudnn.benchmark = True  # in training, images have one size
-        device = self.accelerator.device
-        images = batch["images"].to(device, memory_format=torch.channels_last, non_blocking=True)
+        images = self.pixels.of_batch(batch["images"], batch["image_sizes"])
         targets: Sequence[Target] = [
             {**target, "seed": seed} for target, seed in zip(batch["targets"], seeds, strict=True)
         ]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
-        losses, matched = self._add_gradients(images, targets)
+        losses, matched = self._add_gradients(images, targets, seeds)
         self.criterion.update(*matched)
         if self.copy_paste:
             self.copy_paste.remember(images, matched)
@@ -175,39 +179,42 @@ class Trainer:
         return losses
 
     def _add_gradients(
-        self, images: Tensor, targets: Sequence[Target]
+        self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed]
     ) -> tuple[dict[str, Tensor], list[Matched]]:
         """Those of this rank's images, SOLVER.IMAGES_AT_ONCE together; returns the sums of their losses."""
-        number = self.cfg.SOLVER.IMAGES_AT_ONCE or len(images)
-        parts = [(images[i : i + number], targets[i : i + number]) for i in range(0, len(images), number)]
+        parts: list[Part] = [(images, targets, seeds)]
         prepared: Sequence[Prepared | None] = [None]
         if self.in_parts:
-            prepared = together(
-                [self.criterion.prepare(own, part, self._teacher_outputs(part, own)) for part, own in parts]
-            )
+            number = self.cfg.SOLVER.IMAGES_AT_ONCE
+            cuts = [slice(start, start + number) for start in range(0, len(images), number)]
+            parts = [(images[cut], targets[cut], seeds[cut]) for cut in cuts]
+            prepared = together([self._prepared(part, own) for part, own, _ in parts])
         sums: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         done: list[Matched] = []
         exact = GradientSum(self.model.parameters()) if self.cfg.SOLVER.EXACT_SUMS else None
-        for (part, own), known in zip(parts, prepared, strict=True):
-            ranks_add = part is parts[-1][0] and not exact
+        for part, known in zip(parts, prepared, strict=True):
+            ranks_add = part is parts[-1] and not exact
             with nullcontext() if ranks_add else self.accelerator.no_sync(self.model):
-                losses, matched = self._losses(part, own, known)
+                losses, matched = self._losses(*part, known)
                 self.accelerator.backward(sum(losses.values()))
             if exact:
                 exact.collect()
             add_to(sums, losses)
             add_to(self.observed, mask_shapes(matched))
-            done.append(replace(matched, masks=matched.masks.new_empty(0)))
+            done.append(replace(matched, predicted=matched.predicted.new_empty(0)))
         if exact:
             exact.give()
         return sums, done
 
+    def _prepared(self, images: Tensor, targets: Sequence[Target]) -> Prepared:
+        return self.criterion.prepare(targets, images, self._teacher_outputs(images, targets))
+
     def _losses(
-        self, images: Tensor, targets: Sequence[Target], prepared: Prepared | None
+        self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed], prepared: Prepared | None
     ) -> tuple[dict[str, Tensor], Matched]:
         """What the criterion makes of images that go through the networks together."""
-        seeds, colors = [target.get("seed") for target in targets], self.cfg.INPUT.STUDENT_COLORS
+        colors = self.cfg.INPUT.STUDENT_COLORS
         seen = student_colors(images, self.pixels, colors, seeds) if colors else images
         prompts = self.criterion.student_prompts(targets, images)
         self.accelerator.unwrap_model(self.model).backbone.draw_paths(seeds)
@@ -224,7 +231,8 @@ class Trainer:
         """``evaluate_all`` of the network that TEST.USE_TEACHER names."""
         network = self.teacher.network if self.teacher and self.cfg.TEST.USE_TEACHER else self.model
         copy_from_first_rank([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-        return evaluate_all(self.cfg, network, self.accelerator)
+        with torch.compiler.set_stance("force_eager"):  # its images have many sizes
+            return evaluate_all(self.cfg, network, self.accelerator)
 
     def save(self) -> None:
         """Write a checkpoint of everything that training changes; the run's previous one goes.

@@ -1,6 +1,5 @@
 """Weights in autocast's precision, cast all together; autocast itself casts each one where it is used."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sim_m2f.modeling.frozen_norm import NormedConv
+from sim_m2f.modeling.frozen_norm import NormedConv, folded
 
 Place = tuple[dict[str, Any], str]  # parameters or buffers of a module, and the name of one
 LOWERED = nn.Linear, nn.Conv2d, nn.MultiheadAttention  # what autocast computes in low precision
@@ -24,30 +23,39 @@ def lowered(x: Tensor) -> Tensor:
 def lowered_weights(network: nn.Module) -> Iterator[None]:
     """The weights of the network's linear layers and convolutions are in autocast's precision meanwhile.
 
-    Those of a convolution with a frozen norm are multiplied by it before they are cast. Gradients reach the
-    weights themselves. Where autocast is off, nothing is done.
+    Those of a convolution with a frozen norm are multiplied by it first, also where autocast is off.
+    Gradients reach the weights themselves.
     """
-    dtype = _autocast_dtype(next(network.parameters()).device)
-    if dtype is None:
+    if torch.compiler.is_compiling():  # what is traced has them as they are, and is fused by the compiler
         yield
         return
-    modules = [module for module in network.modules() if isinstance(module, LOWERED)]
-    normed = [module for module in modules if isinstance(module, NormedConv)]
-    others = [module._parameters for module in modules if not isinstance(module, NormedConv)]
-    places: list[Place] = [(own, name) for own in others for name in own if own[name] is not None]
+    dtype = _autocast_dtype(next(network.parameters()).device)
+    normed = [module for module in network.modules() if isinstance(module, NormedConv)]
+    places = _places(network) if dtype else []
     kept = [own[name] for own, name in places]
-    copies = iter(_lower([*kept, *itertools.chain(*(conv.folded() for conv in normed))], dtype))
+    weights, biases = folded(normed) if normed else ([], [])
+    values = [*kept, *weights, *biases]
+    copies = iter(_lower(values, dtype) if dtype else values)
+    del weights, biases, values  # which the network does not need in float32 beside their copies
     try:
         for (own, name), copy in zip(places, copies, strict=False):
             own[name] = copy
-        for conv in normed:
-            conv.lowered = next(copies), next(copies)
+        given = list(copies)
+        for conv, weight, bias in zip(normed, given[: len(normed)], given[len(normed) :], strict=True):
+            conv.given = weight, bias
         yield
     finally:
         for (own, name), value in zip(places, kept, strict=True):
             own[name] = value
         for conv in normed:
-            conv.lowered = None
+            conv.given = None
+
+
+def _places(network: nn.Module) -> list[Place]:
+    """Where the parameters are that autocast would cast."""
+    modules = [module for module in network.modules() if isinstance(module, LOWERED)]
+    others = [module._parameters for module in modules if not isinstance(module, NormedConv)]
+    return [(own, name) for own in others for name in own if own[name] is not None]
 
 
 def _lower(values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

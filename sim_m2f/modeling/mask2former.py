@@ -39,15 +39,25 @@ class Mask2Former(nn.Module):
         with lowered_weights(self):
             encoded, mask_features = pixel_decoder(self.backbone(images))
             predictions, prompted = predictor(encoded, mask_features, auxiliary, prompts)
-        outputs: Outputs = {**_last(predictions), "mask_features": mask_features}
-        if prompts:
-            outputs["prompted"] = _last(prompted)
+        outputs: Outputs = {**_by_layer(predictions), "mask_features": mask_features}
+        if prompted:
+            outputs["prompted"] = _by_layer(prompted)
         return outputs
 
 
-def _last(layers: list[LayerOutputs]) -> Prompted:
-    """The predictions of the last layer, with those of the earlier ones."""
-    return {**layers[-1], "aux_outputs": layers[:-1]}
+def compile_maps(network: nn.Module, backend: str) -> None:
+    """Let torch.compile compile a Mask2Former's backbone and pixel decoder when they are called."""
+    for name in ("backbone", "sem_seg_head.pixel_decoder"):
+        network.get_submodule(name).compile(backend=backend)
+
+
+def _by_layer(layers: LayerOutputs) -> Prompted:
+    """The predictions of the last layer, with those of the earlier ones and all of them together."""
+    logits, masks = layers["pred_logits"].unbind(1), layers["pred_masks"].unbind(1)
+    each: list[LayerOutputs] = [
+        {"pred_logits": pair[0], "pred_masks": pair[1]} for pair in zip(logits, masks, strict=True)
+    ]
+    return {**each[-1], "aux_outputs": each[:-1], "layers": layers}
 
 
 def build_model(cfg: CfgNode) -> Mask2Former:

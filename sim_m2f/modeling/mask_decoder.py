@@ -155,7 +155,7 @@ class MaskDecoder(nn.Module):
 
     def forward(
         self, encoded: list[Tensor], mask_features: Tensor, auxiliary: bool, prompts: Prompts | None
-    ) -> tuple[list[LayerOutputs], list[LayerOutputs]]:
+    ) -> tuple[LayerOutputs, LayerOutputs | None]:
         """
         Args:
             encoded: (B, CONVS_DIM, h, w) of strides 32, 16, 8.
@@ -164,8 +164,9 @@ class MaskDecoder(nn.Module):
             prompts: boxes whose masks are asked for too.
 
         Returns:
-            {"pred_logits": (B, Q, C+1), "pred_masks": (B, Q, h, w)} from the queries alone, then per layer;
-            the same of the prompted queries, N for Q, per layer only. The learned queries do not see them.
+            {"pred_logits": (B, L, Q, C+1), "pred_masks": (B, L, Q, h, w)} from the queries alone, then after
+            each layer; the same of the prompted queries, N for Q, without the first. The learned queries do
+            not see them.
         """
         coarse = [_resized(mask_features, level.shape[-2:]) for level in encoded]
         maps = _Maps(*self._memories(encoded), coarse, mask_features)
@@ -173,11 +174,11 @@ class MaskDecoder(nn.Module):
         query = self.query_feat.weight.expand(batch, -1, -1)
         positions = self.query_embed.weight.expand(batch, -1, -1)
         predictions = self._decoded(query, positions, maps, auxiliary)
-        return predictions, self._prompted(prompts, encoded, maps, auxiliary) if prompts else []
+        return predictions, self._prompted(prompts, encoded, maps, auxiliary) if prompts else None
 
     def _prompted(
         self, prompts: Prompts, encoded: list[Tensor], maps: _Maps, auxiliary: bool
-    ) -> list[LayerOutputs]:
+    ) -> LayerOutputs:
         """Each looks into its box, from the second layer on at its mask in the box, and at no other query.
 
         Its mask is empty farther from the box than training moves a side, so that features need not tell
@@ -187,33 +188,31 @@ class MaskDecoder(nn.Module):
         own = torch.eye(prompts.labels.shape[1], dtype=torch.bool, device=prompts.labels.device)[None]
         # before the first layer all prompts of a class are one and the same query
         query, positions = self.prompts(prompts)
-        predictions = self._decoded(query, positions, replace(maps, boxes=boxes), auxiliary, own)
+        layers = self._decoded(query, positions, replace(maps, boxes=boxes), auxiliary, own)
+        first = int(auxiliary)
         height, width = maps.features.shape[-2:]
         near = pixels_in_boxes(grown(prompts.boxes, self.box_noise), height, width)
-        far = ~near.unflatten(2, (height, width))
-        for layer in predictions:
-            layer["pred_masks"] = layer["pred_masks"].masked_fill(far, FAR)
-        return predictions[int(auxiliary) :]
+        far = ~near.unflatten(2, (height, width))[:, None]
+        masks = layers["pred_masks"][:, first:].masked_fill(far, FAR)
+        return {"pred_logits": layers["pred_logits"][:, first:], "pred_masks": masks}
 
     def _decoded(
         self, query: Tensor, positions: Tensor, maps: _Maps, auxiliary: bool, visible: Tensor | None = None
-    ) -> list[LayerOutputs]:
+    ) -> LayerOutputs:
         """The predictions of queries (B, Q, width) at their positions.
 
         ``visible`` (1, Q, Q) bool are the queries that each of them sees, all if there are none.
         """
-        predictions: list[LayerOutputs] = []
+        queries = [query]
         for i, ffn in enumerate(self.transformer_ffn_layers):
-            normed, embedding = self._embedded(query)
-            if auxiliary:
-                predictions.append(self._prediction(normed, embedding, maps.features))
             level = i % self.levels
             box = maps.boxes[level] if maps.boxes else None
-            allowed = box if maps.boxes and i == 0 else _attention_mask(embedding, maps.coarse[level], box)
+            allowed = box if maps.boxes and i == 0 else self._allowed(query, maps.coarse[level], box)
             memory, key = maps.memories[level], maps.keys[level]
             query = self.transformer_cross_attention_layers[i](query, positions, memory, key, allowed)
             query = ffn(self.transformer_self_attention_layers[i](query, positions, visible))
-        return [*predictions, self._prediction(*self._embedded(query), maps.features)]
+            queries.append(query)
+        return self._predictions(queries if auxiliary else queries[-1:], maps.features)
 
     def _memories(self, encoded: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         memories, keys = [], []
@@ -224,14 +223,17 @@ class MaskDecoder(nn.Module):
             keys.append(lowered(memory + sine_positions(height, length, memory.shape[-1], memory.device)))
         return memories, keys
 
-    def _embedded(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries behind the norm, (B, Q, width), and the mask of each as a vector, (B, Q, MASK_DIM)."""
-        query = self.decoder_norm(query)
-        return query, self.mask_embed(query)
-
-    def _prediction(self, query: Tensor, embedding: Tensor, mask_features: Tensor) -> LayerOutputs:
+    def _predictions(self, queries: list[Tensor], mask_features: Tensor) -> LayerOutputs:
+        """Those of all layers at once, (B, L, Q, ...), from the queries (B, Q, width) after each."""
+        normed = self.decoder_norm(torch.stack(queries, dim=1))
+        embedding = self.mask_embed(normed).flatten(1, 2)
         masks = (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
-        return {"pred_logits": self.class_embed(query), "pred_masks": masks}
+        return {"pred_logits": self.class_embed(normed), "pred_masks": masks.unflatten(1, normed.shape[1:3])}
+
+    @torch.no_grad()
+    def _allowed(self, query: Tensor, features: Tensor, box: Tensor | None) -> Tensor:
+        """The pixels that queries (B, Q, width) may look at, see ``_attention_mask``."""
+        return _attention_mask(self.mask_embed(self.decoder_norm(query)), features, box)
 
 
 @torch.no_grad()

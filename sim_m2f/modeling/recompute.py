@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-State = list[tuple[nn.Module, dict[str, Any], Any]]  # modules, their parameters, and ``NormedConv.lowered``
+State = list[tuple[nn.Module, dict[str, Any], Any]]  # modules, their parameters, and ``NormedConv.given``
 
 
 class RecomputedBlocks(nn.Sequential):
@@ -49,14 +49,14 @@ def recomputed(block: nn.Module, *inputs: Any) -> Any:
 
 
 def _state(*parts: nn.Module) -> State:
-    return [(part, dict(part._parameters), getattr(part, "lowered", None)) for part in parts]
+    return [(part, dict(part._parameters), getattr(part, "given", None)) for part in parts]
 
 
 def _set(state: State) -> None:
-    for part, parameters, lowered in state:
+    for part, parameters, given in state:
         part._parameters.update(parameters)
-        if hasattr(part, "lowered"):
-            part.lowered = lowered
+        if hasattr(part, "given"):
+            part.given = given
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.structures import LayerOutputs, Outputs, Prompted, Prompts, Target
+from sim_m2f.structures import Outputs, Prompted, Prompts, Target
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prompting import annotated_prompts
@@ -135,10 +136,17 @@ class Criterion(nn.Module):
             name.replace("loss_", "loss_prompt_"): self.prompts.WEIGHT * loss for name, loss in losses.items()
         }
 
-    def layers(self, outputs: Outputs | Prompted) -> list[LayerOutputs]:
-        """The outputs that are supervised, the last layer's last."""
-        earlier = outputs["aux_outputs"] if self.mask_former.DEEP_SUPERVISION else []
-        return [*earlier, {"pred_logits": outputs["pred_logits"], "pred_masks": outputs["pred_masks"]}]
+    def layers(self, outputs: Outputs | Prompted) -> Layers:
+        """The predictions that are supervised, the last layer's last."""
+        if not self.mask_former.DEEP_SUPERVISION:
+            logits, masks = outputs["pred_logits"][:, None], outputs["pred_masks"][:, None]
+        elif "layers" in outputs:
+            logits, masks = outputs["layers"]["pred_logits"], outputs["layers"]["pred_masks"]
+        else:
+            each = [*outputs["aux_outputs"], outputs]
+            logits = torch.stack([layer["pred_logits"] for layer in each], dim=1)
+            masks = torch.stack([layer["pred_masks"] for layer in each], dim=1)
+        return Layers(logits.transpose(0, 1).float(), masks)
 
     def classification(
         self, logits: Tensor, objects: Targets, match: Match, background: bool = True
@@ -161,13 +169,3 @@ class Criterion(nn.Module):
         found = numbers.claimed if background else numbers.annotated + numbers.pasted
         total = (1 - last) * found + last * queries * numbers.images
         return self.mask_former.CLASS_WEIGHT * loss.sum() / total.clamp(min=1e-6)
-
-
-def stacked_logits(layers: Sequence[LayerOutputs]) -> Tensor:
-    """(L, B, Q, C+1) float32: the class logits of all layers."""
-    return torch.stack([layer["pred_logits"] for layer in layers]).float()
-
-
-def mask_logits(layers: Sequence[LayerOutputs]) -> list[Tensor]:
-    """Per layer the mask logits (B, Q, h, w)."""
-    return [layer["pred_masks"] for layer in layers]

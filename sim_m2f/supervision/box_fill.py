@@ -5,12 +5,18 @@ from torch import Tensor
 
 from sim_m2f.supervision.losses import dice_loss
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
+from sim_m2f.supervision.reading import recomputed
 
 
 def box_fill(matched: MatchedBoxes) -> Tensor:
     """The loss towards the filled box per annotated object, summed over the layers."""
-    loss = box_fill_loss(matched.masks, matched.objects.box_masks)
-    return per_object(loss, matched.by_box, matched.objects)
+    return per_object(fill_losses(matched), matched.by_box, matched.objects)
+
+
+def fill_losses(matched: MatchedBoxes) -> Tensor:
+    """(L, T): ``box_fill_loss`` of each object's mask."""
+    boxes = matched.objects.box_masks
+    return recomputed(lambda masks: box_fill_loss(masks, boxes), matched.predicted, matched.rows)
 
 
 def box_fill_loss(logits: Tensor, box_masks: Tensor) -> Tensor:

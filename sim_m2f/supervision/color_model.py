@@ -20,7 +20,7 @@ from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
-from sim_m2f.supervision.matcher import mask_projections
+from sim_m2f.supervision.layers import mask_projections
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
 
 FINER = 2  # colours are looked at in so much smaller pixels than masks: at stride 2, where outlines show
@@ -60,7 +60,7 @@ def color_labels(
     """
     fine = corrected(logits, images, valid, targets, keys, prior)
     masks = F.avg_pool2d(fine[:, None], FINER)[:, 0]
-    projections = mask_projections([_logits(masks)[None]])
+    projections = mask_projections(_logits(masks)[None, None])
     quality = iou(projection_boxes(*projections)[0, 0], targets.relative_boxes)
     inside = masks > 0.5
     confidence = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)

@@ -20,6 +20,7 @@ from sim_m2f.structures import Target
 from sim_m2f.supervision.known_masks import known_truth
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
 from sim_m2f.supervision.paste_bank import TRUE_MASK, PasteBank, fit_to
+from sim_m2f.supervision.pasted_targets import PastedTargets
 from sim_m2f.supervision.schedule import resolve_steps
 from sim_m2f.supervision.targets import STRIDE, box_ranges, cell_shares, flags, numbered
 
@@ -143,7 +144,7 @@ def paste(
     probability: float,
     most_objects: int,
     jitter: Jitter | None = None,
-) -> tuple[Tensor, list[Target]]:
+) -> tuple[Tensor, Sequence[Target]]:
     """Give each image, with ``probability``, 1 to ``most_objects`` objects of the bank.
 
     Any number is as likely. Without jitter an object keeps its place and is cut to (H, W); a later one lies
@@ -154,7 +155,8 @@ def paste(
 
     Known masks and proposals lose what is covered. The mask of a pasted object is known if it was true.
 
-    What an image receives is drawn by its seed. One transfer from the device: the boxes of the whole batch.
+    What an image receives is drawn by its seed. The boxes of the whole batch are transferred from the device
+    when the targets are looked at.
 
     Args:
         images: (B, 3, H, W), as the network gets them; H and W are multiples of 4.
@@ -190,9 +192,17 @@ def paste(
 
     covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
     pasted = _pasted(visible, bank.labels[drawn], bank.known[drawn])
-    table = torch.cat([_remaining(targets, covered), pasted]).cpu()
-    image = torch.cat([_images(targets), receivers[:, None].expand(-1, drawn.shape[1]).flatten()])
-    return images, _collect(targets, table, image, visible.flatten(0, 1), _enlarged(covered))
+    table = torch.cat([_remaining(targets, covered), pasted])
+    received_by = receivers[:, None].expand(-1, drawn.shape[1]).flatten()
+    image, order = torch.cat([_images(targets), received_by]).sort(stable=True)
+    counts = image.bincount(minlength=len(images)).tolist()
+    masks, painted = visible.flatten(0, 1), _enlarged(covered)
+
+    def collect(table: Tensor) -> list[Target]:
+        return _collect(targets, table, image, order, masks, painted)
+
+    ordered = table.index_select(0, order.to(table.device, non_blocking=True))
+    return images, PastedTargets(ordered, counts, collect)
 
 
 def _without_pasted(target: Target, size: tuple[int, int], device: torch.device) -> Target:
@@ -268,25 +278,25 @@ def _pasted(visible: Tensor, labels: Tensor, known: Tensor) -> Tensor:
 
 
 def _collect(
-    targets: Sequence[Target], table: Tensor, image: Tensor, masks: Tensor, painted: Tensor
+    targets: Sequence[Target], table: Tensor, image: Tensor, order: Tensor, masks: Tensor, painted: Tensor
 ) -> list[Target]:
     """The new targets.
 
     Args:
         targets: the old ones, T objects.
-        table: (T + P, 7) on the CPU: box, label, 1 for one that stays, 1 for one whose mask is known; the
-            last P are the pasted ones.
+        table: (T + P, 7) on the CPU: box, label, 1 for one that stays, 1 for one whose mask is known; one
+            image's after the other's.
         image: (T + P,) their images, on the CPU.
+        order: (T + P,) the n-th annotated or, from T on, pasted object that each is, on the CPU.
         masks: (P, h, w) bool, the pasted objects' visible pixels.
         painted: (B, H, W) bool, pixels where something was pasted.
     """
-    annotated = len(table) - len(masks)
-    order = image.argsort(stable=True)
-    order = order[table[order, 5] > 0]
-    counts = image[order].bincount(minlength=len(targets)).tolist()
+    annotated, stays = len(table) - len(masks), table[:, 5] > 0
+    table, image, order = table[stays], image[stays], order[stays]
+    counts = image.bincount(minlength=len(targets)).tolist()
     which = (order - annotated + 1).clamp(min=0).to(masks.device, non_blocking=True)
     masks = torch.cat([torch.zeros_like(masks[:1]), masks]).index_select(0, which)
-    columns = table[order, 4].long(), table[order, :4], table[order, 6] > 0, order, masks
+    columns = table[:, 4].long(), table[:, :4], table[:, 6] > 0, order, masks
     split = zip(*(column.split(counts) for column in columns), strict=True)
     new: list[Target] = []
     first = 0  # object of the image

@@ -5,6 +5,7 @@ A loss is a file beside this one with a function of ``MatchedBoxes``, a line of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from torch import Tensor
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import LayerOutputs, Outputs, Target
+from sim_m2f.structures import Outputs, Target
 from sim_m2f.supervision.affinity import alike_edges
-from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
+from sim_m2f.supervision.base import Criterion, Prepared, normalised
 from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill
 from sim_m2f.supervision.color_model import ColorLabels, color_labels
@@ -24,17 +25,19 @@ from sim_m2f.supervision.fill_guard import fill_guard
 from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.known_masks import known_masks, known_truth
 from sim_m2f.supervision.label_terms import pseudo_semantic, self_correction
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.level_set import level_set
 from sim_m2f.supervision.mask_criterion import MaskCriterion
-from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision, matched_masks
-from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, TogetherMatcher, assign, mask_projections
+from sim_m2f.supervision.matched import Matched, MatchedBoxes, Supervision
+from sim_m2f.supervision.matcher import BoxMatcher, Match, Matcher, assign
 from sim_m2f.supervision.pairwise import pairwise
 from sim_m2f.supervision.paste_loss import copy_paste
+from sim_m2f.supervision.pasted_targets import settled
 from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.prompting import match_prompts, prompt_queries
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels, PseudoMasks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps, term_weight
-from sim_m2f.supervision.targets import STRIDE, Targets
+from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, map_size
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
 TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {
@@ -73,8 +76,8 @@ class SIMCriterion(Criterion):
         prepared: Prepared | None = None,
     ) -> tuple[dict[str, Tensor], MatchedBoxes]:
         with torch.autocast(images.device.type, enabled=False):
-            layers, objects = self.layers(outputs), self.objects(targets, images)
-            match, labels = self._matched(layers, objects, teacher_outputs)
+            layers = self.layers(outputs)
+            objects, match, labels = self._matched(layers, targets, teacher_outputs)
             features = teacher_outputs["mask_features"] if teacher_outputs else None
             if prepared is not None:
                 labels, features = prepared.labels, prepared.features
@@ -83,14 +86,12 @@ class SIMCriterion(Criterion):
             objects = normalised(objects, numbers)
             colors = self._colors(outputs, objects, match, supervision)
             supervision = replace(supervision, colors=colors, truth=known_truth(targets, images.device))
-            masks = matched_masks(mask_logits(layers), match, objects)
-            matched = MatchedBoxes(objects, match, masks, supervision)
+            matched = MatchedBoxes(objects, match, layers.masks, supervision)
             losses = self._losses(layers, matched)
             if "prompted" in outputs:
                 layers = self.layers(outputs["prompted"])
-                match = match_prompts(*predictions(layers), objects)
-                masks = matched_masks(mask_logits(layers), match, objects)
-                prompted = replace(matched, match=match, masks=masks)
+                match = match_prompts(layers, objects)
+                prompted = replace(matched, match=match, predicted=layers.masks)
                 losses |= self.named_prompted(self._losses(layers, prompted, background=False))
         return losses, matched
 
@@ -103,7 +104,7 @@ class SIMCriterion(Criterion):
             if teacher_outputs is not None:
                 taught, matcher = self.teacher_layers(teacher_outputs)
                 features = teacher_outputs["mask_features"]
-                labels = self.pseudo_masks(taught, features, objects, matcher)
+                labels = self.pseudo_masks(taught, features, objects, matcher(taught, objects))
             supervision = self._supervision(objects, targets, images, features, labels)
             return Prepared(self._numbers(objects, supervision), labels, features)
 
@@ -119,26 +120,24 @@ class SIMCriterion(Criterion):
         if parts:
             self.pseudo_masks.update(parts)
 
-    def teacher_layers(self, outputs: Outputs) -> tuple[list[LayerOutputs], Matcher]:
+    def teacher_layers(self, outputs: Outputs) -> tuple[Layers, Matcher]:
         """The teacher's layers that pseudo masks are made of, and who finds the objects in them.
 
-        They are those of the prompted queries where the teacher was prompted.
+        They are those of the prompted queries where the teacher was prompted; the last one alone without
+        MODEL.SIM.POSITIVE_MASKS.WEIGHTING.
         """
-        if "prompted" in outputs:
-            return self.layers(outputs["prompted"]), match_prompts
-        return self.layers(outputs), self.matcher
+        prompted = outputs.get("prompted")
+        layers = self.layers(prompted or outputs)
+        layers = layers if self.sim.POSITIVE_MASKS.WEIGHTING else layers.last
+        return layers, match_prompts if prompted else self.matcher
 
-    def _losses(
-        self, layers: Sequence[LayerOutputs], matched: MatchedBoxes, background: bool = True
-    ) -> dict[str, Tensor]:
+    def _losses(self, layers: Layers, matched: MatchedBoxes, background: bool = True) -> dict[str, Tensor]:
         """The losses of a group of queries, by name.
 
         A loss that starts later is there from the first step on, one that has faded out is gone, and one
         whose labels nobody has given is left out.
         """
-        losses = {
-            "loss_ce": self.classification(stacked_logits(layers), matched.objects, matched.match, background)
-        }
+        losses = {"loss_ce": self.classification(layers.logits, matched.objects, matched.match, background)}
         made = matched.supervision
         given: dict[str, object] = dict.fromkeys(LABELLED, made.labels)
         given |= {"COLOR_MODEL": made.colors, "KNOWN_MASKS": made.truth}
@@ -150,19 +149,27 @@ class SIMCriterion(Criterion):
                 losses[name] = weight * term(matched)
         return losses
 
+    @torch.no_grad()
     def _matched(
-        self, layers: Sequence[LayerOutputs], objects: Targets, teacher_outputs: Outputs | None
-    ) -> tuple[Match, PseudoLabels | None]:
-        """The student's match, and the labels that the teacher makes; both matches in one transfer."""
-        cost = self.matcher.cost(*predictions(layers), objects)
-        if teacher_outputs is None:
-            return assign(cost, objects), None
-        taught, matcher = self.teacher_layers(teacher_outputs)
-        together = TogetherMatcher(self.matcher, cost)
-        if matcher is self.matcher:
-            matcher = together
-        labels = self.pseudo_masks(taught, teacher_outputs["mask_features"], objects, matcher)
-        return together.waited if matcher is together else assign(cost, objects), labels
+        self, layers: Layers, targets: Sequence[Target], teacher_outputs: Outputs | None
+    ) -> tuple[Targets, Match, PseudoLabels | None]:
+        """The objects, the student's match, and the labels that the teacher makes, by one transfer.
+
+        The costs of both networks' queries come to the host together, and with them what copy-paste has left
+        of the objects.
+        """
+        taught, matcher = self.teacher_layers(teacher_outputs) if teacher_outputs else (None, self.matcher)
+        seen = [layers.seen, *([taught.seen] if taught and matcher is self.matcher else [])]
+        logits, along_x, along_y = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        where = map_size(layers.masks), layers.masks.device
+        cost = partial(self.matcher.cost, logits, along_x, along_y)
+        objects, costs = settled(targets, *where, cost)
+        match, rest = assign(costs, objects).split(len(layers.logits))
+        if taught is None or teacher_outputs is None:
+            return objects, match, None
+        if matcher is not self.matcher:
+            rest = matcher(taught, objects)
+        return objects, match, self.pseudo_masks(taught, teacher_outputs["mask_features"], objects, rest)
 
     def _supervision(
         self,
@@ -174,18 +181,18 @@ class SIMCriterion(Criterion):
     ) -> Supervision:
         """What is known without the student."""
         rgb, valid, keys = self.pixels.undo(images), _valid(targets, images), self.sim.PAIRWISE
-        edges = None
+        pixels, edges = box_pixels(objects, keys.DILATION), None
         if keys.ENABLED:
-            edges = box_edges(objects, alike_edges(rgb, valid, features, keys), keys.DILATION)
+            edges = box_edges(pixels, objects, alike_edges(rgb, valid, features, keys), keys.DILATION)
         run = self.sim, self.points, self.step, self.max_iter
-        return Supervision(*run, rgb, valid, features, labels, None, edges=edges)
+        return Supervision(*run, rgb, valid, pixels, features, labels, None, edges=edges)
 
     def _numbers(self, objects: Targets, supervision: Supervision) -> Tensor:
         """(6,) float64: the ``Numbers`` of the objects."""
         edges = labelled = torch.zeros((), dtype=torch.float64, device=objects.labels.device)
         if supervision.edges is not None:
-            counted = supervision.edges.weight * objects.by_box[supervision.edges.target]
-            edges = counted.sum(dtype=torch.float64)
+            counted = supervision.edges.weight.sum(0) * objects.by_box[supervision.pixels.target]
+            edges = counted.sum().double()
         if (labels := supervision.labels) is not None:
             labelled = ((labels.final != IGNORED) & objects.by_box[labels.pixels.target]).sum().double()
         return torch.cat([self.own_numbers(objects), torch.stack([edges, labelled])])
@@ -203,11 +210,6 @@ class SIMCriterion(Criterion):
         prior = fade_out(self.step, resolve_steps(keys.PRIOR, self.max_iter))
         logits = masks[objects.image_index, query].float()
         return color_labels(logits, supervision.images, supervision.valid, objects, keys, prior)
-
-
-def predictions(layers: Sequence[LayerOutputs]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a ``Matcher`` takes of the layers: class logits and the masks' projections."""
-    return stacked_logits(layers), *mask_projections(mask_logits(layers))
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

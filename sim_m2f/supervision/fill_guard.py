@@ -7,7 +7,7 @@ box all the same. For a full mask it works the other way round.
 
 from torch import Tensor
 
-from sim_m2f.supervision.box_fill import box_fill_loss
+from sim_m2f.supervision.box_fill import fill_losses
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
 from sim_m2f.supervision.schedule import fade_out, resolve_steps
 
@@ -17,5 +17,5 @@ def fill_guard(matched: MatchedBoxes) -> Tensor:
     supervision = matched.supervision
     keys = supervision.sim.BOX_FILL
     at_work = fade_out(supervision.step, resolve_steps(keys.STEPS, supervision.max_iter)) * (keys.WEIGHT > 0)
-    loss = box_fill_loss(matched.masks, matched.objects.box_masks)
-    return per_object((matched.deficit - at_work).clamp(min=0) * loss, matched.by_box, matched.objects)
+    loss = (matched.deficit - at_work).clamp(min=0) * fill_losses(matched)
+    return per_object(loss, matched.by_box, matched.objects)

@@ -8,6 +8,7 @@ from torch import Tensor
 from sim_m2f.structures import Target
 from sim_m2f.supervision.mask_supervision import mask_losses
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
+from sim_m2f.supervision.reading import whole_masks
 
 
 def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | None:
@@ -25,7 +26,7 @@ def known_masks(matched: MatchedBoxes) -> Tensor:
     assert truth is not None
     index = objects.known_index
     cross_entropy, dice = mask_losses(
-        matched.masks.index_select(1, index),
+        whole_masks(matched.predicted, matched.rows.index_select(1, index)),
         truth,
         lambda purpose, number: matched.random_points(purpose, number).index_select(1, index),
         *points,

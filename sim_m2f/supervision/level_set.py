@@ -20,7 +20,7 @@ def level_set(matched: MatchedBoxes) -> Tensor:
     maps = [lab_at(supervision.images, STRIDE)]
     if supervision.sim.LEVEL_SET.FEATURES and supervision.teacher_features is not None:
         maps.append(supervision.teacher_features.float())
-    masks = matched.masks[:, pixels.target, pixels.y, pixels.x].sigmoid()
+    masks = matched.logits.pixels.index_select(1, matched.pixels.places(pixels)).sigmoid()
     energy = sum(
         (region_energy(masks, values[image, :, pixels.y, pixels.x], pixels, len(objects)) for values in maps),
         start=masks.new_zeros(len(masks), len(objects)),

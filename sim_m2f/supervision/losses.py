@@ -1,10 +1,13 @@
-"""Dice and focal loss, each in one place."""
+"""Dice and focal loss, each in one place, and how many pixels go through a loss together."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+CHUNK = 2**21  # numbers that are computed together where a pixel has many, so that little else is in memory
 
 
 def dice_loss(prediction: Tensor, target: Tensor) -> Tensor:
@@ -61,15 +64,63 @@ class _Focal(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
         ctx.save_for_backward(logits, positive)
         ctx.keys = alpha, gamma
-        against = torch.where(positive, -logits, logits)
-        weight = torch.where(positive, alpha, 1 - alpha)
-        return weight * against.sigmoid() ** gamma * F.softplus(against)
+        return _focal(logits, positive, alpha, gamma)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (logits, positive), (alpha, gamma) = ctx.saved_tensors, ctx.keys
-        against = torch.where(positive, -logits, logits)
-        probability = against.sigmoid()
-        slope = F.softplus(against).mul_(1 - probability).mul_(gamma).add_(probability)
-        slope *= probability**gamma
-        return gradient * slope * torch.where(positive, -alpha, 1 - alpha), None, None, None
+        return gradient * _focal_slope(*ctx.saved_tensors, *ctx.keys), None, None, None
+
+
+class FocalSums(torch.autograd.Function):
+    """Sums of the focal loss over groups of pixels, which are gathered once more for the backward pass.
+
+    Takes logits (L, P), the places (N,) of N pixels among the P, each one's own, whether they are positive
+    (N,), the group (N,) of each, the number G of groups, alpha and gamma; returns (L, G).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        places: Tensor,
+        positive: Tensor,
+        group: Tensor,
+        groups: int,
+        *keys: float,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, places, positive, group)
+        ctx.keys = keys
+        sums = logits.new_zeros(len(logits), groups)
+        for part in parts(len(places), len(logits)):
+            values = _focal(logits.index_select(1, places[part]), positive[part], *keys)
+            sums.index_add_(1, group[part], values)
+        return sums
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, places, positive, group = ctx.saved_tensors
+        result = torch.zeros_like(logits)
+        for part in parts(len(places), len(logits)):
+            slope = _focal_slope(logits.index_select(1, places[part]), positive[part], *ctx.keys)
+            result.index_copy_(1, places[part], slope.mul_(gradient.index_select(1, group[part])))
+        return result, None, None, None, None, None, None
+
+
+def parts(length: int, width: int) -> Iterator[slice]:
+    """Slices of so many pixels; together ``CHUNK`` numbers or fewer, of which each pixel has ``width``."""
+    size = max(CHUNK // max(width, 1), 1)
+    return (slice(start, start + size) for start in range(0, length, size))
+
+
+def _focal(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    against = torch.where(positive, -logits, logits)
+    weight = torch.where(positive, alpha, 1 - alpha)
+    return weight * against.sigmoid() ** gamma * F.softplus(against)
+
+
+def _focal_slope(logits: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The derivative of ``_focal``."""
+    against = torch.where(positive, -logits, logits)
+    probability = against.sigmoid()
+    slope = F.softplus(against).mul_(1 - probability).mul_(gamma).add_(probability)
+    return slope.mul_(probability**gamma).mul_(torch.where(positive, -alpha, 1 - alpha))

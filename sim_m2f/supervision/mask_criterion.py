@@ -8,11 +8,11 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.structures import LayerOutputs, Outputs, Target
-from sim_m2f.supervision.base import Criterion, Prepared, mask_logits, normalised, stacked_logits
+from sim_m2f.structures import Outputs, Target
+from sim_m2f.supervision.base import Criterion, Prepared, normalised
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
-from sim_m2f.supervision.matched import Matched, matched_masks, per_object
-from sim_m2f.supervision.matcher import mask_projections
+from sim_m2f.supervision.matched import Matched, per_object
 from sim_m2f.supervision.prompting import match_prompts
 
 
@@ -36,32 +36,27 @@ class MaskCriterion(Criterion):
     ) -> tuple[dict[str, Tensor], Matched]:
         with torch.autocast(images.device.type, enabled=False):
             layers = self.layers(outputs)
-            masks = mask_logits(layers)
             objects = self.objects(targets, images)
             numbers = prepared.numbers if prepared else mean_over_ranks(self.own_numbers(objects))
             objects = normalised(objects, numbers)
             truth = [target["masks"].to(images.device, non_blocking=True) for target in targets]
-            match = self.matcher(stacked_logits(layers), masks, truth, objects)
-            matched = Matched(objects, match, matched_masks(masks, match, objects))
+            matched = Matched(objects, self.matcher(layers, truth, objects), layers.masks)
             losses = self._losses(layers, matched, torch.cat(truth))
             if "prompted" in outputs:
                 layers = self.layers(outputs["prompted"])
-                masks = mask_logits(layers)
-                match = match_prompts(stacked_logits(layers), *mask_projections(masks), objects)
-                prompted = replace(matched, match=match, masks=matched_masks(masks, match, objects))
+                match = match_prompts(layers, objects)
+                prompted = replace(matched, match=match, predicted=layers.masks)
                 losses |= self.named_prompted(self._losses(layers, prompted, torch.cat(truth), False))
         return losses, matched
 
     def _losses(
-        self, layers: Sequence[LayerOutputs], matched: Matched, truth: Tensor, background: bool = True
+        self, layers: Layers, matched: Matched, truth: Tensor, background: bool = True
     ) -> dict[str, Tensor]:
         """The losses of a group of queries towards the masks (T, H, W), by name."""
         keys = self.mask_former
         cross_entropy, dice = mask_losses(matched.masks, truth, matched.random_points, *self.points)
         return {
-            "loss_ce": self.classification(
-                stacked_logits(layers), matched.objects, matched.match, background
-            ),
+            "loss_ce": self.classification(layers.logits, matched.objects, matched.match, background),
             "loss_mask": keys.MASK_WEIGHT * per_object(cross_entropy, matched.match, matched.objects),
             "loss_dice": keys.DICE_WEIGHT * per_object(dice, matched.match, matched.objects),
         }

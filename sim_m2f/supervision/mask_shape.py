@@ -5,6 +5,7 @@ from torch import Tensor
 
 from sim_m2f.distributed import at_least_one
 from sim_m2f.supervision.matched import Matched
+from sim_m2f.supervision.reading import whole_masks
 
 
 @torch.no_grad()
@@ -13,7 +14,7 @@ def mask_shapes(matched: Matched) -> dict[str, Tensor]:
 
     Those of the parts of a batch add up to its own.
     """
-    masks, counted = matched.masks[-1], matched.annotated.matched[-1].float()
+    masks, counted = whole_masks(matched.predicted, matched.rows[-1]), matched.annotated.matched[-1].float()
     shapes = {"mask_fill": mask_fill(masks, matched.objects.box_masks), "mask_solidity": mask_solidity(masks)}
     number = at_least_one(matched.objects.numbers.annotated)
     return {name: (shape * counted).sum() / number for name, shape in shapes.items()}

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.draws import uniform
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.losses import linear_dice_cost, linear_dice_loss
-from sim_m2f.supervision.matcher import Match, assign, class_cost
+from sim_m2f.supervision.matcher import Match, assign, class_cost, of_images
 from sim_m2f.supervision.targets import Targets
 
 # Random points (L, T, number, 2) on T masks after L layers, x and y from 0 to 1, for a purpose.
@@ -38,30 +39,27 @@ class MaskMatcher:
         self.num_points = num_points
 
     @torch.no_grad()
-    def __call__(
-        self, logits: Tensor, mask_logits: list[Tensor], masks: list[Tensor], targets: Targets
-    ) -> Match:
+    def __call__(self, layers: Layers, masks: list[Tensor], targets: Targets) -> Match:
         """
         Args:
-            logits: (L, B, Q, C+1) class logits.
-            mask_logits: per layer (B, Q, h, w), stride 4.
+            layers: the network's predictions.
             masks: per image (N, H, W) bool.
             targets: the objects of the batch.
 
         Raises:
             UserError: a cost is not finite, because the network has diverged.
         """
-        cost = self.class_weight * class_cost(logits, targets)
+        cost = self.class_weight * class_cost(layers.logits, targets)
         for image, truth in enumerate(masks):
             seed = targets.seeds[image : image + 1]
-            points = uniform(seed, "matching", self.num_points, 2, device=logits.device)
-            maps = (layer[image, None].float() for layer in mask_logits)
-            predicted = torch.cat([sample_points(layer, points) for layer in maps])
+            points = uniform(seed, "matching", self.num_points, 2, device=cost.device)
+            maps = layers.masks[image]
+            predicted = sample_points(maps.flatten(0, 1)[None].float(), points).view(*maps.shape[:2], -1)
             target = sample_points(truth[None].to(predicted.dtype), points)[0]
             mask_cost = self.mask_weight * _cross_entropy_cost(predicted, target)
             mask_cost += self.dice_weight * linear_dice_cost(predicted.sigmoid(), target)
             cost[:, image, :, : len(truth)] += mask_cost
-        return assign(cost, targets)
+        return assign(of_images(cost, targets.counts), targets)
 
 
 def _cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """A batch whose objects have found their queries: what every loss is computed from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,11 +10,12 @@ from sim_m2f.config import CfgNode
 from sim_m2f.distributed import at_least_one
 from sim_m2f.supervision.box_edges import BoxEdges
 from sim_m2f.supervision.color_model import ColorLabels
-from sim_m2f.supervision.losses import focal_loss
+from sim_m2f.supervision.losses import FocalSums
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels
+from sim_m2f.supervision.reading import BoxLogits, box_logits, whole_masks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps
-from sim_m2f.supervision.targets import Targets
+from sim_m2f.supervision.targets import BoxPixels, Targets
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,24 @@ class Matched:
     Attributes:
         objects: the T objects.
         match: which query claims which object.
-        masks: (L, T, h, w) float32 mask logits of these queries.
+        predicted: (B, L, Q, h, w) mask logits of all queries, in the network's precision.
     """
 
     objects: Targets
     match: Match
-    masks: Tensor
+    predicted: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """(L, T) int64: which of the B * L * Q predicted masks are the objects'."""
+        _, layers, queries = self.predicted.shape[:3]
+        layer = torch.arange(layers, device=self.predicted.device)[:, None]
+        return (self.objects.image_index * layers + layer) * queries + self.match.query
+
+    @property
+    def masks(self) -> Tensor:
+        """(L, T, h, w) float32: the mask logits of these queries, copied anew at each use."""
+        return whole_masks(self.predicted, self.rows)
 
     @cached_property
     def annotated(self) -> Match:
@@ -45,7 +57,7 @@ class Matched:
 
     def random_points(self, purpose: str, number: int) -> Tensor:
         """(L, T, number, 2) random points on the masks, x and y from 0 to 1."""
-        return self.objects.draw(purpose, len(self.masks), number)
+        return self.objects.draw(purpose, len(self.rows), number)
 
 
 @dataclass(frozen=True)
@@ -58,11 +70,12 @@ class Supervision:
         step, max_iter: the steps done, and those of the run.
         images: (B, 3, H, W) float32 RGB, 0 to 255.
         valid: (B, h, w) bool, pixels at stride 4 that lie wholly on usable pixels.
+        pixels: the P pixels of the boxes and of the margin around them that holds their pixels' neighbours.
         teacher_features: (B, d, h, w) the teacher's mask features, if there is a teacher.
-        labels: of the P pixels of the boxes, if there is a teacher.
+        labels: of the pixels of the boxes, if there is a teacher.
         colors: masks corrected by colour, if they are used.
         truth: (S, H, W) bool, the true masks of ``objects.known_index``, if there are any.
-        edges: of the boxes' pixels, for the pairwise loss.
+        edges: of the P pixels, if the pairwise loss is in use.
     """
 
     sim: CfgNode
@@ -71,6 +84,7 @@ class Supervision:
     max_iter: int
     images: Tensor
     valid: Tensor
+    pixels: BoxPixels
     teacher_features: Tensor | None
     labels: PseudoLabels | None
     colors: ColorLabels | None
@@ -84,31 +98,46 @@ class MatchedBoxes(Matched):
 
     supervision: Supervision
 
+    @property
+    def pixels(self) -> BoxPixels:
+        """Those of the supervision."""
+        return self.supervision.pixels
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """(P,) bool: in the box, not in the margin."""
+        return self.objects.inside(self.pixels.target, self.pixels.x, self.pixels.y)
+
+    @cached_property
+    def logits(self) -> BoxLogits:
+        """The masks where the losses read them."""
+        return box_logits(self.predicted, self.rows, self.pixels)
+
     @cached_property
     def deficit(self) -> Tensor:
         """(L, T): how far each mask is from filling its box enough; it fades over FILL_GUARD.FADE."""
-        keys = self.supervision.sim.FILL_GUARD
-        deficit = fill_deficit(self.masks, self.objects.box_masks, *keys.RANGE)
+        keys, target = self.supervision.sim.FILL_GUARD, self.pixels.target
+        areas = self.objects.areas.to(target.device, non_blocking=True)
+        within = self.logits.pixels.detach().sigmoid() * self.inside
+        fill = within.new_zeros(len(within), len(self.objects)).index_add(1, target, within) / areas
+        deficit = fill_deficit(fill, *keys.RANGE)
         if keys.FADE == 0:
             return deficit
         return deficit * fade_out(self.supervision.step, resolve_steps(keys.FADE, self.supervision.max_iter))
 
     @cached_property
-    def labelled(self) -> Tensor:
-        """(L, P) bool: pixels of the boxes with a label, of annotated objects that have a query."""
-        labels = self.supervision.labels
-        assert labels is not None
-        return (labels.final != IGNORED) & self.by_box.matched[:, labels.pixels.target]
+    def label_sums(self) -> Tensor:
+        """(2,): sums over layers of the focal loss of pixels towards their labels.
 
-    @cached_property
-    def label_loss(self) -> Tensor:
-        """(L, P): focal loss of the pixels of the boxes towards their labels, 0 where there is none."""
-        labels = self.supervision.labels
+        First those that keep the label of their semantic mask, then those whose label was corrected; of
+        objects that learn from their boxes and have a query.
+        """
+        labels, number = self.supervision.labels, len(self.objects)
         assert labels is not None
-        pixels, (height, width) = labels.pixels, self.objects.size
-        position = (pixels.target * height + pixels.y) * width + pixels.x
-        logits = self.masks.flatten(1).index_select(1, position)
-        return focal_loss(logits, labels.final, *focal_keys(self.supervision.sim)) * self.labelled
+        kind = torch.where(labels.final == IGNORED, 2, (labels.final != labels.semantic).long())
+        pixels = self.pixels.places(labels.pixels), labels.final == 1, kind * number + labels.pixels.target
+        sums = FocalSums.apply(self.logits.pixels, *pixels, 3 * number, *focal_keys(self.supervision.sim))
+        return (sums.unflatten(1, (3, number))[:, :2] * self.by_box.matched[:, None]).sum((0, 2))
 
 
 def focal_keys(sim: CfgNode) -> tuple[float, float]:
@@ -121,27 +150,11 @@ def per_object(loss: Tensor, match: Match, objects: Targets) -> Tensor:
     return (loss * match.matched).sum() / at_least_one(objects.numbers.annotated)
 
 
-def matched_masks(mask_logits: Sequence[Tensor], match: Match, objects: Targets) -> Tensor:
-    """(L, T, h, w) float32: the mask logits of the query that claims each object, per layer."""
-    return torch.stack(
-        [
-            layer[objects.image_index, query].float()
-            for layer, query in zip(mask_logits, match.query, strict=True)
-        ]
-    )
-
-
-@torch.no_grad()
-def fill_deficit(logits: Tensor, box_masks: Tensor, least: float, enough: float) -> Tensor:
+def fill_deficit(fill: Tensor, least: float, enough: float) -> Tensor:
     """1 where a mask fills at most the share ``least`` of its box, falling linearly to 0 at ``enough``.
 
     Args:
-        logits: (L, T, h, w), stride 4: the matched mask of every object after every decoder layer.
-        box_masks: (T, h, w), 1 inside the box.
-        least, enough: shares of the box, by the mean of the mask's probabilities.
-
-    Returns:
-        (L, T).
+        fill: any shape, the mean of the mask's probabilities in its box.
+        least, enough: shares of the box.
     """
-    fill = (logits.sigmoid() * box_masks).sum((-2, -1)) / box_masks.sum((-2, -1))
     return ((enough - fill) / max(enough - least, 1e-6)).clamp(0, 1)

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sim_m2f.draws import uniform
 from sim_m2f.structures import Prompts, Target
+from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.targets import Targets
 
@@ -54,7 +55,7 @@ def prompt_queries(objects: Targets) -> Tensor:
     return position.to(objects.labels.device, non_blocking=True)
 
 
-def match_prompts(logits: Tensor, along_x: Tensor, along_y: Tensor, objects: Targets) -> Match:
+def match_prompts(layers: Layers, objects: Targets) -> Match:
     """Every object belongs to its prompted query in every layer; called as a ``Matcher`` is."""
-    query = prompt_queries(objects).expand(len(logits), -1)
+    query = prompt_queries(objects).expand(len(layers.logits), -1)
     return Match(query, torch.ones_like(query, dtype=torch.bool))

@@ -88,21 +88,12 @@ class Prototypes(nn.Module):
         self.vectors.copy_(torch.where(numbers > 0, moved, self.vectors.double()))
 
     @torch.no_grad()
-    def similarity(self, features: Tensor, classes: Tensor, class_index: Tensor) -> Tensor:
-        """The largest inner product of a pixel's unit feature with the prototypes of its class.
+    def similarity(self, features: Tensor, label: int) -> Tensor:
+        """(N,): the largest inner product of each unit feature with the prototypes of a class, -1 to 1.
 
-        Args:
-            features: (N, d) features of any length.
-            classes: (K,) the classes that occur.
-            class_index: (N,) place of each pixel's class in ``classes``.
-
-        Returns:
-            (N,), -1 to 1.
+        ``features`` are (N, d), of any length.
         """
-        count = self.vectors.shape[1]
-        scores = F.normalize(features.float(), dim=-1) @ self.vectors[classes].flatten(0, 1).T
-        own = class_index[:, None] * count + torch.arange(count, device=features.device)
-        return scores.gather(1, own).amax(1)
+        return (F.normalize(features.float(), dim=-1) @ self.vectors[label].T).amax(1)
 
 
 def sample_per_group(group: Tensor, keys: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:

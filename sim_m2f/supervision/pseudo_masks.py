@@ -13,13 +13,13 @@ from sim_m2f.config import CfgNode
 from sim_m2f.distributed import sum_over_ranks
 from sim_m2f.draws import uniform
 from sim_m2f.geometry import iou, projection_boxes
-from sim_m2f.structures import LayerOutputs
-from sim_m2f.supervision.matcher import Match, Matcher, mask_projections
+from sim_m2f.supervision.layers import Layers
+from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prototypes import Prototypes
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels
 
 IGNORED = -1
-CHUNK = 65536  # pixels that are compared with the prototypes together
+CHUNK = 65536  # pixels that are gathered together
 LEAST_WEIGHT = 1e-6  # of the mask of an object's own query
 
 
@@ -109,11 +109,9 @@ class PseudoMasks(nn.Module):
         self.prototypes = Prototypes(classes, width, self.sim.PROTOTYPES)
 
     @torch.no_grad()
-    def forward(
-        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
-    ) -> PseudoLabels:
+    def forward(self, layers: Layers, features: Tensor, targets: Targets, match: Match) -> PseudoLabels:
         """The labels of the pixels of the boxes; see ``evidence`` for the arguments."""
-        return self.labels(self.evidence(layers, features, targets, matcher))
+        return self.labels(self.evidence(layers, features, targets, match))
 
     @torch.no_grad()
     def update(self, parts: Sequence[tuple[Tensor, Targets, PseudoLabels]]) -> None:
@@ -139,39 +137,42 @@ class PseudoMasks(nn.Module):
         prototypes.update(*map(torch.cat, zip(*chosen, strict=True)))
 
     @torch.no_grad()
-    def evidence(
-        self, layers: Sequence[LayerOutputs], features: Tensor, targets: Targets, matcher: Matcher
-    ) -> Evidence:
+    def evidence(self, layers: Layers, features: Tensor, targets: Targets, match: Match) -> Evidence:
         """M_S and M_I at the pixels of the boxes.
 
         Args:
-            layers: the teacher's "pred_logits" (B, Q, C+1) and "pred_masks" (B, Q, h, w), the last one last.
+            layers: the teacher's, see ``SIMCriterion.teacher_layers``.
             features: (B, d, h, w) its mask features.
             targets: the T objects.
-            matcher: finds the teacher's queries of the objects.
+            match: the teacher's queries of the objects.
         """
         pixels = box_pixels(targets)
         prototypes = self.sim.PROTOTYPES
         similarity = self.similarity(features, targets, pixels)
         semantic = ((similarity - prototypes.CENTER) / prototypes.TEMPERATURE).sigmoid()
+        keys = self.sim.POSITIVE_MASKS
+        further = keys.QUERIES if keys.WEIGHTING else 0
+        masks = positive_masks(*layers.seen, match, targets, further, keys.MIN_IOU)
+        instance = instance_probability(layers.masks, masks, targets, pixels)
         given = targets.proposals
         proposal = (given.masks[pixels.target, pixels.y, pixels.x], given.quality) if given else None
-        return Evidence(pixels, semantic, *self._instance(layers, targets, pixels, matcher), proposal)
+        return Evidence(pixels, semantic, instance, masks, proposal)
 
     def similarity(self, features: Tensor, targets: Targets, pixels: BoxPixels) -> Tensor:
         """(P,): that of each pixel's feature with the nearest prototype of its object's class, -1 to 1.
 
-        ``CHUNK`` pixels at a time, so that no more features than theirs are in memory.
+        Class by class, and ``CHUNK`` pixels at a time, so that no more features than theirs are in memory.
         """
+        index = targets.class_index.to(features.device, non_blocking=True)
+        order = index[pixels.target].argsort(stable=True)
+        sizes = torch.zeros_like(targets.classes).index_add(0, targets.class_index, targets.areas).tolist()
         parts = [
-            self.prototypes.similarity(
-                features_at(features, targets, pixels, part),
-                targets.classes,
-                targets.class_index[pixels.target[part]],
-            )
-            for part in torch.arange(len(pixels.target), device=features.device).split(CHUNK)
+            self.prototypes.similarity(features_at(features, targets, pixels, part), label)
+            for label, own in zip(targets.classes.tolist(), order.split(sizes), strict=True)
+            for part in own.split(CHUNK)
         ]
-        return torch.cat(parts)
+        similarity = torch.cat([features.new_zeros(0, dtype=torch.float32), *parts])
+        return torch.empty_like(similarity).index_copy_(0, order, similarity)
 
     def labels(self, evidence: Evidence) -> PseudoLabels:
         """The labels of the pixels of the boxes; proposals below GATED_MASKS.MIN_QUALITY do not count."""
@@ -184,25 +185,10 @@ class PseudoMasks(nn.Module):
         quality = evidence.positive.quality
         return pseudo_labels(*masks, evidence.pixels, quality, pseudo.ALPHA, *bounds, proposal)
 
-    def _instance(
-        self, layers: Sequence[LayerOutputs], targets: Targets, pixels: BoxPixels, matcher: Matcher
-    ) -> tuple[Tensor, PositiveMasks]:
-        """M_I: the last mask of each object's query alone, or the weighted mean of its positive masks."""
-        positive = self.sim.POSITIVE_MASKS
-        layers = layers if positive.WEIGHTING else layers[-1:]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-        mask_logits = [layer["pred_masks"] for layer in layers]
-        projections = mask_projections(mask_logits)
-        match = matcher(logits, *projections, targets)
-        further = positive.QUERIES if positive.WEIGHTING else 0
-        masks = positive_masks(logits, *projections, match, targets, further, positive.MIN_IOU)
-        return instance_probability(mask_logits, masks, targets, pixels), masks
-
 
 def pixel_draws(targets: Targets) -> Tensor:
     """(P,): a random number of every pixel of every box."""
-    columns, rows = (targets.ranges[:, 2:] - targets.ranges[:, :2]).unbind(1)
-    pixels = [int(areas.sum()) for areas in (columns * rows).split(targets.counts)]
+    pixels = [int(areas.sum()) for areas in targets.areas.split(targets.counts)]
     device, seeds = targets.labels.device, targets.seeds
     drawn = [uniform([seed], "prototypes", n, device=device) for seed, n in zip(seeds, pixels, strict=True)]
     return torch.cat(drawn, dim=1)[0]
@@ -256,12 +242,12 @@ def positive_masks(
 
 
 def instance_probability(
-    mask_logits: list[Tensor], masks: PositiveMasks, targets: Targets, pixels: BoxPixels
+    predicted: Tensor, masks: PositiveMasks, targets: Targets, pixels: BoxPixels
 ) -> Tensor:
     """M_I: the weighted mean of the object's positive masks at the pixels of its box.
 
     Args:
-        mask_logits: per decoder layer (B, Q, h, w), stride 4.
+        predicted: (B, L, Q, h, w) mask logits, stride 4.
         masks: which of them are the object's, and their weights.
         targets: the T objects.
         pixels: the P pixels.
@@ -269,12 +255,17 @@ def instance_probability(
     Returns:
         (P,) probabilities; 0 for an object without a mask.
     """
-    _, queries, height, width = mask_logits[0].shape
-    first = (targets.image_index * queries + masks.query)[:, pixels.target] * (height * width)
-    positions = first + (pixels.y * width + pixels.x)
-    values = [mask_logits[layer].flatten()[at] for layer, at in zip(masks.layer, positions, strict=True)]
+    _, layers, queries, height, width = predicted.shape
+    layer = torch.tensor(masks.layer).to(predicted.device, non_blocking=True)[:, None]
+    rows = (targets.image_index * layers + layer) * queries + masks.query
     share = masks.weight / masks.weight.sum(0).clamp(min=LEAST_WEIGHT)
-    return (torch.stack(values).float().sigmoid() * share[:, pixels.target]).sum(0)
+    flat, place = predicted.flatten(), pixels.y * width + pixels.x
+    parts = []
+    for target, pixel in zip(pixels.target.split(CHUNK), place.split(CHUNK), strict=True):
+        places = rows.index_select(1, target) * (height * width) + pixel
+        values = flat.index_select(0, places.view(-1)).view(places.shape).float().sigmoid()
+        parts.append((values * share.index_select(1, target)).sum(0))
+    return torch.cat(parts)
 
 
 def positive_thresholds(

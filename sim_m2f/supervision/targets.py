@@ -50,25 +50,16 @@ class Proposals:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The T objects of a batch, one image's after the other's.
+class Boxes:
+    """T boxes of a batch, one image's after the other's: all that matching asks of the objects.
 
     Attributes:
         labels: (T,) int64, 0 to C-1.
         image_index: (T,) int64, index of the object's image in the batch.
         boxes: (T, 4) float xyxy in pixels of the network's input.
-        ranges: (T, 4) int64 on the CPU: first column and row, and the ends (exclusive) of the box, stride 4.
+        ranges: (T, 4) int64: first column and row, and the ends (exclusive) of the box, stride 4.
         counts: objects per image.
-        classes: (K,) int64, the classes that occur, in order.
-        class_index: (T,) int64, place of each object's class in ``classes``.
-        pasted: (T,) bool, objects that copy-paste has put there.
-        pasted_index: (S,) int64, which of these have a pseudo mask.
-        pasted_masks: (S, h, w) bool, these masks at stride 4.
-        known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         size: (h, w) of the maps at stride 4.
-        proposals: masks from elsewhere, if there are any.
-        seeds: per image, of its random numbers.
-        numbers: those of these objects, until a criterion puts those of the whole batch in their place.
     """
 
     labels: Tensor
@@ -76,19 +67,77 @@ class Targets:
     boxes: Tensor
     ranges: Tensor
     counts: list[int]
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @cached_property
+    def device_ranges(self) -> Tensor:
+        """``ranges`` where the labels are."""
+        return self.ranges.to(self.labels.device, non_blocking=True)
+
+    @cached_property
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """(T, w) and (T, h): 1 on the columns and on the rows of the box, else 0."""
+        height, width = self.size
+        x0, y0, x1, y1 = self.device_ranges.unbind(1)
+        columns = torch.arange(width, device=self.labels.device)
+        rows = torch.arange(height, device=self.labels.device)
+        in_columns = (columns >= x0[:, None]) & (columns < x1[:, None])
+        in_rows = (rows >= y0[:, None]) & (rows < y1[:, None])
+        return in_columns.float(), in_rows.float()
+
+    @cached_property
+    def relative_boxes(self) -> Tensor:
+        """(T, 4) xyxy in shares of the network's input."""
+        height, width = self.size
+        size = torch.tensor([width, height, width, height]).to(self.boxes.device, non_blocking=True)
+        return self.boxes / size / STRIDE
+
+    @property
+    def box_masks(self) -> Tensor:
+        """(T, h, w): 1 inside the box, else 0."""
+        columns, rows = self.projections
+        return rows[:, :, None] * columns[:, None, :]
+
+    def inside(self, target: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """(..., P) bool: whether pixels (..., P) at stride 4 lie in the boxes of their objects (P,)."""
+        x0, y0, x1, y1 = self.device_ranges[target].unbind(1)
+        return (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+
+
+@dataclass(frozen=True)
+class Targets(Boxes):
+    """The T objects of a batch.
+
+    Attributes:
+        ranges: as of ``Boxes``, on the CPU.
+        classes: (K,) int64 on the CPU, the classes that occur, in order.
+        class_index: (T,) int64 on the CPU, place of each object's class in ``classes``.
+        pasted: (T,) bool, objects that copy-paste has put there.
+        pasted_index: (S,) int64, which of these have a pseudo mask.
+        pasted_masks: (S, h, w) bool, these masks at stride 4.
+        known_index: (S,) int64, which objects have a true mask, for mixed supervision.
+        seeds: per image, of its random numbers.
+        numbers: those of these objects, until a criterion puts those of the whole batch in their place.
+        proposals: masks from elsewhere, if there are any.
+    """
+
     classes: Tensor
     class_index: Tensor
     pasted: Tensor
     pasted_index: Tensor
     pasted_masks: Tensor
     known_index: Tensor
-    size: tuple[int, int]
     seeds: list[Seed]
     numbers: Numbers
     proposals: Proposals | None = None
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    @property
+    def areas(self) -> Tensor:
+        """(T,) int64 on the CPU: how many pixels at stride 4 each box has."""
+        return (self.ranges[:, 2:] - self.ranges[:, :2]).prod(1)
 
     @property
     def by_box(self) -> Tensor:
@@ -103,30 +152,6 @@ class Targets:
         ]
         return torch.cat(drawn, dim=1)
 
-    @cached_property
-    def projections(self) -> tuple[Tensor, Tensor]:
-        """(T, w) and (T, h): 1 on the columns and on the rows of the box, else 0."""
-        height, width = self.size
-        x0, y0, x1, y1 = self.ranges.to(self.labels.device, non_blocking=True).unbind(1)
-        columns = torch.arange(width, device=self.labels.device)
-        rows = torch.arange(height, device=self.labels.device)
-        in_columns = (columns >= x0[:, None]) & (columns < x1[:, None])
-        in_rows = (rows >= y0[:, None]) & (rows < y1[:, None])
-        return in_columns.float(), in_rows.float()
-
-    @property
-    def relative_boxes(self) -> Tensor:
-        """(T, 4) xyxy in shares of the network's input."""
-        height, width = self.size
-        size = torch.tensor([width, height, width, height]).to(self.boxes.device, non_blocking=True)
-        return self.boxes / size / STRIDE
-
-    @property
-    def box_masks(self) -> Tensor:
-        """(T, h, w): 1 inside the box, else 0."""
-        columns, rows = self.projections
-        return rows[:, :, None] * columns[:, None, :]
-
 
 @dataclass(frozen=True)
 class BoxPixels:
@@ -136,12 +161,19 @@ class BoxPixels:
         target: (P,) int64, which object.
         x, y: (P,) int64, column and row.
         columns: (P,) int64, how many of the pixels of its object lie in one row.
+        firsts: (T, 4) int64 per object: first column, first row, columns, place of its first pixel.
     """
 
     target: Tensor
     x: Tensor
     y: Tensor
     columns: Tensor
+    firsts: Tensor
+
+    def places(self, other: "BoxPixels") -> Tensor:
+        """(P',) int64: where the pixels of smaller boxes of the same objects are among these."""
+        x0, y0, columns, first = self.firsts[other.target].unbind(1)
+        return first + (other.y - y0) * columns + other.x - x0
 
     def neighbours(self, dx: int, dy: int) -> tuple[Tensor, Tensor]:
         """(P,) int64: each pixel's neighbour among those of its object; (P,) bool: whether there is one."""
@@ -184,8 +216,8 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         boxes=boxes.to(device, non_blocking=True),
         ranges=box_ranges(boxes.cpu(), size),
         counts=counts,
-        classes=classes.to(device, non_blocking=True),
-        class_index=class_index.to(device, non_blocking=True),
+        classes=classes,
+        class_index=class_index,
         pasted=pasted,
         pasted_index=pasted_index,
         pasted_masks=pasted_masks,
@@ -257,10 +289,14 @@ def box_ranges(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         (T, 4) int64: first column, first row, last column + 1, last row + 1.
     """
-    limit = torch.tensor([size[1], size[0]], device=boxes.device)
-    first = torch.ceil(boxes[:, :2] / STRIDE - 0.5).long().clamp(min=0)
-    end = torch.ceil(boxes[:, 2:] / STRIDE - 0.5).long().minimum(limit)
-    centre = ((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor().long().clamp(min=0).minimum(limit - 1)
+
+    def clamped(places: Tensor, beyond: int) -> Tensor:
+        each = zip(places.long().unbind(1), size[::-1], strict=True)
+        return torch.stack([place.clamp(0, length - beyond) for place, length in each], dim=1)
+
+    first = clamped(torch.ceil(boxes[:, :2] / STRIDE - 0.5), 0)
+    end = clamped(torch.ceil(boxes[:, 2:] / STRIDE - 0.5), 0)
+    centre = clamped(((boxes[:, :2] + boxes[:, 2:]) / (2 * STRIDE)).floor(), 1)
     empty = end <= first
     return torch.cat([torch.where(empty, centre, first), torch.where(empty, centre + 1, end)], dim=1)
 
@@ -277,10 +313,10 @@ def box_pixels(targets: Targets, margin: int | Tensor = 0) -> BoxPixels:
     areas = columns * rows
     device = targets.labels.device
     starts = areas.cumsum(0) - areas
-    table = torch.stack([grown[:, 0], grown[:, 1], columns, starts], dim=1).to(device, non_blocking=True)
+    firsts = torch.stack([grown[:, 0], grown[:, 1], columns, starts], dim=1).to(device, non_blocking=True)
     index = torch.arange(len(targets), device=device)
     pixels = int(areas.sum())
     target = torch.repeat_interleave(index, areas.to(device, non_blocking=True), output_size=pixels)
-    x0, y0, columns, starts = table[target].unbind(1)
+    x0, y0, columns, starts = firsts[target].unbind(1)
     rank = torch.arange(pixels, device=device) - starts
-    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns, columns)
+    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns, columns, firsts)
