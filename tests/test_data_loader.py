@@ -239,6 +239,7 @@ def test_a_process_ends_while_its_workers_wait(source):
     script = f"""
 import sys
 from pathlib import PosixPath, WindowsPath
+from sim_m2f.config import CfgNode
 from test_data_loader import DatasetSource, config, loader
 source = {source!r}
 batches = iter(loader.train_loader(config(source, "DATALOADER.NUM_WORKERS", 2)))
