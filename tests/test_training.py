@@ -202,7 +202,7 @@ def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
 def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
     few.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.NORM", "GN"])
     few.merge_from_list([str(value) for value in SUPERVISIONS[supervision]])
-    few.merge_from_list(["MODEL.SIM.PROTOTYPES.MOMENTUM", "0.5", "MODEL.SIM.PROTOTYPES.CONFIDENT", "0.3"])
+    few.merge_from_list(["MODEL.SIM.PROTOTYPES.MOMENTUM", "0.5", "MODEL.SIM.PROTOTYPES.CONFIDENT", "0.32"])
     few.merge_from_list(["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "two")])
     (tmp_path / "few.yaml").write_text(few.dump())
     command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "--num-gpus", "2"]
