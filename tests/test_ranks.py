@@ -111,8 +111,9 @@ def gradients(network: nn.Module, images: torch.Tensor) -> tuple[list, list, int
     torch.manual_seed(0)
     network.train()
     with MemoryPeak() as memory, torch.autocast("cpu", torch.bfloat16), lowered_weights(network):
+        weights = memory.now
         features = network(images).values()
-        kept = memory.now - sum(2 * parameter.numel() for parameter in network.parameters())
+        kept = memory.now - weights
     sum(feature.float().square().mean() for feature in features).backward()
     statistics = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
     return [parameter.grad for parameter in network.parameters()], statistics, kept
