@@ -50,7 +50,7 @@ def collect(sound: Path) -> list[Result]:
     with server() as address:
         for kind in kinds():
             arguments = [word.replace("SERVER", address) for word in kind.arguments]
-            result = tried(sound, arguments, kind.damage)
+            result = tried(sound, arguments, kind.damage, most=1)
             results.append(
                 {
                     "area": kind.area,
@@ -72,18 +72,21 @@ def collect(sound: Path) -> list[Result]:
     return results
 
 
-def tried(sound: Path, arguments: list[str], damage) -> Result:
-    """The outcome and the line of a command in a broken copy."""
+def tried(sound: Path, arguments: list[str], damage, most: int | None = None) -> Result:
+    """The outcome and the first line of a command in a broken copy; ``most`` lines at the most."""
     from sound_folder import copied, run
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = copied(sound, Path(temporary).resolve() / "folder")
         damage(folder)
         outcome = run(arguments, folder)
-    line = "".join(outcome.lines[:1]).replace(f"{folder}/", "").replace(str(folder), ".")
-    line = line.encode("ascii", "backslashreplace").decode()
+    fits = most is None or len(outcome.lines) <= most
+    line = "".join(outcome.lines[:1])
+    for path in (folder, ROOT):
+        line = line.replace(f"{path}/", "")
+    line = "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in line)
     shown = line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
-    return {"outcome": outcome.kind, "line": shown}
+    return {"outcome": outcome.kind if fits else "broken", "line": shown}
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ class Phases:
 
     def _strike(self) -> None:
         assert self.fault
-        self.told[:] = time.monotonic(), self.now
+        self.told[:] = time.process_time(), self.now
         (os.killpg if self.fault.group else os.kill)(os.getpid(), self.fault.number)
 
     def watch(self) -> None:
@@ -119,7 +119,7 @@ class Ended:
 
     Attributes:
         statuses: of every rank; below 0 the signal that ended it.
-        seconds: from the fault, or where there was none from the start, to the end of the last rank.
+        seconds: of the processor, that the rank took from the fault to its end.
         hit: the phase that the fault met; "" where the run had ended before.
         said: what all ranks have written.
     """
@@ -131,13 +131,13 @@ class Ended:
 
 
 def run(
-    folder: Path, arguments: list[str], ranks: int, fault: Fault | None = None, patience: float = 300
+    folder: Path, arguments: list[str], ranks: int, fault: Fault | None = None, patience: float = 900
 ) -> Ended:
     """``sim-m2f train`` in a folder; its durations are in durations.json there when it has come to its end.
 
     What has not ended after ``patience`` seconds is killed.
     """
-    told, start = RawArray("d", 2), time.monotonic()
+    told = RawArray("d", 2)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -154,11 +154,10 @@ def run(
             finally:
                 os._exit(1)
         pids.append(pid)
-    statuses = _waited(pids, start + patience)
-    end = time.monotonic()
+    ends = _waited(pids, time.monotonic() + patience)
     said = "".join(log.read_text() for log in logs)
-    hit = NAMES[int(told[1])] if told[0] else ""
-    return Ended(statuses, end - (told[0] or start), hit, said)
+    hit, struck = (NAMES[int(told[1])], fault.rank) if fault and told[0] else ("", 0)
+    return Ended([status for status, _ in ends], ends[struck][1] - told[0], hit, said)
 
 
 def _enter(folder: Path, log: Path, rank: int, ranks: int, port: int) -> None:
@@ -186,17 +185,17 @@ def _train(arguments: list[str], phases: Phases) -> None:
     os._exit(status)
 
 
-def _waited(pids: list[int], deadline: float) -> list[int]:
-    """The statuses of ranks. Where one fails, the others get SIGTERM, as by torchrun; a deadline kills."""
-    statuses: dict[int, int] = {}
+def _waited(pids: list[int], deadline: float) -> list[tuple[int, float]]:
+    """Status and processor's seconds of ranks. Where one fails the others get SIGTERM, as by torchrun."""
+    ends: dict[int, tuple[int, float]] = {}
     told = False
-    while len(statuses) < len(pids):
-        for pid in set(pids) - set(statuses):
-            ended, status = os.waitpid(pid, os.WNOHANG)
+    while len(ends) < len(pids):
+        for pid in set(pids) - set(ends):
+            ended, status, usage = os.wait4(pid, os.WNOHANG)
             if ended:
-                statuses[pid] = os.waitstatus_to_exitcode(status)
-        left = set(pids) - set(statuses)
-        if any(statuses.values()) and not told:
+                ends[pid] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        left = set(pids) - set(ends)
+        if any(status for status, _ in ends.values()) and not told:
             told = True
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
@@ -204,4 +203,4 @@ def _waited(pids: list[int], deadline: float) -> list[int]:
             for pid in left:
                 os.killpg(pid, signal.SIGKILL)
         time.sleep(0.01)
-    return [statuses[pid] for pid in pids]
+    return [ends[pid] for pid in pids]

@@ -11,19 +11,20 @@ rank it has to end as the undisturbed one, bit for bit: weights, optimizer, teac
 losses, detections, scores and figures. On several, weights and losses may differ by rounding. Nowhere may a
 file be left half-written.
 
-A full disk is a small file system of its own (tmpfs), which only root can mount. Results are kept after every
-trial, and a later call goes on with their counts.
+A full disk is a small file system of its own (tmpfs), which only root can mount. Every fault has a process.
+Results are kept after every trial, and a later call goes on with their counts.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import json
+import multiprocessing
 import os
 import random
 import re
 import reprlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ class Row:
     Attributes:
         phases: how often a fault met which phase, or the full disk which file.
         largest_difference: relative, of any loss or weight of a trial that counts as equal.
-        slowest_end: seconds from a fault to the end of the run.
+        slowest_end: of the processor's seconds that a rank took from a signal to its end.
         failed: trial and what was wrong, where the end was not equal.
     """
 
@@ -161,17 +162,16 @@ def trial(bench: Bench, row: Row, folder: Path, number: int, resize: Sequence[in
     if row.fault == "resized":
         return resized(bench, row, folder, draw, resize)
     if row.fault == "rank killed":
-        fault = Fault.drawn(signal.SIGKILL, phase, bench.usual(ranks)[1][phase], draw, ranks)
-        ended = bench.struck(row, folder, ranks, fault)
+        sent = signal.SIGKILL
     else:
         ranks, sent = 1, SIGNALS[row.fault]
-        fault = Fault.drawn(sent, phase, bench.usual(1)[1][phase], draw, 1)
-        ended = bench.struck(row, folder, 1, fault)
-        if ended.hit and sent != signal.SIGKILL:
-            check_stop(ended, sent)
+    fault = Fault.drawn(sent, phase, bench.usual(ranks)[1][phase], draw, ranks)
+    ended = bench.struck(row, folder, ranks, fault)
     bench.resumed(folder, ranks)
-    difference = compare(folder / OUTPUT, bench.usual(ranks)[0], ranks)
-    row.largest_difference = max(row.largest_difference, difference)
+    largest = compare(folder / OUTPUT, bench.usual(ranks)[0], ranks)
+    row.largest_difference = max(row.largest_difference, largest)
+    if ended.hit and sent != signal.SIGKILL:
+        check_stop(ended, sent)
     return bool(ended.hit)
 
 
@@ -224,8 +224,8 @@ def resized(bench: Bench, row: Row, folder: Path, draw: random.Random, resize: S
         fault = Fault.drawn(sent, phase, usual[:1] if leg else usual, draw, ranks)  # fewer steps are left
         met = bool(bench.struck(row, folder, ranks, fault).hit) and met
     bench.resumed(folder, resize[-1])
-    difference = compare(folder / OUTPUT, bench.usual(resize[0])[0], max(resize))
-    row.largest_difference = max(row.largest_difference, difference)
+    largest = compare(folder / OUTPUT, bench.usual(resize[0])[0], max(resize))
+    row.largest_difference = max(row.largest_difference, largest)
     return met
 
 
@@ -315,30 +315,59 @@ def main() -> int:
     rows = load_rows(args.output, args.seed, args.ranks, args.resize)
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
         bench = Bench(Path(folder))
-        attempts = {fault: rows[fault].tried for fault in args.only}
-        while open_rows := [rows[fault] for fault in args.only if rows[fault].tried < args.trials]:
-            for row in open_rows:
-                one_trial(bench, row, attempts, args)
-                content = [vars(each) for each in rows.values() if each.tried]
-                write_file(args.output, json.dumps(content, indent=1) + "\n")
-    return int(any(row.equal < row.tried for row in rows.values()))
+        ranks = {"rank killed": [args.ranks], "resized": args.resize}
+        for number in {number for fault in args.only for number in ranks.get(fault, [1])}:
+            bench.usual(number)
+        fork = multiprocessing.get_context("fork")  # the faults beside each other, with what is imported
+        jobs = [fork.Process(target=trials, args=(bench, rows[fault], args)) for fault in args.only]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+    return int(any(job.exitcode for job in jobs))
 
 
-def one_trial(bench: Bench, row: Row, attempts: dict[str, int], args: argparse.Namespace) -> None:
-    """Try once and count it, unless the run had ended before the fault came."""
-    number = attempts[row.fault]
-    attempts[row.fault] += 1
-    folder = bench.folder / "trial"
-    folder.mkdir()
+def trials(bench: Bench, row: Row, args: argparse.Namespace) -> None:
+    """All trials of one fault; ends the process with status 1 unless all ended as they have to."""
+    attempt = row.tried
+    while row.tried < args.trials:
+        one_trial(bench, row, attempt, args)
+        attempt += 1
+        store(row, args.output)
+    sys.exit(row.equal < row.tried)
+
+
+def store(row: Row, output: Path) -> None:
+    """Put the row in the place of the same one in the results, or behind all others."""
+    with locked(output.parent):
+        rows = json.loads(output.read_text()) if output.exists() else []
+        key = row.fault, row.ranks, row.seed
+        places = [place for place, one in enumerate(rows) if (one["fault"], one["ranks"], one["seed"]) == key]
+        rows[slice(places[0], places[0] + 1) if places else slice(len(rows), None)] = [vars(row)]
+        write_file(output, json.dumps(rows, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block no other process of this program writes there."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        if trial(bench, row, folder, number, args.resize, args.ranks):
-            row.tried, row.equal = row.tried + 1, row.equal + 1
-    except TrialError as error:
-        row.tried += 1
-        row.failed.append(f"trial {number}: {error}")
-        print(f"{row.fault}, trial {number}: {error}", file=sys.stderr, flush=True)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def one_trial(bench: Bench, row: Row, number: int, args: argparse.Namespace) -> None:
+    """Try once and count it, unless the run had ended before the fault came."""
+    with tempfile.TemporaryDirectory(dir=bench.folder, ignore_cleanup_errors=True) as folder:
+        try:
+            if trial(bench, row, Path(folder), number, args.resize, args.ranks):
+                row.tried, row.equal = row.tried + 1, row.equal + 1
+        except TrialError as error:
+            row.tried += 1
+            row.failed.append(f"trial {number}: {error}")
+            print(f"{row.fault}, trial {number}: {error}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

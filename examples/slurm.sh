@@ -13,8 +13,9 @@
 #SBATCH --open-mode=append
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=tcp://$first:$((20000 + SLURM_JOB_ID % 10000))
 srun bash -c 'exec sim-m2f train --resume --max-restarts 3 --num-gpus "$SLURM_GPUS_ON_NODE" \
-    --num-machines "$SLURM_NNODES" --machine-rank "$SLURM_NODEID" --dist-url "tcp://$0:29500" "$@"' "$first" "$@"
+    --num-machines "$SLURM_NNODES" --machine-rank "$SLURM_NODEID" --dist-url "$0" "$@"' "$address" "$@"
 status=$?
 if [ "$status" -eq 143 ]; then # 128 + SIGTERM
     scontrol requeue "$SLURM_JOB_ID"

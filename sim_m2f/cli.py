@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
-from sim_m2f.errors import UserError, memory_problem, rank_problem
+from sim_m2f.errors import UserError, memory_problem
 
 COMMANDS = (
     *("fit", "label", "propose", "serve", "train", "predict", "export", "check", "convert"),
@@ -87,7 +87,6 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         return 128 + signal.SIGPIPE
     except Exception as error:
         problem = _file_problem(error) if isinstance(error, OSError) else memory_problem(error)
-        problem = problem or rank_problem(error)
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

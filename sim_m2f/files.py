@@ -4,9 +4,11 @@ import contextlib
 import json
 import math
 import os
+import reprlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +41,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """
     refuse_special(path)
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_each_once)
+        content = json.loads(path.read_bytes(), object_pairs_hook=partial(_each_once, path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (ValueError, RecursionError) as error:
@@ -50,12 +52,12 @@ def read_json(path: Path, kind: type = dict) -> Any:
     return content
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; of a key that stands twice, Python would take the last."""
+def _each_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; UserError for a key that stands twice, of which Python would take the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise UserError(f"{path}: the key {reprlib.repr(twice)} stands twice in one object; leave one out")
     return found
 
 

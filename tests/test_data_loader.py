@@ -238,10 +238,9 @@ def test_a_process_ends_while_its_workers_wait(source):
     """Python ends the processes that are left with SIGTERM and waits for them; workers block that signal."""
     script = f"""
 import sys
-from pathlib import PosixPath, WindowsPath
-from sim_m2f.config import CfgNode
+from pathlib import Path
 from test_data_loader import DatasetSource, config, loader
-source = {source!r}
+source = DatasetSource("set", Path({str(source.annotations)!r}), Path({str(source.image_root)!r}))
 batches = iter(loader.train_loader(config(source, "DATALOADER.NUM_WORKERS", 2)))
 next(batches)
 sys.modules["kept"] = batches  # as a traceback that somebody keeps does

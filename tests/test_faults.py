@@ -15,8 +15,5 @@ def test_runs_that_are_stopped_or_killed_end_as_if_nothing_had_happened(tmp_path
     command = [sys.executable, "benchmarks/faults.py", "--trials", "1", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "--only", "SIGTERM", "kill -9"], cwd=ROOT, env=environment, check=True)
-    rows = json.loads(output.read_text())
-    assert [(row["fault"], row["tried"], row["equal"]) for row in rows] == [
-        ("kill -9", 1, 1),
-        ("SIGTERM", 1, 1),
-    ]
+    counts = {row["fault"]: (row["tried"], row["equal"]) for row in json.loads(output.read_text())}
+    assert counts == {"SIGTERM": (1, 1), "kill -9": (1, 1)}

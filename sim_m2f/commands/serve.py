@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -47,12 +48,11 @@ def run(args: argparse.Namespace) -> int:
         try:
             from sim_m2f.serving.server import served
         except ModuleNotFoundError as error:
-            raise UserError(
-                f"the page needs more packages ({error}): pip install 'sim-m2f[serve]'"
-            ) from error
-        print(
-            f"page: {held.enter_context(served(model, review, args.host, port))} (Ctrl-C ends it)", flush=True
-        )
+            advice = "pip install 'sim-m2f[serve]'"
+            raise UserError(f"the page needs more packages ({error}): {advice}") from error
+        address = held.enter_context(served(model, review, args.host, port))
+        print(f"page: {address} (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, and removes uploads
         held.enter_context(contextlib.redirect_stdout(None))  # gradio tells of every file that it sends
         threading.Event().wait()
     return 0
@@ -68,7 +68,7 @@ def free_port(host: str, port: int) -> int:
         with socket.create_server((host, port)) as listening:
             return int(listening.getsockname()[1])
     except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise UserError(f"{host}:{port}: cannot be served from ({reason}); give another --port") from error
 
 

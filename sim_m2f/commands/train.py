@@ -63,8 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
                 resume = arguments.resume or arguments.max_restarts > 0  # ``_launch`` has let no other run in
                 build_trainer(cfg, resume, arguments.overwrite).train()
     except Exception as error:
-        if not rank_problem(error):
-            get_error_handler().record_exception(error)  # for the launcher
+        if problem := rank_problem(error):
+            print(f"error: {problem}", file=sys.stderr, flush=True)
+            os._exit(2)  # an orderly exit might wait for the other rank
+        get_error_handler().record_exception(error)  # for the launcher
         raise
     return 0
 
@@ -142,4 +144,4 @@ def _launch(arguments: argparse.Namespace) -> int:
     if not (arguments.resume or arguments.overwrite or arguments.eval_only):
         refuse_used(Path(cfg.OUTPUT_DIR))
     machines = arguments.num_machines, arguments.machine_rank, arguments.dist_url
-    return launch(sys.argv, arguments.num_gpus, *machines, arguments.max_restarts)
+    return launch(sys.argv, cfg.OUTPUT_DIR, arguments.num_gpus, *machines, arguments.max_restarts)

@@ -33,7 +33,7 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     return Accelerator(
         cpu=device == "cpu",
         mixed_precision=precision,
-        log_with=list(cfg.TRACKERS),
+        log_with=list(cfg.TRACKERS) or None,  # it warns of an empty list
         project_dir=cfg.OUTPUT_DIR,
         kwargs_handlers=[
             # ranks give each other their norms' statistics before an evaluation, not in every step

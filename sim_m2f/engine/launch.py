@@ -10,21 +10,29 @@ from urllib.parse import urlsplit
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 PATIENCE = 120  # seconds that ranks have for the checkpoint of an ordered stop, where torchrun can be told
 WAIT = 600  # seconds that machines wait for the first one
 
 
 def launch(
-    command: Sequence[str], processes: int, machines: int, machine: int, address: str, restarts: int
+    command: Sequence[str],
+    name: str,
+    ranks: int,
+    machines: int,
+    machine: int,
+    address: str,
+    restarts: int,
 ) -> int:
     """Run a Python file once for every rank of this machine; several machines find each other by c10d.
 
     Args:
         command: the file and its arguments, the same for all ranks.
-        processes: ranks per machine.
+        name: of the run, the same on all machines; no other meets there.
+        ranks: per machine.
         machines: how many machines call this.
         machine: this one's number, from 0.
         address: tcp://HOST:PORT of machine 0, where several have to meet.
@@ -34,13 +42,19 @@ def launch(
         the exit status: 0, that of the rank that failed first, or 128 and the signal that ended it or this.
 
     Raises:
-        UserError: the address is none.
+        UserError: the address is none, or machines do not meet there.
     """
-    options = [f"--nproc-per-node={processes}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
-    options += _meeting(machines, machine, address)
+    options = [f"--nproc-per-node={ranks}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
+    options += _meeting(name, machines, machine, address)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
+    # in one store for all starts, restarted ranks find addresses of those before them and wait for ever
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
         torchrun.run(torchrun.parse_args([*options, *command]))
+    except RendezvousError as error:
+        said = first_line(error.__cause__ or error)
+        advice = "start machine 0 too, and choose a port that is free there"
+        raise UserError(f"--dist-url: machines do not meet at {address} ({said}); {advice}") from error
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
@@ -48,7 +62,7 @@ def launch(
     return 0
 
 
-def _meeting(machines: int, machine: int, address: str) -> list[str]:
+def _meeting(name: str, machines: int, machine: int, address: str) -> list[str]:
     """torchrun's options on where the machines meet."""
     try:
         parts = urlsplit(address)
@@ -60,7 +74,7 @@ def _meeting(machines: int, machine: int, address: str) -> list[str]:
     if machines == 1:
         return ["--standalone", "--local-addr=localhost"]
     conf = f"--rdzv-conf=is_host={machine == 0},read_timeout={WAIT}"
-    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{port}", "--rdzv-id=sim-m2f", conf]
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={host}:{port}", f"--rdzv-id={name}", conf]
 
 
 def _told(error: ChildFailedError) -> int:

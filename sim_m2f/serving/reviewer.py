@@ -31,9 +31,9 @@ class Reviewer:
     def build(self, page: gr.Blocks) -> None:
         number = gr.Number(visible=False, precision=0)
         with gr.Row(equal_height=True):
-            with gr.Column(scale=3):
+            with gr.Column(scale=3, min_width=200):
                 text = gr.HTML(elem_id="object")
-            with gr.Column(scale=2):
+            with gr.Column(scale=2, min_width=200):
                 written = gr.HTML(elem_id="written")
             export = gr.Button("Export masks.json", scale=0, min_width=230)
         with gr.Row():

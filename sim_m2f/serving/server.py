@@ -78,3 +78,4 @@ def served(model: Segmenter, review: Review | None, host: str, port: int) -> Ite
             yield address
         finally:
             page.close(verbose=False)
+            del os.environ["GRADIO_TEMP_DIR"]

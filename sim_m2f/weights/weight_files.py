@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _read(path: Path) -> Any:
         content = read_pickle(path)
         if type(content) is not int or content != TORCH_MAGIC:
             return content
-    with torch.serialization.safe_globals(NUMPY_GLOBALS):
+    with torch.serialization.safe_globals(NUMPY_GLOBALS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sparse weights, which are refused
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

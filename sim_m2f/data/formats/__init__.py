@@ -2,5 +2,5 @@
 
 Each format is a small file here: globox, which reads boxes of many tools, has no masks, no Label Studio and
 no plain CSV, and does not say in which file a fault is. The tests read what is written here with globox
-(boxes), supervision (LabelMe, YOLO), datumaro (CVAT) and label-studio-converter: the extra ``formats``.
+(boxes), supervision (LabelMe, YOLO), datumaro (CVAT) and label-studio-converter: see the extra ``formats``.
 """
