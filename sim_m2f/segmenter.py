@@ -127,16 +127,33 @@ class Segmenter(nn.Module):
             if boxes is not None:
                 raise UserError("boxes belong to one image; call predict once for each image")
             return [self.predict(image, threshold) for image in images]
-        pixels = _pixels(images, self.cfg.INPUT.LIMITS)
-        original = pixels.shape[-2], pixels.shape[-1]
+        padded, size, original = self._input(images)
+        if boxes is not None:
+            return self._masks_of(padded, boxes, labels, size, original, colors)[0]
+        return self._found(self._outputs(padded), size, original, threshold)
+
+    @torch.no_grad()
+    def predict_both(
+        self, image: ImageLike, boxes: Any, labels: Any = None, colors: bool = False
+    ) -> tuple[Instances, Instances]:
+        """In one pass of the network, the masks of given boxes and all that it finds; see ``predict``."""
+        padded, size, original = self._input(image)
+        given, outputs = self._masks_of(padded, boxes, labels, size, original, colors)
+        return given, self._found(outputs, size, original)
+
+    def _input(self, image: ImageLike) -> tuple[Tensor, Size, Size]:
+        """The network's input (1, 3, H, W), the size of the image in it, and the image's own."""
+        pixels = _pixels(image, self.cfg.INPUT.LIMITS)
         resized = self.resize(tv_tensors.Image(pixels)).as_subclass(Tensor).to(self.pixels.mean.device)
         size = resized.shape[-2], resized.shape[-1]
         divisor = self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
         padded_size = (-(-side // divisor) * divisor for side in size)
         padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
-        if boxes is not None:
-            return self._masks_of(padded, boxes, labels, size, original, colors)
-        (best,) = instances(self._outputs(padded), [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        return padded, size, (pixels.shape[-2], pixels.shape[-1])
+
+    def _found(self, outputs: Predictions, size: Size, original: Size, threshold: float = 0.0) -> Instances:
+        """The objects that the network finds by itself."""
+        (best,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
         kept = best["scores"] >= threshold
         return self._named(
             best["labels"][kept], best["scores"][kept], best["boxes"][kept], best["masks"][kept]
@@ -154,8 +171,8 @@ class Segmenter(nn.Module):
 
     def _masks_of(
         self, images: Tensor, boxes: Any, labels: Any, size: Size, original: Size, colors: bool
-    ) -> Instances:
-        """The masks of boxes in pixels of the original image, from its input (1, 3, H, W)."""
+    ) -> tuple[Instances, Predictions]:
+        """The masks of boxes in pixels of the image, from its input (1, 3, H, W), and all outputs."""
         self.require_prompts()
         boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
         labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
@@ -166,13 +183,14 @@ class Segmenter(nn.Module):
         scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
         resized = boxes * boxes.new_tensor([*scale, *scale])
         shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)
-        logits = self._outputs(images, Prompts(shares[None], labels[None]))["prompted"]["pred_masks"][0]
+        outputs = self._outputs(images, Prompts(shares[None], labels[None]))
+        logits = outputs["prompted"]["pred_masks"][0]
         if colors:
             pixels = self.pixels.undo(images[0])
             logits = corrected_masks(logits, pixels, resized, size, self.cfg.MODEL.SIM.COLOR_MODEL)
             size = FINER * size[0], FINER * size[1]
         masks, scores = masks_in_boxes(logits, boxes, size, original)
-        return self._named(labels, scores, boxes, masks)
+        return self._named(labels, scores, boxes, masks), outputs
 
     def require_prompts(self) -> None:
         """Raises UserError unless the network has learned to answer boxes."""

@@ -207,14 +207,14 @@ def test_validation_masks_choose_colours(data, tmp_path):
 def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
     folder, _ = data
     model = from_pretrained(folder / "network")
-    predict = model.predict
+    predict_both = model.predict_both
 
-    def empty(*given, **options):
-        found = predict(*given, **options)
+    def empty(*given):
+        found, free = predict_both(*given)
         found.masks[:1] = False
-        return found
+        return found, free
 
-    monkeypatch.setattr(model, "predict", empty)
+    monkeypatch.setattr(model, "predict_both", empty)
     boxes = np.array([[10.0, 20, 40, 60], [50, 5, 70, 30]])
     found = masks.label(model, np.zeros((80, 90, 3), np.uint8), boxes, np.array([0, 1]), False)
     np.testing.assert_array_equal(found.masks[0], ellipse(boxes[0], 80, 90))
