@@ -36,6 +36,14 @@ def largest_number(number: int) -> int:
     return int(value)
 
 
+def leave_group() -> None:
+    """End this rank's part in the group; threads that are left to the interpreter's exit may abort it."""
+    if _distributed():
+        _group_of_cpus.cache_clear()
+        _group_of_node.cache_clear()
+        dist.destroy_process_group()
+
+
 @functools.cache
 def _group_of_cpus() -> Any:
     return dist.new_group(backend="gloo")

@@ -157,12 +157,14 @@ from accelerate import Accelerator
 from coloured_coco import ColourNetwork, coloured_cfg
 from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.loader import eval_loader
+from sim_m2f.distributed import leave_group
 from sim_m2f.engine.evaluator import evaluate
 accelerator = Accelerator(cpu=True)
 cfg = coloured_cfg(Path(sys.argv[1]))
 loader = eval_loader(cfg, eval_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
 metrics = evaluate(ColourNetwork(), loader, Path(sys.argv[2]), accelerator=accelerator, top_k=3)
 Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}").write_text(repr(metrics))
+leave_group()
 """
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
+from sim_m2f.distributed import leave_group
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
 from sim_m2f.engine.launch import launch
 from sim_m2f.engine.run_folder import locked, refuse_used
@@ -62,6 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
             else:
                 resume = arguments.resume or arguments.max_restarts > 0  # ``_launch`` has let no other run in
                 build_trainer(cfg, resume, arguments.overwrite).train()
+        leave_group()
+    except SystemExit:  # of all ranks together
+        leave_group()
+        raise
     except Exception as error:
         if problem := rank_problem(error):
             print(f"error: {problem}", file=sys.stderr, flush=True)
