@@ -182,27 +182,46 @@ def paste(
         return images, [_without_pasted(target, size, images.device) for target in targets]
 
     seeds = [seeds[i] for i in receivers.tolist()]
-    drawn, exist = bank.draw(seeds, most_objects)
-    numbers = (uniform(seeds, "numbers", 1) * most_objects).long()
-    received = torch.arange(drawn.shape[1]) <= numbers
-    exist = exist & received.to(images.device, non_blocking=True)
+    drawn, exist = _received(bank, seeds, most_objects)
     rows = receivers.to(images.device, non_blocking=True)
     canvas, visible = _paint(images.index_select(0, rows), bank, drawn, exist, jitter, seeds)
     images = images.clone().index_copy_(0, rows, canvas)  # the clone keeps the memory format
-
     covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
     pasted = _pasted(visible, bank.labels[drawn], bank.known[drawn])
+    return images, _pasted_targets(targets, receivers, visible, covered, pasted)
+
+
+def _received(bank: PasteBank, seeds: Sequence[Seed], most_objects: int) -> tuple[Tensor, Tensor]:
+    """(R, K) objects of the bank for R images by their seeds, and (R, K) bool: which of them are there."""
+    drawn, exist = bank.draw(seeds, most_objects)
+    numbers = (uniform(seeds, "numbers", 1) * most_objects).long()
+    received = torch.arange(drawn.shape[1]) <= numbers
+    return drawn, exist & received.to(exist.device, non_blocking=True)
+
+
+def _pasted_targets(
+    targets: Sequence[Target], receivers: Tensor, visible: Tensor, covered: Tensor, pasted: Tensor
+) -> PastedTargets:
+    """The targets of B images, R of which received K objects each.
+
+    Args:
+        targets: the old ones.
+        receivers: (R,) int64 on the CPU.
+        visible: (R, K, h, w) bool, the pasted objects' visible pixels.
+        covered: (B, h, w) bool, pixels of any of them.
+        pasted: (R * K, 7), those columns of ``_collect`` of the pasted objects.
+    """
     table = torch.cat([_remaining(targets, covered), pasted])
-    received_by = receivers[:, None].expand(-1, drawn.shape[1]).flatten()
+    received_by = receivers[:, None].expand(-1, visible.shape[1]).flatten()
     image, order = torch.cat([_images(targets), received_by]).sort(stable=True)
-    counts = image.bincount(minlength=len(images)).tolist()
+    counts = image.bincount(minlength=len(targets)).tolist()
     masks, painted = visible.flatten(0, 1), _enlarged(covered)
 
     def collect(table: Tensor) -> list[Target]:
         return _collect(targets, table, image, order, masks, painted)
 
     ordered = table.index_select(0, order.to(table.device, non_blocking=True))
-    return images, PastedTargets(ordered, counts, collect)
+    return PastedTargets(ordered, counts, collect)
 
 
 def _without_pasted(target: Target, size: tuple[int, int], device: torch.device) -> Target:
