@@ -19,6 +19,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, projection_boxes
 from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import lab_at
+from sim_m2f.supervision.box_span import missing_logits
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
 from sim_m2f.supervision.layers import mask_projections
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
@@ -119,13 +120,23 @@ def corrected(
     bins = color_bins(colors, counts, pixels.target, len(targets))
     edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)
     own = (1 - prior) * logits[place] + prior * _ellipse(pixels, targets)
-    mask = own.sigmoid() * inside
+
+    def shared(logits: Tensor) -> Tensor:
+        """(P,) probabilities: a pixel belongs to one of the objects whose boxes it is in, or to none."""
+        odds = logits.exp() * inside
+        total = odds.new_zeros(valid.shape).index_put((image, pixels.y, pixels.x), odds, accumulate=True)
+        return odds / (1 + total[image, pixels.y, pixels.x])
+
+    mask = shared(own)
     for _ in range(keys.ITERATIONS):
         seen = keys.KEEP * own + log_ratio(bins, mask, counts, pixels.target, len(targets))
-        mask = seen.sigmoid() * inside
+        mask = shared(seen)
         for _ in range(keys.SMOOTHING_STEPS):
             drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
-            mask = (seen + keys.SMOOTHING * drawn).sigmoid() * inside
+            mask = shared(seen + keys.SMOOTHING * drawn)
+    if keys.SPAN:
+        own = _logits(mask).where(inside, -torch.inf)
+        mask = (own + missing_logits(own, pixels, targets, keys.SPAN)[pixels.target]).sigmoid()
     return torch.zeros_like(boxes).index_put(place, mask)
 
 
