@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import sim_m2f
+from sim_m2f.supervision import box_span
 from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.box_span import missing_logits
 from sim_m2f.supervision.color_histograms import (
     BINS,
     LEAST,
@@ -25,7 +27,7 @@ from sim_m2f.supervision.color_model import (
     corrected_masks,
 )
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
 
 
 def smoothed(histogram: np.ndarray) -> np.ndarray:
@@ -118,7 +120,7 @@ def test_neighbours_of_like_colour_draw_each_other(scene):
     targets = flatten_targets([box], (32, 32), torch.device("cpu"))
     logits, valid = torch.randn(1, 32, 32, generator=generator), torch.ones(1, 32, 32, dtype=torch.bool)
     keys = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL
-    keys.ITERATIONS, keys.SMOOTHING_STEPS = 1, 0
+    keys.ITERATIONS, keys.SMOOTHING_STEPS, keys.SPAN = 1, 0, 0.0
     before = corrected(logits, image, valid, targets, keys)[0].double()
     keys.SMOOTHING_STEPS = 1
     after = corrected(logits, image, valid, targets, keys)[0].double()
@@ -133,6 +135,42 @@ def test_neighbours_of_like_colour_draw_each_other(scene):
                     drawn += math.exp(-apart) * (2 * before[y + dy, x + dx].item() - 1) / len(DISTANCES)
         expected = before[y, x].logit() + keys.SMOOTHING * drawn
         assert after[y, x].item() == pytest.approx(expected.sigmoid().item(), abs=2e-5)
+
+
+def test_a_pixel_belongs_to_one_object_at_most():
+    """Two boxes that overlap on an image of one colour, which says nothing; by the definition in float64."""
+    boxes = torch.tensor([[8.0, 8.0, 80.0, 80.0], [48.0, 48.0, 120.0, 120.0]])
+    target = {"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}
+    targets = flatten_targets([target], (32, 32), torch.device("cpu"))
+    keys, valid = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL, torch.ones(1, 32, 32, dtype=torch.bool)
+    keys.ITERATIONS, keys.SMOOTHING_STEPS, keys.SPAN, keys.KEEP = 1, 0, 0.0, 1.0
+    logits = torch.tensor([2.0, -1.0])[:, None, None].expand(2, 32, 32)
+    found = corrected(logits, torch.full((1, 3, 128, 128), 90.0), valid, targets, keys).double()
+    odds = torch.tensor([2.0, -1.0], dtype=torch.float64).exp()
+    assert torch.allclose(found[:, 32, 32], odds / (1 + odds.sum()), atol=1e-3)
+    assert found[0, 16, 16].item() == pytest.approx((odds[0] / (1 + odds[0])).item(), abs=1e-3)
+    assert found[1, 16, 16] == 0
+    huge = corrected(torch.full((2, 32, 32), 500.0), torch.zeros(1, 3, 128, 128), valid, targets, keys)
+    assert huge[:, 32, 32].tolist() == pytest.approx([0.5, 0.5])
+
+
+def test_logits_rise_until_the_mask_spans_its_box():
+    """Against a search over all thresholds; the third mask cannot span enough, and rises by MOST."""
+    boxes = torch.tensor([[8.0, 16.0, 88.0, 120.0], [40.0, 0.0, 128.0, 60.0], [0.0, 0.0, 128.0, 128.0]])
+    target = {"boxes": boxes, "labels": torch.zeros(3, dtype=torch.int64)}
+    targets = flatten_targets([target], (32, 32), torch.device("cpu"))
+    pixels = box_pixels(targets)
+    maps = -8 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    maps[2, :, 10:] = -9
+    found = missing_logits(maps[pixels.target, pixels.y, pixels.x], pixels, targets, 0.85)
+    for index, (x0, y0, x1, y1) in enumerate(targets.ranges.tolist()):
+        own = maps[index, y0:y1, x0:x1].numpy()
+        for rise in np.linspace(0, box_span.MOST, box_span.STEPS + 1):
+            rows, columns = np.nonzero(own + rise > 0)
+            if len(rows) and (np.ptp(rows) + 1) * (np.ptp(columns) + 1) >= 0.85 * own.size:
+                break
+        assert found[index].item() == pytest.approx(rise)
+    assert 0 < found[0] < box_span.MOST == found[2]
 
 
 def test_without_a_network_the_first_mask_is_an_ellipse(scene):

@@ -27,6 +27,7 @@ from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, 
 FINER = 2  # colours are looked at in so much smaller pixels than masks: at stride 2, where outlines show
 LEAST_MARGIN = 2  # pixels at stride 4
 ELLIPSE = 1.5  # logit of the first mask inside an ellipse that touches the box's sides, and minus it outside
+MOST_SURE = 20.0  # logit whose exponential float32 can still divide by sums of many
 DISTANCES = (1, 4)  # of neighbours that draw each other, in pixels at stride 2
 
 
@@ -98,8 +99,9 @@ def corrected(
 
     A pixel's logit is KEEP * logit + log(P(colour | mask) / P(colour | rest)) + SMOOTHING * the sum over the
     neighbours of their likeness * (2 P(neighbour in the mask) - 1). The surroundings are MARGIN of the box
-    on all sides, without what lies in other boxes. The histograms are taken ITERATIONS times, each from the
-    masks corrected by the former.
+    on all sides, without what lies in other boxes. A pixel in several boxes belongs to one object at most, so
+    its odds share one probability. The histograms are taken ITERATIONS times, each from the masks corrected
+    by the former; in the end all logits of a mask rise until it spans its box (``box_span``).
 
     Returns:
         (T, 2 h, 2 w) probabilities, 0 outside of the object's box; for the arguments see ``color_labels``.
@@ -123,7 +125,7 @@ def corrected(
 
     def shared(logits: Tensor) -> Tensor:
         """(P,) probabilities: a pixel belongs to one of the objects whose boxes it is in, or to none."""
-        odds = logits.exp() * inside
+        odds = logits.clamp(max=MOST_SURE).exp() * inside
         total = odds.new_zeros(valid.shape).index_put((image, pixels.y, pixels.x), odds, accumulate=True)
         return odds / (1 + total[image, pixels.y, pixels.x])
 
