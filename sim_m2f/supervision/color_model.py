@@ -122,20 +122,13 @@ def corrected(
     bins = color_bins(colors, counts, pixels.target, len(targets))
     edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)
     own = (1 - prior) * logits[place] + prior * _ellipse(pixels, targets)
-
-    def shared(logits: Tensor) -> Tensor:
-        """(P,) probabilities: a pixel belongs to one of the objects whose boxes it is in, or to none."""
-        odds = logits.clamp(max=MOST_SURE).exp() * inside
-        total = odds.new_zeros(valid.shape).index_put((image, pixels.y, pixels.x), odds, accumulate=True)
-        return odds / (1 + total[image, pixels.y, pixels.x])
-
-    mask = shared(own)
+    mask = _shared(own, pixels, targets, inside)
     for _ in range(keys.ITERATIONS):
         seen = keys.KEEP * own + log_ratio(bins, mask, counts, pixels.target, len(targets))
-        mask = shared(seen)
+        mask = _shared(seen, pixels, targets, inside)
         for _ in range(keys.SMOOTHING_STEPS):
             drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
-            mask = shared(seen + keys.SMOOTHING * drawn)
+            mask = _shared(seen + keys.SMOOTHING * drawn, pixels, targets, inside)
     if keys.SPAN:
         own = _logits(mask).where(inside, -torch.inf)
         mask = (own + missing_logits(own, pixels, targets, keys.SPAN)[pixels.target]).sigmoid()
@@ -144,6 +137,15 @@ def corrected(
 
 def _logits(probabilities: Tensor) -> Tensor:
     return probabilities.clamp(1e-6, 1 - 1e-6).logit()
+
+
+def _shared(logits: Tensor, pixels: BoxPixels, targets: Targets, inside: Tensor) -> Tensor:
+    """(P,) probabilities: a pixel belongs to one of the objects in whose boxes it is, or to none."""
+    height, width = targets.size
+    place = (targets.image_index[pixels.target] * height + pixels.y) * width + pixels.x
+    odds = logits.clamp(max=MOST_SURE).exp() * inside
+    total = odds.new_zeros(len(targets.counts) * height * width).index_add(0, place, odds)
+    return odds / (1 + total[place])
 
 
 def _ellipse(pixels: BoxPixels, targets: Targets) -> Tensor:
