@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+MOST_MISSING = 4.0  # logits that a mask may rise by to span its box
+STEPS = 16  # and in so many equal steps
+
 
 def extent(filled: Tensor) -> tuple[Tensor, Tensor]:
     """First and past-the-last True of the last dimension of (..., n), int64; 0, 0 where there is none."""
@@ -29,6 +32,28 @@ def projection_boxes(along_x: Tensor, along_y: Tensor) -> Tensor:
     (left, right), (top, bottom) = extent(along_x > 0.5), extent(along_y > 0.5)
     width, height = along_x.shape[-1], along_y.shape[-1]
     return torch.stack([left / width, top / height, right / width, bottom / height], dim=-1)
+
+
+def missing_logits(along_x: Tensor, along_y: Tensor, areas: Tensor, share: float) -> Tensor:
+    """(N,): the least that the logits of each mask have to rise by, all alike, until it spans its box.
+
+    Annotated boxes touch their objects on all sides (tightness, https://arxiv.org/abs/1912.04363), so a mask
+    that leaves much of its box's width or height empty is too small.
+
+    Args:
+        along_x: (N, w) each column's largest logit in the box, -inf outside of it.
+        along_y: (N, h) each row's.
+        areas: (N,) of the boxes, in pixels.
+        share: of its area that the box around the mask has to cover.
+
+    Returns:
+        0 to MOST_MISSING, which is as far as a mask rises that spans too little even then.
+    """
+    rises = torch.linspace(0, MOST_MISSING, STEPS + 1, device=along_x.device)[:, None, None]
+    (left, right), (top, bottom) = extent(along_x + rises > 0), extent(along_y + rises > 0)
+    enough = (right - left) * (bottom - top) >= share * areas
+    enough[-1] = True
+    return rises[enough.int().argmax(0), 0, 0]
 
 
 def overlap_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import sim_m2f
-from sim_m2f.supervision import box_span
 from sim_m2f.supervision.affinity import rgb_to_lab
-from sim_m2f.supervision.box_span import missing_logits
 from sim_m2f.supervision.color_histograms import (
     BINS,
     LEAST,
@@ -27,7 +25,7 @@ from sim_m2f.supervision.color_model import (
     corrected_masks,
 )
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.targets import box_pixels, flatten_targets
+from sim_m2f.supervision.targets import flatten_targets
 
 
 def smoothed(histogram: np.ndarray) -> np.ndarray:
@@ -154,23 +152,28 @@ def test_a_pixel_belongs_to_one_object_at_most():
     assert huge[:, 32, 32].tolist() == pytest.approx([0.5, 0.5])
 
 
-def test_logits_rise_until_the_mask_spans_its_box():
-    """Against a search over all thresholds; the third mask cannot span enough, and rises by MOST."""
-    boxes = torch.tensor([[8.0, 16.0, 88.0, 120.0], [40.0, 0.0, 128.0, 60.0], [0.0, 0.0, 128.0, 128.0]])
-    target = {"boxes": boxes, "labels": torch.zeros(3, dtype=torch.int64)}
+def test_masks_rise_until_they_span_their_boxes(scene):
+    """A red disc in two boxes that are too wide for it: both masks as they are, and as high as they must."""
+    boxes = torch.tensor([[10.0, 10.0, 118.0, 118.0], [0.0, 26.0, 128.0, 102.0]])
+    target = {"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}
     targets = flatten_targets([target], (32, 32), torch.device("cpu"))
-    pixels = box_pixels(targets)
-    maps = -8 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
-    maps[2, :, 10:] = -9
-    found = missing_logits(maps[pixels.target, pixels.y, pixels.x], pixels, targets, 0.85)
-    for index, (x0, y0, x1, y1) in enumerate(targets.ranges.tolist()):
-        own = maps[index, y0:y1, x0:x1].numpy()
-        for rise in np.linspace(0, box_span.MOST, box_span.STEPS + 1):
-            rows, columns = np.nonzero(own + rise > 0)
-            if len(rows) and (np.ptp(rows) + 1) * (np.ptp(columns) + 1) >= 0.85 * own.size:
-                break
-        assert found[index].item() == pytest.approx(rise)
-    assert 0 < found[0] < box_span.MOST == found[2]
+    keys, valid = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL, torch.ones(1, 32, 32, dtype=torch.bool)
+    logits = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)) - 2
+    keys.SPAN = 0.0
+    before = corrected(logits, scene[0], valid, targets, keys)
+    keys.SPAN = 0.7
+    after = corrected(logits, scene[0], valid, targets, keys)
+    for mask, expected, (x0, y0, x1, y1) in zip(after, before, (2 * targets.ranges).tolist(), strict=True):
+        own = expected[y0:y1, x0:x1].clamp(1e-6, 1 - 1e-6).logit().double()
+        rise = next(rise for rise in np.arange(0, 4.01, 0.25) if spanned(own + rise) >= 0.7 or rise == 4)
+        assert rise > 0
+        assert torch.allclose(mask[y0:y1, x0:x1].double(), (own + rise).sigmoid(), atol=1e-5)
+
+
+def spanned(logits: torch.Tensor) -> float:
+    """The share of a map that the box around the positive logits covers."""
+    rows, columns = np.nonzero(logits.numpy() > 0)
+    return (np.ptp(rows) + 1) * (np.ptp(columns) + 1) / logits.numel() if len(rows) else 0.0
 
 
 def test_without_a_network_the_first_mask_is_an_ellipse(scene):

@@ -1,8 +1,10 @@
 """The network's shortcuts against what they stand for."""
 
 import copy
+import math
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from sim_m2f import build_model, get_cfg
 from sim_m2f.modeling import mask2former
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.pixel_linear import PixelLinear
-from sim_m2f.modeling.postprocess import instances
+from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 
 RESNET = [
     *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", "18"),
@@ -198,3 +200,26 @@ def test_frozen_norms_of_any_backbone_never_change(name):
     before = {key: value.clone() for key, value in backbone.state_dict().items() if "running" in key}
     backbone(images + 3)
     assert all(torch.equal(backbone.state_dict()[key], value) for key, value in before.items())
+
+
+def test_masks_of_given_boxes_span_them():
+    """Against interpolation of whole maps and a search over all rises; the last mask is too low for any."""
+    logits = 3 * torch.randn(6, 12, 16, generator=torch.Generator().manual_seed(1)) - 4
+    logits[5] = -20
+    boxes = torch.tensor([[3.0, 5, 60, 40]] * 3 + [[10.2, 0, 30.7, 22.4]] * 2 + [[0.0, 0, 64, 48]])
+    masks, scores = masks_in_boxes(logits, boxes, (48, 64), (48, 64), span=0.9)
+    full = F.interpolate(logits[None], scale_factor=4, mode="bilinear")[0].double()
+    for mask, score, own, (x0, y0, x1, y1) in zip(masks, scores, full, boxes.tolist(), strict=True):
+        x0, y0, x1, y1 = (math.ceil(side - 0.5) for side in (x0, y0, x1, y1))
+        inside = torch.zeros(48, 64, dtype=torch.bool)
+        inside[y0:y1, x0:x1] = True
+        for rise in np.arange(0, 4.01, 0.25):
+            expected = (own + rise > 0) & inside
+            rows, columns = np.nonzero(expected.numpy())
+            if len(rows) and (np.ptp(rows) + 1) * (np.ptp(columns) + 1) >= 0.9 * inside.sum():
+                break
+        assert torch.equal(mask, expected)
+        if mask.any():
+            assert score.item() == pytest.approx(own.sigmoid()[expected].mean().item(), abs=1e-4)
+    assert not masks[5].any()
+    assert masks[:5].flatten(1).any(1).all()

@@ -1,10 +1,12 @@
 """From the network's outputs to instances, as Mask2Former's instance inference does it."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sim_m2f.geometry import extent
+from sim_m2f.geometry import extent, missing_logits
 from sim_m2f.structures import Detections, LayerOutputs, Size
 
 STRIDE = 4
@@ -33,7 +35,7 @@ def instances(
     for i, (image_size, original_size) in enumerate(zip(image_sizes, original_sizes, strict=True)):
         queries, query = (pairs[i] // classes).unique(return_inverse=True)
         logits = outputs["pred_masks"][i, queries].float()
-        masks, boxes, mask_scores = _full_size(logits, image_size, original_size)
+        masks, boxes, mask_scores = _found(logits, image_size, original_size)
         result_scores, order = (scores[i] * mask_scores[query]).sort(descending=True, stable=True)
         query, labels = query[order], (pairs[i] % classes)[order]
         results.append(
@@ -44,7 +46,7 @@ def instances(
 
 @torch.no_grad()
 def masks_in_boxes(
-    logits: Tensor, boxes: Tensor, image_size: Size, original_size: Size
+    logits: Tensor, boxes: Tensor, image_size: Size, original_size: Size, span: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The masks of given boxes at the image's own size, without what lies outside of their boxes.
 
@@ -53,19 +55,47 @@ def masks_in_boxes(
         boxes: (N, 4) xyxy in pixels of the original image; a pixel is inside when its centre is.
         image_size: height and width of the image in the network's input, without padding.
         original_size: height and width that the masks are wanted in.
+        span: share of its box that the box around a mask has to cover; all logits of a mask rise until it
+            does, see ``geometry.missing_logits``.
 
     Returns:
-        (N, H0, W0) bool, and (N,) scores: the mean probability of the pixels of the mask.
+        (N, H0, W0) bool, and (N,) scores: the mean probability of the pixels of the mask, before it rose.
     """
-    masks, _, scores = _full_size(logits.float(), image_size, original_size)
+    masks = torch.empty(len(logits), *original_size, dtype=torch.bool, device=logits.device)
     rows, columns = (torch.arange(side, device=logits.device) + 0.5 for side in original_size)
     in_columns = (columns >= boxes[:, :1]) & (columns < boxes[:, 2:3])
     in_rows = (rows >= boxes[:, 1:2]) & (rows < boxes[:, 3:])
-    return masks & in_rows[:, :, None] & in_columns[:, None, :], scores
+    scores = logits.new_empty(len(logits), dtype=torch.float32)
+    for part, full in _full_size(logits.float(), image_size, original_size):
+        inside = in_rows[part, :, None] & in_columns[part, None, :]
+        own = full.where(inside, -torch.inf)
+        areas = in_columns[part].sum(1) * in_rows[part].sum(1)
+        rise = missing_logits(own.amax(1), own.amax(2), areas, span)
+        mask = torch.gt(own, -rise[:, None, None], out=masks[part])
+        scores[part] = _mean_probability(full, mask)
+    return masks, scores
 
 
-def _full_size(logits: Tensor, image_size: Size, original_size: Size) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks (K, H0, W0) of logits (K, h, w) at stride 4, their boxes, the mean probability of their pixels.
+def _found(logits: Tensor, image_size: Size, original_size: Size) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks (K, H0, W0) of logits (K, h, w) at stride 4, their boxes, their pixels' mean probability."""
+    masks = torch.empty(len(logits), *original_size, dtype=torch.bool, device=logits.device)
+    boxes, scores = logits.new_empty(len(logits), 4), logits.new_empty(len(logits))
+    for part, full in _full_size(logits, image_size, original_size):
+        mask = torch.gt(full, 0, out=masks[part])
+        top, bottom = extent(full.amax(2) > 0)
+        left, right = extent(full.amax(1) > 0)
+        boxes[part] = torch.stack([left, top, right, bottom], dim=1)
+        scores[part] = _mean_probability(full, mask)
+    return masks, boxes, scores
+
+
+def _mean_probability(logits: Tensor, masks: Tensor) -> Tensor:
+    """(K,) of the pixels of masks (K, H, W); the logits are overwritten."""
+    return logits.sigmoid_().mul_(masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+
+
+def _full_size(logits: Tensor, image_size: Size, original_size: Size) -> Iterator[tuple[slice, Tensor]]:
+    """Logits (K, h, w) at stride 4 as logits (k, H0, W0), and which these are.
 
     A few masks at a time, so that their logits at full size stay in the caches.
     """
@@ -73,17 +103,9 @@ def _full_size(logits: Tensor, image_size: Size, original_size: Size) -> tuple[T
         _resizing(length, size, original, logits.device)
         for length, size, original in zip(logits.shape[-2:], image_size, original_size, strict=True)
     )
-    masks = torch.empty(len(logits), *original_size, dtype=torch.bool, device=logits.device)
-    boxes, scores = logits.new_empty(len(logits), 4), logits.new_empty(len(logits))
     for start in range(0, len(logits), CHUNK):
         part = slice(start, start + CHUNK)
-        full = vertical.T @ (logits[part] @ horizontal)
-        mask = torch.gt(full, 0, out=masks[part])
-        top, bottom = extent(full.amax(2) > 0)
-        left, right = extent(full.amax(1) > 0)
-        boxes[part] = torch.stack([left, top, right, bottom], dim=1)
-        scores[part] = full.sigmoid_().mul_(mask).sum((1, 2)) / (mask.sum((1, 2)) + 1e-6)
-    return masks, boxes, scores
+        yield part, vertical.T @ (logits[part] @ horizontal)
 
 
 def _resizing(length: int, size: int, original: int, device: torch.device) -> Tensor:

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.geometry import iou, projection_boxes
+from sim_m2f.geometry import iou, missing_logits, projection_boxes
 from sim_m2f.structures import Target
 from sim_m2f.supervision.affinity import lab_at
-from sim_m2f.supervision.box_span import missing_logits
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
 from sim_m2f.supervision.layers import mask_projections
 from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
@@ -101,7 +100,8 @@ def corrected(
     neighbours of their likeness * (2 P(neighbour in the mask) - 1). The surroundings are MARGIN of the box
     on all sides, without what lies in other boxes. A pixel in several boxes belongs to one object at most, so
     its odds share one probability. The histograms are taken ITERATIONS times, each from the masks corrected
-    by the former; in the end all logits of a mask rise until it spans its box (``box_span``).
+    by the former; in the end all logits of a mask rise until it spans its box
+    (``geometry.missing_logits``).
 
     Returns:
         (T, 2 h, 2 w) probabilities, 0 outside of the object's box; for the arguments see ``color_labels``.
@@ -130,8 +130,7 @@ def corrected(
             drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
             mask = _shared(seen + keys.SMOOTHING * drawn, pixels, targets, inside)
     if keys.SPAN:
-        own = _logits(mask).where(inside, -torch.inf)
-        mask = (own + missing_logits(own, pixels, targets, keys.SPAN)[pixels.target]).sigmoid()
+        mask = _spanning(_logits(mask).where(inside, -torch.inf), pixels, targets, keys.SPAN).sigmoid()
     return torch.zeros_like(boxes).index_put(place, mask)
 
 
@@ -146,6 +145,17 @@ def _shared(logits: Tensor, pixels: BoxPixels, targets: Targets, inside: Tensor)
     odds = logits.clamp(max=MOST_SURE).exp() * inside
     total = odds.new_zeros(len(targets.counts) * height * width).index_add(0, place, odds)
     return odds / (1 + total[place])
+
+
+def _spanning(logits: Tensor, pixels: BoxPixels, targets: Targets, share: float) -> Tensor:
+    """Logits (P,), -inf outside of the boxes, those of an object so high that its mask spans its box."""
+    largest = []
+    for place, length in zip((pixels.x, pixels.y), targets.size[::-1], strict=True):
+        empty = logits.new_full((len(targets) * length,), -torch.inf)
+        along = empty.scatter_reduce(0, pixels.target * length + place, logits, "amax")
+        largest.append(along.view(-1, length))
+    areas = targets.areas.to(logits.device, non_blocking=True)
+    return logits + missing_logits(*largest, areas, share)[pixels.target]
 
 
 def _ellipse(pixels: BoxPixels, targets: Targets) -> Tensor:
