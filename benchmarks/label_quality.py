@@ -106,8 +106,8 @@ def of_network(
     if network:
         logits = box_masks(cfg, network, Pixels(cfg).of_batch(rgb, [size]), batch["targets"])
         fine = corrected_masks(logits, rgb[0], given, size, keys)
-        span = cfg.MODEL.SIM.PROMPTS.SPAN
-        masks["network"] = masks_in_boxes(logits, boxes, size, original, span)[0]
+        prompts = cfg.MODEL.SIM.PROMPTS
+        masks["network"] = masks_in_boxes(logits, boxes, size, original, prompts.SPAN, prompts.ELLIPSE)[0]
         masks["network, colours"] = masks_in_boxes(fine, boxes, finer, original)[0]
     return masks
 

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-MOST_MISSING = 4.0  # logits that a mask may rise by to span its box
-STEPS = 16  # and in so many equal steps
+STEP = 0.25  # logits by which masks rise at a time to span their boxes
 
 
 def extent(filled: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +33,7 @@ def projection_boxes(along_x: Tensor, along_y: Tensor) -> Tensor:
     return torch.stack([left / width, top / height, right / width, bottom / height], dim=-1)
 
 
-def missing_logits(along_x: Tensor, along_y: Tensor, areas: Tensor, share: float) -> Tensor:
+def missing_logits(along_x: Tensor, along_y: Tensor, areas: Tensor, share: float, most: float) -> Tensor:
     """(N,): the least that the logits of each mask have to rise by, all alike, until it spans its box.
 
     Annotated boxes touch their objects on all sides (tightness, https://arxiv.org/abs/1912.04363), so a mask
@@ -45,11 +44,9 @@ def missing_logits(along_x: Tensor, along_y: Tensor, areas: Tensor, share: float
         along_y: (N, h) each row's.
         areas: (N,) of the boxes, in pixels.
         share: of its area that the box around the mask has to cover.
-
-    Returns:
-        0 to MOST_MISSING, which is as far as a mask rises that spans too little even then.
+        most: how far masks rise that span too little even then.
     """
-    rises = torch.linspace(0, MOST_MISSING, STEPS + 1, device=along_x.device)[:, None, None]
+    rises = torch.arange(0, most + STEP, STEP, device=along_x.device)[:, None, None]
     (left, right), (top, bottom) = extent(along_x + rises > 0), extent(along_y + rises > 0)
     enough = (right - left) * (bottom - top) >= share * areas
     enough[-1] = True

@@ -185,12 +185,13 @@ class Segmenter(nn.Module):
         shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)
         outputs = self._outputs(images, Prompts(shares[None], labels[None]))
         logits = outputs["prompted"]["pred_masks"][0]
-        span = self.cfg.MODEL.SIM.PROMPTS.SPAN
+        keys = self.cfg.MODEL.SIM.PROMPTS
+        span, ellipse = keys.SPAN, keys.ELLIPSE
         if colors:
             pixels = self.pixels.undo(images[0])
             logits = corrected_masks(logits, pixels, resized, size, self.cfg.MODEL.SIM.COLOR_MODEL)
-            size, span = (FINER * size[0], FINER * size[1]), 0.0  # these span their boxes already
-        masks, scores = masks_in_boxes(logits, boxes, size, original, span)
+            size, span, ellipse = (FINER * size[0], FINER * size[1]), 0.0, 0.0  # they span their boxes
+        masks, scores = masks_in_boxes(logits, boxes, size, original, span, ellipse)
         return self._named(labels, scores, boxes, masks), outputs
 
     def require_prompts(self) -> None:

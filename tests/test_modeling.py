@@ -202,24 +202,28 @@ def test_frozen_norms_of_any_backbone_never_change(name):
     assert all(torch.equal(backbone.state_dict()[key], value) for key, value in before.items())
 
 
-def test_masks_of_given_boxes_span_them():
+@pytest.mark.parametrize("ellipse", [0.0, 2.0])
+def test_masks_of_given_boxes_span_them(ellipse):
     """Against interpolation of whole maps and a search over all rises; the last mask is too low for any."""
     logits = 3 * torch.randn(6, 12, 16, generator=torch.Generator().manual_seed(1)) - 4
     logits[5] = -20
     boxes = torch.tensor([[3.0, 5, 60, 40]] * 3 + [[10.2, 0, 30.7, 22.4]] * 2 + [[0.0, 0, 64, 48]])
-    masks, scores = masks_in_boxes(logits, boxes, (48, 64), (48, 64), span=0.9)
+    masks, scores = masks_in_boxes(logits, boxes, (48, 64), (48, 64), 0.9, ellipse)
     full = F.interpolate(logits[None], scale_factor=4, mode="bilinear")[0].double()
-    for mask, score, own, (x0, y0, x1, y1) in zip(masks, scores, full, boxes.tolist(), strict=True):
+    y, x = np.mgrid[:48, :64] + 0.5
+    for mask, score, map_, (x0, y0, x1, y1) in zip(masks, scores, full, boxes.tolist(), strict=True):
+        away = (2 * (x - x0) / (x1 - x0) - 1) ** 2 + (2 * (y - y0) / (y1 - y0) - 1) ** 2
+        own = map_ + ellipse * torch.from_numpy(1 - away)
         x0, y0, x1, y1 = (math.ceil(side - 0.5) for side in (x0, y0, x1, y1))
         inside = torch.zeros(48, 64, dtype=torch.bool)
         inside[y0:y1, x0:x1] = True
-        for rise in np.arange(0, 4.01, 0.25):
+        for rise in np.arange(0, 8.01, 0.25):
             expected = (own + rise > 0) & inside
             rows, columns = np.nonzero(expected.numpy())
             if len(rows) and (np.ptp(rows) + 1) * (np.ptp(columns) + 1) >= 0.9 * inside.sum():
                 break
         assert torch.equal(mask, expected)
         if mask.any():
-            assert score.item() == pytest.approx(own.sigmoid()[expected].mean().item(), abs=1e-4)
+            assert score.item() == pytest.approx(map_.sigmoid()[expected].mean().item(), abs=1e-4)
     assert not masks[5].any()
     assert masks[:5].flatten(1).any(1).all()

@@ -10,6 +10,7 @@ from sim_m2f.geometry import extent, missing_logits
 from sim_m2f.structures import Detections, LayerOutputs, Size
 
 STRIDE = 4
+MOST_RISE = 8.0  # logits, of a mask that has to span its box
 CHUNK = 4  # masks that are brought to full size together
 
 
@@ -46,7 +47,12 @@ def instances(
 
 @torch.no_grad()
 def masks_in_boxes(
-    logits: Tensor, boxes: Tensor, image_size: Size, original_size: Size, span: float = 0.0
+    logits: Tensor,
+    boxes: Tensor,
+    image_size: Size,
+    original_size: Size,
+    span: float = 0.0,
+    ellipse: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The masks of given boxes at the image's own size, without what lies outside of their boxes.
 
@@ -57,23 +63,32 @@ def masks_in_boxes(
         original_size: height and width that the masks are wanted in.
         span: share of its box that the box around a mask has to cover; all logits of a mask rise until it
             does, see ``geometry.missing_logits``.
+        ellipse: logit in the middle of the box, before that, of the ellipse that touches its sides.
 
     Returns:
         (N, H0, W0) bool, and (N,) scores: the mean probability of the pixels of the mask, before it rose.
     """
     masks = torch.empty(len(logits), *original_size, dtype=torch.bool, device=logits.device)
-    rows, columns = (torch.arange(side, device=logits.device) + 0.5 for side in original_size)
-    in_columns = (columns >= boxes[:, :1]) & (columns < boxes[:, 2:3])
-    in_rows = (rows >= boxes[:, 1:2]) & (rows < boxes[:, 3:])
+    (in_columns, across), (in_rows, down) = (
+        _in_box(boxes[:, axis, None], boxes[:, axis + 2, None], original_size[1 - axis]) for axis in (0, 1)
+    )
     scores = logits.new_empty(len(logits), dtype=torch.float32)
     for part, full in _full_size(logits.float(), image_size, original_size):
         inside = in_rows[part, :, None] & in_columns[part, None, :]
-        own = full.where(inside, -torch.inf)
+        own = full + ellipse * (1 - across[part, None, :] - down[part, :, None])
+        own = own.where(inside, -torch.inf)
         areas = in_columns[part].sum(1) * in_rows[part].sum(1)
-        rise = missing_logits(own.amax(1), own.amax(2), areas, span)
+        rise = missing_logits(own.amax(1), own.amax(2), areas, span, MOST_RISE)
         mask = torch.gt(own, -rise[:, None, None], out=masks[part])
         scores[part] = _mean_probability(full, mask)
     return masks, scores
+
+
+def _in_box(first: Tensor, last: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Along one axis of boxes with sides at (N, 1): (N, length) bool, whether pixels' centres are inside, and
+    (N, length) their squared distance from the middle, 1 at the sides."""
+    centres = torch.arange(length, device=first.device) + 0.5
+    return (centres >= first) & (centres < last), ((2 * centres - first - last) / (last - first)).square()
 
 
 def _found(logits: Tensor, image_size: Size, original_size: Size) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ FINER = 2  # colours are looked at in so much smaller pixels than masks: at stri
 LEAST_MARGIN = 2  # pixels at stride 4
 ELLIPSE = 1.5  # logit of the first mask inside an ellipse that touches the box's sides, and minus it outside
 MOST_SURE = 20.0  # logit whose exponential float32 can still divide by sums of many
+MOST_RISE = 4.0  # logits, of a mask that has to span its box
 DISTANCES = (1, 4)  # of neighbours that draw each other, in pixels at stride 2
 
 
@@ -155,7 +156,7 @@ def _spanning(logits: Tensor, pixels: BoxPixels, targets: Targets, share: float)
         along = empty.scatter_reduce(0, pixels.target * length + place, logits, "amax")
         largest.append(along.view(-1, length))
     areas = targets.areas.to(logits.device, non_blocking=True)
-    return logits + missing_logits(*largest, areas, share)[pixels.target]
+    return logits + missing_logits(*largest, areas, share, MOST_RISE)[pixels.target]
 
 
 def _ellipse(pixels: BoxPixels, targets: Targets) -> Tensor:
