@@ -35,6 +35,7 @@ from sim_m2f.labelling import masks as label_masks
 from sim_m2f.labelling.proposals import grabcut_mask
 from sim_m2f.modeling import Mask2Former
 from sim_m2f.modeling.postprocess import masks_in_boxes
+from sim_m2f.modeling.specks import without_specks
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch
 from sim_m2f.supervision.color_model import FINER, corrected, corrected_masks
@@ -108,7 +109,7 @@ def of_network(
         fine = corrected_masks(logits, rgb[0], given, size, keys)
         prompts = cfg.MODEL.SIM.PROMPTS
         masks["network"] = masks_in_boxes(logits, boxes, size, original, prompts.SPAN, prompts.ELLIPSE)[0]
-        masks["network, colours"] = masks_in_boxes(fine, boxes, finer, original)[0]
+        masks["network, colours"] = without_specks(masks_in_boxes(fine, boxes, finer, original)[0])
     return masks
 
 

@@ -22,6 +22,7 @@ from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.specks import without_specks
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Predictions, Prompts, Size
@@ -192,6 +193,7 @@ class Segmenter(nn.Module):
             logits = corrected_masks(logits, pixels, resized, size, self.cfg.MODEL.SIM.COLOR_MODEL)
             size, span, ellipse = (FINER * size[0], FINER * size[1]), 0.0, 0.0  # they span their boxes
         masks, scores = masks_in_boxes(logits, boxes, size, original, span, ellipse)
+        masks = without_specks(masks) if colors else masks
         return self._named(labels, scores, boxes, masks), outputs
 
     def require_prompts(self) -> None:

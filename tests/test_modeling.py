@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_FILE
+from scipy import ndimage
+from skimage import measure
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -18,6 +20,7 @@ from sim_m2f.modeling import mask2former
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.specks import SMALL, without_specks
 
 RESNET = [
     *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", "18"),
@@ -227,3 +230,20 @@ def test_masks_of_given_boxes_span_them(ellipse):
             assert score.item() == pytest.approx(map_.sigmoid()[expected].mean().item(), abs=1e-4)
     assert not masks[5].any()
     assert masks[:5].flatten(1).any(1).all()
+
+
+def test_specks_and_small_holes_go():
+    """Against scikit-image, on noise with parts and holes of all sizes, and on masks without any."""
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(6, 60, 70)), (0, 2, 2)) > 0.01
+    noise[4], noise[5] = False, True
+    for mask, found in zip(noise, without_specks(torch.from_numpy(noise)).numpy(), strict=True):
+        expected, least = np.pad(mask, 1), SMALL * mask.sum()
+        for part in measure.regionprops(measure.label(expected, connectivity=2)):
+            expected[tuple(part.coords.T)] = part.area >= least
+        for hole in measure.regionprops(measure.label(~expected, connectivity=1)):
+            expected[tuple(hole.coords.T)] = hole.area < least and [0, 0] not in hole.coords.tolist()
+        assert np.array_equal(found, expected[1:-1, 1:-1])
+    dust = torch.zeros(1, 30, 30, dtype=torch.bool)
+    dust[:, ::3, ::3] = True
+    dust[0, 0, 1] = True
+    assert without_specks(dust)[0].nonzero().tolist() == [[0, 0], [0, 1]]
