@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "benchmarks/results/network_cpu.json"
-ORIGINAL_CONFIG = "configs/coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 RESIZED, ORIGINAL_SIZE, INSTANCES, CLASSES = (800, 1067), (480, 640), 100, 80
 MEAN, STD = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
 OURS, ORIGINAL, TRANSFORMERS = "sim-m2f", "Mask2Former", "transformers"
@@ -66,25 +64,10 @@ def ours(weights: Path) -> Segment:
 
 def original(weights: Path, checkout: Path) -> Segment:
     """Mask2Former itself; raises where a weight of its network is not among ours."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from original import build
 
-    def refuse(*arguments: object) -> None:
-        raise RuntimeError("Not implemented on the CPU")
-
-    extension = types.ModuleType("MultiScaleDeformableAttention")
-    extension.ms_deform_attn_forward = extension.ms_deform_attn_backward = refuse
-    sys.modules["MultiScaleDeformableAttention"] = extension
-    sys.path.insert(0, str(checkout))
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_model
-    from detectron2.projects.deeplab import add_deeplab_config
-    from mask2former import add_maskformer2_config
-
-    cfg = get_cfg()
-    add_deeplab_config(cfg)
-    add_maskformer2_config(cfg)
-    cfg.merge_from_file(str(checkout / ORIGINAL_CONFIG))
-    cfg.MODEL.DEVICE = "cpu"
-    network = build_model(cfg).eval()
+    network = build(checkout, "cpu").eval()
     state = OrderedDict(torch.load(weights / "original.pth"))
     state._metadata = network.state_dict()._metadata  # or it takes the names for those of an older version
     missing = set(network.load_state_dict(state, strict=False).missing_keys) - {"criterion.empty_weight"}

@@ -1,20 +1,15 @@
-"""A training step of Mask2Former itself, from a checkout of github.com/facebookresearch/Mask2Former.
+"""A training step of Mask2Former itself; see ``original`` for what computes its deformable attention."""
 
-Its deformable attention is that of the module MultiScaleDeformableAttention, here ours: a difference between
-the steps is not the operator's.
-"""
-
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import original
 import torch
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
 
-CONFIG = "configs/coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,23 +23,12 @@ class OriginalTrainer:
     """
 
     def __init__(self, checkout: Path, cfg: CfgNode, device: str) -> None:
-        sys.path.insert(0, str(checkout))
-        from detectron2.config import get_cfg
-        from detectron2.modeling import build_model
-        from detectron2.projects.deeplab import add_deeplab_config
-        from mask2former import add_maskformer2_config
-
-        original = get_cfg()
-        add_deeplab_config(original)
-        add_maskformer2_config(original)
-        original.merge_from_file(str(checkout / CONFIG))
-        original.MODEL.DEVICE = device
         self.device, self.clip = device, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE
         automatic = "bf16" if cfg.SOLVER.AMP.DTYPE == "auto" else cfg.SOLVER.AMP.DTYPE
         precision = automatic if cfg.SOLVER.AMP.ENABLED and device == "cuda" else "no"
         self.accelerator = SimpleNamespace(mixed_precision=precision)
-        self.model = build_model(original).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.SOLVER.BASE_LR, fused=True)
+        self.model = original.build(checkout, device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.SOLVER.BASE_LR)
         self.scaler = torch.amp.GradScaler(device, enabled=precision == "fp16")
 
     def step(self, batch: dict[str, Any]) -> None:

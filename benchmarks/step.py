@@ -8,13 +8,15 @@ follow, and KEY=VALUE for all. A case is a number of images and, behind a colon,
 configuration's (float32, bf16, fp16); without cases a configuration is taken as it is. Training stands in the
 middle of its run, where losses have started. --synthetic N trains on drawn images of N objects instead of the
 configuration's data. --original DIR also times Mask2Former itself, from a checkout, on the images of the
-configurations with masks; detectron2 has to be importable.
+configurations with masks, as it is: AdamW as its train_net.py has it, on the CPU its deformable attention in
+PyTorch, see original.py. detectron2 has to be importable.
 
 "data" is the wait for the loader and no part of the step. Parts are timed in steps of their own, since a GPU
 has to be waited for at the borders of each; the losses' backward pass ends where it reaches the masks that
 the student predicted. --clock cpu counts the processor time of this process, for machines that others use
-too. On a GPU one trainer follows the other and each has the memory to itself; on the CPU they take turns, so
-that they meet the same disturbances.
+too. On a GPU one trainer follows the other and has the memory to itself. On the CPU each has a process of
+its own, ours keeps freed memory as the commands do, and they take turns, so that they meet the same
+disturbances. "times_as_fast" is the original's fastest step divided by the fastest one of a row.
 """
 
 import argparse
@@ -27,7 +29,10 @@ import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ import synthetic_coco  # noqa: E402
 from msda import write  # noqa: E402
 from original_step import OriginalTrainer  # noqa: E402
 
+from sim_m2f.allocator import keep_freed_memory  # noqa: E402
 from sim_m2f.config import CfgNode, get_cfg  # noqa: E402
 from sim_m2f.data.loader import train_loader  # noqa: E402
 from sim_m2f.engine.trainer import Trainer  # noqa: E402
@@ -55,6 +61,7 @@ PARTS = (
 )
 SUPERVISION = ("copy-paste", "criterion", "losses backward")
 PRECISIONS = {"float32": (False, "auto"), "bf16": (True, "bf16"), "fp16": (True, "fp16")}
+ORIGINAL = "Mask2Former itself"
 AnyTrainer = Trainer | OriginalTrainer
 
 
@@ -159,6 +166,10 @@ def watch_masks(criterion: Criterion, stopwatch: Stopwatch) -> None:
     criterion.forward = run
 
 
+class Worker(BaseManager):
+    """A process whose objects are used from here."""
+
+
 class Measured:
     """A trainer with its batches and the times of its steps.
 
@@ -197,6 +208,19 @@ class Measured:
         self.trainer.step(batch)
         self.milliseconds[times].append(self.stopwatch.now() - start)
 
+    def forget(self) -> None:
+        """The times of the steps so far."""
+        self.milliseconds.clear()
+
+    def trace(self) -> dict[str, Any]:
+        """What a profiler counts in a step."""
+        batch = self.next_batch()
+        return step_trace.profiled(lambda: self.trainer.step(batch))
+
+    def watch(self) -> None:
+        """Steps by part from now on."""
+        watch_parts(self.trainer, self.stopwatch)
+
     def step_by_part(self) -> None:
         self.step("by part")
         parts = self.stopwatch.milliseconds
@@ -223,6 +247,9 @@ class Measured:
         }
 
 
+Worker.register("Measured", Measured)
+
+
 def measure(group: list[Measured], warmup: int, steps: int, device: str) -> list[dict[str, Any]]:
     """The results of trainers that take turns."""
     for _ in range(warmup):
@@ -231,15 +258,15 @@ def measure(group: list[Measured], warmup: int, steps: int, device: str) -> list
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for measured in group:
-        measured.milliseconds.clear()
+        measured.forget()
     for _ in range(steps):
         for measured in group:
             measured.step("step")
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     waits = [waiting_lines(measured) if device == "cuda" else {} for measured in group]
-    traces = [trace_of_step(measured) for measured in group]
+    traces = [measured.trace() for measured in group]
     for measured in group:
-        watch_parts(measured.trainer, measured.stopwatch)
+        measured.watch()
     for _ in range(steps):
         for measured in group:
             measured.step_by_part()
@@ -248,11 +275,6 @@ def measure(group: list[Measured], warmup: int, steps: int, device: str) -> list
         memory = {"peak_gib": round(peak / 2**30, 2), "waits_at": lines} if peak else {}
         results.append({**measured.result(), **memory, "trace": trace})
     return results
-
-
-def trace_of_step(measured: Measured) -> dict[str, Any]:
-    batch = measured.next_batch()
-    return step_trace.profiled(lambda: measured.trainer.step(batch))
 
 
 def waiting_lines(measured: Measured) -> dict[str, int]:
@@ -283,13 +305,28 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def compare(results: list[dict[str, Any]]) -> None:
+    """Add how many times as fast as the original's in the same case a row's fastest step is."""
+    done = [result for result in results if "error" not in result]
+    theirs = {case_of(r): r["fastest_ms"] for r in done if r["configuration"] == ORIGINAL}
+    for result in done:
+        if case_of(result) in theirs:
+            result["times_as_fast"] = round(theirs[case_of(result)] / result["fastest_ms"], 2)
+
+
+def case_of(result: dict[str, Any]) -> tuple[int, int, str]:
+    """Images, their size and the precision of a result."""
+    return result["images"], result["pixels"], result["precision"]
+
+
 def line(result: dict[str, Any]) -> str:
     """The shortest account of a row."""
     name = Path(result["configuration"].split("+")[-1]).stem
     if "error" in result:
         return f"{name} {result['case']}: {result['error']}"
     memory = f", {result['peak_gib']} GiB" if "peak_gib" in result else ""
-    return f"{name} {result['images']} {result['precision']}: {result['step_ms']:.0f} ms{memory}"
+    factor = f", {result['times_as_fast']} times as fast" if "times_as_fast" in result else ""
+    return f"{name} {result['images']} {result['precision']}: {result['step_ms']:.0f} ms{memory}{factor}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -315,8 +352,14 @@ class Row:
     cfg: CfgNode
     original: Path | None = None
 
-    def start(self, device: str, clock: str) -> Measured:
-        return Measured(self.name, self.cfg, device, clock, self.original)
+    def start(self, device: str, clock: str, processes: ExitStack) -> Measured:
+        """The trainer, on a CPU in a process of its own."""
+        options = self.name, self.cfg, device, clock, self.original
+        if device == "cuda":
+            return Measured(*options)
+        worker = Worker(ctx=get_context("spawn"))
+        worker.start(None if self.original else keep_freed_memory)
+        return processes.enter_context(worker).Measured(*options)  # type: ignore[attr-defined]
 
 
 def rows(args: argparse.Namespace, data: Path) -> list[Row]:
@@ -331,15 +374,16 @@ def rows(args: argparse.Namespace, data: Path) -> list[Row]:
                 cfg.merge_from_list(synthetic_coco.write(data / str(classes), classes, args.synthetic))
             found.append(Row(files, case, cfg))
             if args.original and cfg.MODEL.SIM.SUPERVISION == "mask":
-                found.append(Row("Mask2Former itself", case, cfg, args.original))
+                found.append(Row(ORIGINAL, case, cfg, args.original))
     return found
 
 
 def measure_or_explain(group: list[Row], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The results of rows that take turns, or why there are none; other groups are worth having."""
     try:
-        trainers = [row.start(args.device, args.clock) for row in group]
-        return measure(trainers, args.warmup, args.steps, args.device)
+        with ExitStack() as processes:
+            trainers = [row.start(args.device, args.clock, processes) for row in group]
+            return measure(trainers, args.warmup, args.steps, args.device)
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -355,6 +399,7 @@ def main() -> None:
         found = rows(args, Path(data))
         for group in [[row] for row in found] if args.device == "cuda" else [found]:
             report["results"] += measure_or_explain(group, args)
+            compare(report["results"])
             if args.output:
                 write(report, args.output)
             AcceleratorState._reset_state(reset_partial_state=True)  # else a process has one precision
