@@ -17,7 +17,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from sim_m2f import build_model, get_cfg
 from sim_m2f.modeling import mask2former
+from sim_m2f.modeling.convolution import convolution
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
+from sim_m2f.modeling.mask_product import mask_product
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.modeling.specks import SMALL, without_specks
@@ -180,6 +182,35 @@ def test_linear_layers_of_pixels_are_linear_layers():
     assert result.is_contiguous()
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(pixels).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_convolutions_and_their_gradients(memory_format):
+    conv = nn.Conv2d(5, 7, 3, padding=1)
+    maps = torch.randn(2, 5, 6, 9).to(memory_format=memory_format).requires_grad_()
+    gradient = torch.randn(2, 7, 6, 9).to(memory_format=memory_format)
+    inputs = maps, conv.weight, conv.bias
+    result = convolution(conv, *inputs)
+    exact = [value.detach().double().requires_grad_() for value in inputs]
+    expected = F.conv2d(*exact, padding=1)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(result, inputs, gradient)
+    for found, right in zip(gradients, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("read", [[], [(0, 3), (1, 0), (1, 5)]])
+def test_gradients_of_masks_that_few_losses_read(read):
+    embedding = torch.randn(2, 6, 4, requires_grad=True)
+    features = torch.randn(2, 3, 5, 4).permute(0, 3, 1, 2).flatten(2).requires_grad_()
+    gradient = torch.zeros(2, 6, 15)
+    for place in read:
+        gradient[place] = torch.randn(15)
+    masks = mask_product(embedding, features)
+    assert torch.equal(masks, embedding @ features)
+    found = torch.autograd.grad(masks, (embedding, features), gradient)
+    expected = gradient @ features.transpose(1, 2), embedding.transpose(1, 2) @ gradient
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "convnext_atto", "resnet10t"])

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from skimage.color import rgb2lab
 
@@ -16,6 +17,7 @@ from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.level_set import level_set, region_energy
+from sim_m2f.supervision.mask_supervision import sample_together
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import BoxMatcher, Match
 from sim_m2f.supervision.pairwise import SameLabel, pairwise_loss
@@ -367,6 +369,13 @@ def test_matcher_finds_the_cheapest_assignment(box_weight):
             chosen = match.query[layer, start : start + len(boxes)].numpy()
             assert chosen[columns].tolist() == rows.tolist()
             start += len(boxes)
+
+
+def test_masks_at_the_same_points_are_sampled_together():
+    maps, points = torch.randn(6, 7, 11), torch.rand(200, 2)
+    points[:4] = torch.cartesian_prod(torch.arange(2.0), torch.arange(2.0))  # the image's corners
+    expected = F.grid_sample(maps[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
+    torch.testing.assert_close(sample_together(maps, points), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_matcher_leaves_objects_over_when_queries_run_out():

@@ -9,6 +9,8 @@ from timm.layers.norm_act import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from sim_m2f.modeling.convolution import convolution
+
 
 class NormedConv(nn.Conv2d):
     """A convolution and the frozen norm behind it, which multiplies its weight and sets its bias."""
@@ -18,7 +20,7 @@ class NormedConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.given or (both[0] for both in folded([self]))
-        return self._conv_forward(x, weight, bias)
+        return convolution(self, x, weight, bias)
 
 
 def folded(convs: Sequence[NormedConv]) -> tuple[list[Tensor], list[Tensor]]:

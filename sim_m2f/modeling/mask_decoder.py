@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.modeling.low_precision import lowered
+from sim_m2f.modeling.mask_product import mask_product
 from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.prompts import PromptEncoder, grown, pixels_in_boxes
 from sim_m2f.structures import LayerOutputs, Prompts
@@ -227,7 +228,7 @@ class MaskDecoder(nn.Module):
         """Those of all layers at once, (B, L, Q, ...), from the queries (B, Q, width) after each."""
         normed = self.decoder_norm(torch.stack(queries, dim=1))
         embedding = self.mask_embed(normed).flatten(1, 2)
-        masks = (embedding @ mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
+        masks = mask_product(embedding, mask_features.flatten(2)).unflatten(2, mask_features.shape[-2:])
         return {"pred_logits": self.class_embed(normed), "pred_masks": masks.unflatten(1, normed.shape[1:3])}
 
     @torch.no_grad()

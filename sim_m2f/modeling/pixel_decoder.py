@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.modeling.convolution import convolution
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
 from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.position import sine_positions
@@ -25,7 +26,7 @@ class ConvNorm(nn.Conv2d):
         nn.init.kaiming_uniform_(self.weight, a=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(super().forward(x))
+        return self.norm(convolution(self, x, self.weight, self.bias))
 
 
 class EncoderLayer(nn.Module):

@@ -24,6 +24,25 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, 2 * points[:, None] - 1, align_corners=False).squeeze(2)
 
 
+def sample_together(maps: Tensor, points: Tensor) -> Tensor:
+    """``sample_points`` of many maps (C, h, w) at the same points (P, 2), as (C, P)."""
+    if maps.device.type != "cpu":
+        return sample_points(maps[None], points[None])[0]
+    height, width = maps.shape[-2:]
+    size = points.new_tensor([width, height])
+    place = points * size - 0.5
+    first = place.floor()
+    share = torch.stack([first + 1 - place, place - first])  # (2, P, 2) of the first and of the next pixel
+    pixel = torch.stack([first, first + 1])
+    share = share * ((pixel >= 0) & (pixel < size))
+    pixel = pixel.clamp(min=0).minimum(size - 1).long()
+    corners = (pixel[:, None, :, 1] * width + pixel[None, :, :, 0]).flatten(0, 1)
+    weights = (share[:, None, :, 1] * share[None, :, :, 0]).flatten(0, 1)
+    # one sum of four rows per point: PyTorch's grid_sample takes the maps one after the other on a CPU
+    rows = maps.flatten(1).T.contiguous()
+    return F.embedding_bag(corners.T, rows, per_sample_weights=weights.T, mode="sum").T
+
+
 class MaskMatcher:
     """cost = class_weight * -probability + mask_weight * cross-entropy + dice_weight * dice at random points.
 
@@ -54,7 +73,7 @@ class MaskMatcher:
             seed = targets.seeds[image : image + 1]
             points = uniform(seed, "matching", self.num_points, 2, device=cost.device)
             maps = layers.masks[image]
-            predicted = sample_points(maps.flatten(0, 1)[None].float(), points).view(*maps.shape[:2], -1)
+            predicted = sample_together(maps.flatten(0, 1).float(), points[0]).view(*maps.shape[:2], -1)
             target = sample_points(truth[None].to(predicted.dtype), points)[0]
             mask_cost = self.mask_weight * _cross_entropy_cost(predicted, target)
             mask_cost += self.dice_weight * linear_dice_cost(predicted.sigmoid(), target)
@@ -64,8 +83,8 @@ class MaskMatcher:
 
 def _cross_entropy_cost(logits: Tensor, target: Tensor) -> Tensor:
     """(L, Q, P) logits and (N, P) masks to (L, Q, N): mean binary cross-entropy over the points."""
-    positive, negative = F.softplus(-logits), F.softplus(logits)
-    return (positive @ target.T + negative @ (1 - target).T) / logits.shape[-1]
+    # softplus(-x) = softplus(x) - x
+    return (F.softplus(logits).sum(-1)[..., None] - logits @ target.T) / logits.shape[-1]
 
 
 @torch.no_grad()
@@ -86,7 +105,7 @@ def uncertain_points(
     """
     candidates = points("candidate points", int(num_points * oversample)).flatten(0, 1)
     certainty = sample_points(logits, candidates).squeeze(1).abs()
-    chosen = certainty.topk(int(num_points * importance), dim=1, largest=False).indices
+    chosen = certainty.topk(int(num_points * importance), dim=1, largest=False, sorted=False).indices
     uncertain = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
     random = points("random points", num_points - uncertain.shape[1]).flatten(0, 1)
     return torch.cat([uncertain, random], dim=1)
