@@ -14,6 +14,7 @@ from sim_m2f.distributed import leave_group
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
 from sim_m2f.engine.launch import launch
 from sim_m2f.engine.run_folder import locked, refuse_used
+from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError, rank_problem
 from sim_m2f.report.hooks import MethodFigures, RunPage
@@ -136,8 +137,9 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
     if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
         raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
     trainer = Trainer(cfg, resume=resume)
-    trainer.evaluate()
-    RunPage().after_train(trainer)
+    with StopSignal() as stop, stop.at_once("stopped"):
+        trainer.evaluate()
+        RunPage().after_train(trainer)
 
 
 def _launch(arguments: argparse.Namespace) -> int:
