@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
 from sim_m2f.distributed import leave_group
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
-from sim_m2f.engine.launch import launch
+from sim_m2f.engine.launch import end_with_launcher, launch
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     several = arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
     if several and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)
+    end_with_launcher()
     cfg = configuration(arguments.config_file, arguments.opts)
     try:
         with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():

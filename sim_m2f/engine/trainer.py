@@ -92,6 +92,8 @@ class Trainer:
                 compile_maps(network, cfg.MODEL.COMPILE)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
+        # ranks give each other their norms' statistics before an evaluation, not in every step
+        self.model.broadcast_buffers = False  # of DDP, which warns of it as an argument
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.iteration = 0
