@@ -166,6 +166,7 @@ def _enter(folder: Path, log: Path, rank: int, ranks: int, port: int) -> None:
     """Make this process a rank in a session of its own, which writes to a log."""
     os.setsid()
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs behind them ignore it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(output, number)
