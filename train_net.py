@@ -1,13 +1,9 @@
 #!/usr/bin/env python3
 """Train or evaluate; the flags of Mask2Former's train_net.py. The work is done in sim_m2f/engine."""
 
-import argparse
 import sys
 
-from sim_m2f.cli import guarded
-from sim_m2f.commands import train
+from sim_m2f.cli import main
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    train.add_arguments(parser)
-    sys.exit(guarded(train, parser.parse_args()))
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -2,7 +2,7 @@
 
 A process that has imported everything forks, so that a run of a few steps takes seconds. What a run is doing
 is seen from outside: the functions that make up its phases are wrapped here, and the package knows nothing.
-The page at the end shows one curve of its losses, since drawing all of them takes as long as the run.
+Of the figures only those of whole images and one curve are drawn, since all of them take longer than the run.
 """
 
 import contextlib
@@ -22,11 +22,12 @@ from multiprocessing import RawArray
 from pathlib import Path
 from typing import Any
 
+import torch.utils.tensorboard  # noqa: F401  (imported once, not by every run)
 from torch.utils.data import dataloader
 
 from sim_m2f.cli import main
 from sim_m2f.engine.trainer import Trainer
-from sim_m2f.report import run_report
+from sim_m2f.report import method_figures, run_report
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.hooks import MethodFigures, RunPage
 
@@ -99,6 +100,7 @@ class Phases:
     def watch(self) -> None:
         """From now on; the start ends with the first batch."""
         self.started.enter_context(self.phase(START))
+        method_figures.object_figure = method_figures.whole_figure
         run_report.draw_curves = lambda series: draw_curves({"total_loss": series["total_loss"]})
         for name, (owner, function) in PHASES.items():
             setattr(owner, function, self._watched(getattr(owner, function), name))
@@ -164,6 +166,7 @@ def _enter(folder: Path, log: Path, rank: int, ranks: int, port: int) -> None:
     """Make this process a rank in a session of its own, which writes to a log."""
     os.setsid()
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs behind them ignore it
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(output, number)

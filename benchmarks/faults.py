@@ -9,7 +9,8 @@ images, for six steps with checkpoints, evaluations and figures on the way. Faul
 every phase in turn; seed and trial choose them. After each the run goes on by --resume to its end. On one
 rank it has to end as the undisturbed one, bit for bit: weights, optimizer, teacher, prototypes, paste bank,
 losses, detections, scores and figures. On several, weights and losses may differ by rounding. Nowhere may a
-file be left half-written.
+file be left half-written. Where the number of ranks changes, batch norms keep their statistics and gradients
+are added up exactly (docs/ranks.md), or a run on another number would not be the same.
 
 A full disk is a small file system of its own (tmpfs), which only root can mount. Every fault has a process.
 Results are kept after every trial, and a later call goes on with their counts.
@@ -29,7 +30,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,11 @@ SETTINGS = {
 }
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 FAULTS = (*SIGNALS, "disk full", "rank killed", "resized")
+SAME_ON_ALL_RANKS = {
+    "MODEL.BACKBONE.FREEZE_NORMS": True,
+    "SOLVER.IMAGES_AT_ONCE": 1,
+    "SOLVER.EXACT_SUMS": True,
+}
 IMAGES = {"TRAIN": ("train", 6), "TEST": ("val", 1)}
 CHANGING = ("steps_per_second", "memory_gib")  # in metrics.jsonl
 TOLERANCE = 1e-5  # relative, of losses and weights, on several ranks
@@ -102,10 +108,11 @@ class TrialError(Exception):
 class Bench:
     """Undisturbed runs, by their number of ranks, and what trials need of them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, more: Mapping[str, Any]) -> None:
+        folder.mkdir()
         self.folder = folder
         small = yaml.safe_load((ROOT / "tests/small.yaml").read_text())
-        settings = {key: value_of(small, key) for key in leaf_keys(small)} | SETTINGS
+        settings = {key: value_of(small, key) for key in leaf_keys(small)} | SETTINGS | dict(more)
         for split, (name, count) in IMAGES.items():
             settings[f"DATASETS.{split}_IMAGES"] = cached_shapes() / name
             settings[f"DATASETS.{split}_ANNOTATIONS"] = few_images(folder, name, count)
@@ -176,9 +183,10 @@ def trial(bench: Bench, row: Row, folder: Path, number: int, resize: Sequence[in
 
 
 def check_stop(ended: Ended, sent: signal.Signals) -> None:
-    """A signal while steps are taken leaves a checkpoint and a line that says so; never a traceback."""
-    taking_steps = ended.hit in ("data", "step", "checkpoint", "figures")
-    if taking_steps and (ended.statuses != [128 + sent] or "stopped after step" not in ended.said):
+    """A signal ends the run without a traceback and, once the first batch is there, with a line."""
+    expected = [[128 + sent], [-sent]] if ended.hit == "start" else [[128 + sent]]
+    silent = ended.hit != "start" and "stopped after step" not in ended.said
+    if ended.hit != "between" and (ended.statuses not in expected or silent):
         raise TrialError(f"status {ended.statuses} in {ended.hit}: {last_line(ended)}")
     if "Traceback" in ended.said:
         raise TrialError(f"a traceback in {ended.hit}: {last_line(ended)}")
@@ -314,12 +322,14 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = load_rows(args.output, args.seed, args.ranks, args.resize)
     with tempfile.TemporaryDirectory(prefix="faults") as folder:
-        bench = Bench(Path(folder))
+        same, moved = Bench(Path(folder) / "same", {}), Bench(Path(folder) / "moved", SAME_ON_ALL_RANKS)
+        benches = {fault: moved if fault == "resized" else same for fault in args.only}
         ranks = {"rank killed": [args.ranks], "resized": args.resize}
-        for number in {number for fault in args.only for number in ranks.get(fault, [1])}:
-            bench.usual(number)
+        for fault, bench in benches.items():
+            for number in ranks.get(fault, [1]):
+                bench.usual(number)
         fork = multiprocessing.get_context("fork")  # the faults beside each other, with what is imported
-        jobs = [fork.Process(target=trials, args=(bench, rows[fault], args)) for fault in args.only]
+        jobs = [fork.Process(target=trials, args=(benches[fault], rows[fault], args)) for fault in args.only]
         for job in jobs:
             job.start()
         for job in jobs:

@@ -2,11 +2,13 @@
 
 import argparse
 import ast
+import contextlib
 import errno
 import importlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -30,6 +32,13 @@ class OneLineParser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run ``sim-m2f COMMAND ...``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    with _interrupts_end_it():
+        found = _command(arguments)
+    return found if isinstance(found, int) else guarded(*found)
+
+
+def _command(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace] | int:
+    """The command and what it is asked for; the exit status where a package is missing."""
     about = "Instance masks learned from bounding boxes alone."
     parser = OneLineParser(prog="sim-m2f", description=about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -43,8 +52,17 @@ def main(arguments: list[str] | None = None) -> int:
             except ModuleNotFoundError as error:
                 return _missing(error)
             module.add_arguments(command)
-    parsed = parser.parse_args(arguments)
-    return guarded(module, parsed)
+    return module, parser.parse_args(arguments)
+
+
+@contextlib.contextmanager
+def _interrupts_end_it() -> Iterator[None]:
+    """Ctrl-C ends the process while packages are imported; there is nothing to put in order yet."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _missing(error: ModuleNotFoundError) -> int:
@@ -64,10 +82,10 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
 
     So does a missing package. Output that nobody reads any more (``doctor | head -1``) ends it silently.
     """
-    torch = sys.modules.get("torch")  # what works without it is not to wait for it
-    if torch and not torch.cuda.is_available():
-        keep_freed_memory()
     try:
+        torch = sys.modules.get("torch")  # what works without it is not to wait for it
+        if torch and not torch.cuda.is_available():
+            keep_freed_memory()
         status = module.run(parsed)
         sys.stdout.flush()
         return status

@@ -1,15 +1,22 @@
 """The configuration: inheritance, overrides, types, and a comment at every key."""
 
+import copy
 import re
 
 import pytest
 import yaml
 from conftest import ROOT
+from mutations import ODD
 
 import sim_m2f
-from sim_m2f.config import CfgNode, extent_warning, validate
+from sim_m2f.config import CfgNode, extent_warning, validate, value_of
+from sim_m2f.config.checks import range_of
+from sim_m2f.config.defaults import WITHOUT_EFFECT, read_yaml
+from sim_m2f.config.node import leaf_keys
 from sim_m2f.errors import UserError
 from sim_m2f.supervision.schedule import ramp_up, resolve_steps, term_weight
+
+ONLY_CHOICE = read_yaml(ROOT / "sim_m2f/config/limits.yaml")["ONLY_CHOICE"]
 
 
 @pytest.mark.parametrize("name", ["defaults.yaml", "without_effect.yaml"])
@@ -119,6 +126,39 @@ def test_values_that_cannot_be_are_told(key, value, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         validate(cfg)
     assert key in str(error.value)
+
+
+def test_every_number_has_a_range_that_holds_its_default():
+    cfg = sim_m2f.get_cfg()
+    for key in leaf_keys(cfg):
+        value = value_of(cfg, key)
+        each = value if isinstance(value, (list, tuple)) else [value]
+        if {type(one) for one in each} & {int, float} and key not in {
+            "VERSION",
+            *ONLY_CHOICE,
+            *WITHOUT_EFFECT,
+        }:
+            least, most = range_of(key)
+            assert all(least <= one <= most for one in each), key
+
+
+@pytest.mark.slow
+def test_an_odd_value_of_any_key_is_taken_or_told_in_one_line():
+    cfg, said = sim_m2f.get_cfg(), []
+    validate(cfg)
+    for key in leaf_keys(cfg):
+        *groups, name = key.split(".")
+        group = value_of(cfg, ".".join(groups)) if groups else cfg
+        default = group[name]
+        for odd in ODD:
+            try:
+                group.merge_values({name: copy.deepcopy(odd)}, "odd")
+                validate(cfg)
+            except UserError as error:
+                said.append(str(error))
+            group[name] = default
+    assert len(said) > 1000
+    assert not [text for text in said if len(text.splitlines()) != 1]
 
 
 @pytest.mark.parametrize(("low", "high", "warned"), [(1.6, 2.4, True), (0.1, 2.0, False), (0.3, 0.7, True)])

@@ -3,9 +3,12 @@
 import copy
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 
 import numpy as np
 import pytest
@@ -232,6 +235,21 @@ def test_a_broken_image_is_one_line_from_any_worker(source, workers):
         first_batches(6, config(source, "DATALOADER.NUM_WORKERS", workers))
     assert str(error.value).startswith(f"{path}: cannot be decoded (")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_worker_is_silent_when_the_run_ends_while_it_takes_a_batch(source, capfd, monkeypatch):
+    def ended(ident):
+        address, key = ident[0], multiprocessing.current_process().authkey
+        Client(address, authkey=key).close()
+        with Client(address, authkey=key) as last:  # it is answered once the worker has done with the other
+            last.send(None)
+            last.poll(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", ended)
+    with pytest.raises(KeyboardInterrupt):
+        first_batches(1, config(source, "DATALOADER.NUM_WORKERS", 1))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_process_ends_while_its_workers_wait(source):

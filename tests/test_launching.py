@@ -67,6 +67,36 @@ def test_one_rank_ends_the_others_and_its_error_is_told_last(capsys, tmp_path, n
     assert launch([str(script)], "run", 2, 1, 0, ADDRESS, 1) == 0
 
 
+LAUNCHER = """import sys
+from sim_m2f.engine.launch import launch
+launch(sys.argv[1:], "run", 2, 1, 0, "tcp://127.0.0.1:29500", 0)
+"""
+LONELY = """import pathlib, os, time
+from sim_m2f.engine.launch import end_with_launcher
+end_with_launcher()
+pathlib.Path("ready" + os.environ["RANK"]).touch()
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    (tmp_path / "rank.py").write_text(LONELY)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "ops")])}
+    command = [sys.executable, "-c", LAUNCHER, "rank.py"]
+    with psutil.Popen(command, cwd=tmp_path, env=environment) as launcher:
+        deadline = time.time() + 120
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            assert time.time() < deadline
+            time.sleep(0.1)
+        ranks = launcher.children(recursive=True)
+        launcher.kill()
+    _, left = psutil.wait_procs(ranks, timeout=10)
+    for each in left:
+        each.kill()
+    assert not left
+
+
 def test_a_rank_records_its_error_for_the_launcher(capsys, tmp_path, data, monkeypatch):  # noqa: F811
     sets = overrides(tmp_path, data)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))

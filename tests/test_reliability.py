@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -246,6 +247,52 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path, finished, sets
     assert all(file.exists() for file in others)
 
 
+IMPORTING = """import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = {arguments}
+{start}
+"""
+ENTRIES = {
+    "sim-m2f": ("['train', '--help']", "runpy.run_module('sim_m2f.cli', run_name='__main__')"),
+    "train_net.py": ("['--help']", "runpy.run_path('train_net.py', run_name='__main__')"),
+}
+FORKING = """import os, signal, time
+from sim_m2f.engine.stop_signal import StopSignal
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+with StopSignal() as stop, stop.at_once("last words"):
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+def silent(script: str) -> tuple[int, str]:
+    """Status and output of a script of Python that says nothing on standard error."""
+    command, pipes = [sys.executable, "-c", script], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "ops")])
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, text=True, **pipes)
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_an_interrupt_while_packages_are_imported_is_silent(name):
+    arguments, start = ENTRIES[name]
+    assert silent(IMPORTING.format(arguments=arguments, start=start)) == (-signal.SIGINT, "")
+
+
+@pytest.mark.slow
+def test_a_signal_ends_at_once_what_forks_just_then():
+    """Python forgets an exception there."""
+    assert silent(FORKING) == (128 + signal.SIGTERM, "\nlast words\n")
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, sets, monkeypatch):
     """Its checkpoint was written before it."""
@@ -253,8 +300,11 @@ def test_an_evaluation_that_was_cut_short_is_made_up_for(tmp_path, sets, monkeyp
     with monkeypatch.context() as patch:
         ended = "sim_m2f.engine.trainer.Trainer.evaluate"
         patch.setattr(ended, lambda _: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit):
-            train(output, *sets, *periods)
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=train, args=(output, *sets, *periods))
+        process.start()
+        process.join()
+        assert process.exitcode == 128 + signal.SIGTERM
     assert last_state(output)["iteration"] == 1
     assert train(output, "--resume", *sets, *periods) == 0
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -206,7 +206,9 @@ def test_two_processes_learn_what_one_does(few, tmp_path, supervision):
     few.merge_from_list(["SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path / "two")])
     (tmp_path / "few.yaml").write_text(few.dump())
     command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "--num-gpus", "2"]
-    subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, check=True, env=environment, stderr=subprocess.PIPE, text=True)
+    assert "Warning" not in done.stderr
     train(few, "OUTPUT_DIR", tmp_path / "one")
     start = build_criterion(few).state_dict()
     one, two = (checkpoint(tmp_path / run) for run in ("one", "two"))

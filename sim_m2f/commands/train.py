@@ -12,8 +12,9 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
 from sim_m2f.distributed import leave_group
 from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
-from sim_m2f.engine.launch import launch
+from sim_m2f.engine.launch import end_with_launcher, launch
 from sim_m2f.engine.run_folder import locked, refuse_used
+from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError, rank_problem
 from sim_m2f.report.hooks import MethodFigures, RunPage
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     several = arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
     if several and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)
+    end_with_launcher()
     cfg = configuration(arguments.config_file, arguments.opts)
     try:
         with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
@@ -136,8 +138,9 @@ def _evaluate(cfg: CfgNode, resume: bool) -> None:
     if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
         raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
     trainer = Trainer(cfg, resume=resume)
-    trainer.evaluate()
-    RunPage().after_train(trainer)
+    with StopSignal() as stop, stop.at_once("stopped"):
+        trainer.evaluate()
+        RunPage().after_train(trainer)
 
 
 def _launch(arguments: argparse.Namespace) -> int:

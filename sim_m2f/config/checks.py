@@ -1,8 +1,10 @@
 """Every check of a configuration that names and types cannot make; the limits stand in ``limits.yaml``."""
 
+import functools
 import math
 import reprlib
 from pathlib import Path
+from typing import Any
 
 from sim_m2f.config.defaults import WITHOUT_EFFECT, get_cfg, read_yaml
 from sim_m2f.config.node import CfgNode, leaf_keys, value_of
@@ -17,32 +19,24 @@ def validate(cfg: CfgNode) -> None:
     """Check what names and types cannot say.
 
     Raises:
-        UserError: a key asks for something that does not exist, a number is below the least that makes sense,
-            or no multiple of what it is divided by.
+        UserError: a key asks for something that does not exist, a number is out of range or no multiple of
+            what it is divided by.
     """
     for key, only in _LIMITS["ONLY_CHOICE"].items():
         value = value_of(cfg, key)
         if value != only:
             raise UserError(f"{key}: {value!r} does not exist here; the only choice is {only!r}")
     check_choices(cfg)
-    for key, least in _LIMITS["LEAST"].items():
-        if not value_of(cfg, key) >= least:  # not-a-number neither
-            raise UserError(f"{key} is {value_of(cfg, key)}; use a number of at least {least}")
-    for key, most in _LIMITS["MOST"].items():
-        if not value_of(cfg, key) <= most:
-            raise UserError(f"{key} is {value_of(cfg, key)}; use a number of at most {most}")
-    for key, length in _LIMITS["LENGTHS"].items():
-        if len(value_of(cfg, key)) != length:
-            raise UserError(f"{key} is {value_of(cfg, key)}; give {length} values")
     for key in leaf_keys(cfg):
         value = value_of(cfg, key)
         for one in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(one, float) and not math.isfinite(one):
-                raise UserError(f"{key} is {value}; use a finite number")
-            if isinstance(one, int) and abs(one) > _LARGEST:
-                raise UserError(f"{key} is {reprlib.repr(one)}; use a number of at most {_LARGEST}")
-            if isinstance(one, str) and not is_line(one):
-                raise UserError(f"{key} is {reprlib.repr(one)}; use a text of one line")
+            _check_value(key, value, one)
+    for key, length in _LIMITS["LENGTHS"].items():
+        if len(value_of(cfg, key)) != length:
+            raise UserError(f"{key} is {value_of(cfg, key)}; give {length} values")
+    for key in _LIMITS["ASCENDING"]:
+        if list(value_of(cfg, key)) != sorted(value_of(cfg, key)):
+            raise UserError(f"{key} is {value_of(cfg, key)}; give the smaller number first")
     for key, divisor in _LIMITS["MULTIPLES"]:
         number = value_of(cfg, divisor) if isinstance(divisor, str) else divisor
         if value_of(cfg, key) % number:
@@ -56,6 +50,29 @@ def validate(cfg: CfgNode) -> None:
     low, high = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
     if not 0 < low <= high:
         raise UserError(f"INPUT.MIN_SCALE is {low}, INPUT.MAX_SCALE {high}; use 0 < MIN_SCALE <= MAX_SCALE")
+
+
+def _check_value(key: str, value: Any, one: Any) -> None:
+    """Check one of the values of a key, of which ``value`` are all, by its type and by its range."""
+    if isinstance(one, float) and not math.isfinite(one):
+        raise UserError(f"{key} is {value}; use a finite number")
+    if isinstance(one, str) and not is_line(one):
+        raise UserError(f"{key} is {reprlib.repr(one)}; use a text of one line")
+    if found := range_of(key):
+        least, most = found
+        if one < least:
+            raise UserError(f"{key} is {value}; use a number of at least {least}")
+        if one > most:
+            raise UserError(f"{key} is {value}; use a number of at most {most}")
+    elif isinstance(one, int) and abs(one) > _LARGEST:
+        raise UserError(f"{key} is {reprlib.repr(one)}; use a number of at most {_LARGEST}")
+
+
+@functools.cache
+def range_of(key: str) -> tuple[float, float] | None:
+    """Least and largest number of a key, where there are any."""
+    ranges = _LIMITS["RANGES"].items()
+    return next((tuple(each) for name, each in ranges if f".{key}".endswith(f".{name}")), None)
 
 
 def check_choices(cfg: CfgNode) -> None:

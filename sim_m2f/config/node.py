@@ -173,7 +173,7 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
         numbered = enumerate(elements)
         first = default[0] if default else ""
         decoded = type(default)(_coerced(item, first, f"{path}[{i}]", source) for i, item in numbered)
-    if default is not None and type(decoded) is not type(default):
+    if isinstance(decoded, Mapping) or (default is not None and type(decoded) is not type(default)):
         expected, found = type(default).__name__, type(decoded).__name__
         given = f"not {reprlib.repr(value)} ({found})"
         raise UserError(f"{source}: {path} takes a {expected} such as {default!r}, {given}")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -60,6 +61,7 @@ class Batches(DataLoader[Sample], Generic[Data]):
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=partial(collate, least_size=least_size, divisor=divisor),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_forgive_an_ended_run,
             generator=torch.Generator(),  # else making an iterator draws from the global random state
             **options,
         )
@@ -83,8 +85,18 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _forgive_an_ended_run(_: int) -> None:
+    """Let a worker be silent when the run ends while it takes a batch; a thread of the worker would tell."""
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, (EOFError, ConnectionError)):
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = told
+
+
 @atexit.register
-def _end_workers() -> None:
+def end_workers() -> None:
     """Kill the workers that are left: Python would ask with SIGTERM, which they block, and wait for ever."""
     for child in multiprocessing.active_children():
         if child.daemon:

@@ -35,8 +35,5 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
         mixed_precision=precision,
         log_with=list(cfg.TRACKERS) or None,  # it warns of an empty list
         project_dir=cfg.OUTPUT_DIR,
-        kwargs_handlers=[
-            # ranks give each other their norms' statistics before an evaluation, not in every step
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )

@@ -117,7 +117,7 @@ class Evaluation(Hook):
         if trainer.due(trainer.cfg.TEST.EVAL_PERIOD) and trainer.iteration < trainer.cfg.SOLVER.MAX_ITER:
             if not trainer.due(trainer.cfg.SOLVER.CHECKPOINT_PERIOD):
                 trainer.save()  # so that a signal may end the evaluation
-            with trainer.stop.at_once():
+            with trainer.stop.at_once(trainer.stopped):
                 self.after_train(trainer)
 
     def after_train(self, trainer: Trainer) -> None:

@@ -1,5 +1,7 @@
 """Starts the ranks of a run on this machine by torchrun, and tells last why the first of them failed."""
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -16,6 +18,7 @@ from sim_m2f.errors import UserError, first_line
 
 PATIENCE = 120  # seconds that ranks have for the checkpoint of an ordered stop, where torchrun can be told
 WAIT = 600  # seconds that machines wait for the first one
+PR_SET_PDEATHSIG = 1  # Linux's name, from sys/prctl.h
 
 
 def launch(
@@ -60,6 +63,13 @@ def launch(
     except ChildFailedError as error:
         return _told(error)
     return 0
+
+
+def end_with_launcher() -> None:
+    """Let a rank get SIGTERM when torchrun is killed, or it would go on alone; only Linux can do it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _meeting(name: str, machines: int, machine: int, address: str) -> list[str]:

@@ -92,6 +92,8 @@ class Trainer:
                 compile_maps(network, cfg.MODEL.COMPILE)
         self.copy_paste = build_copy_paste(cfg, device)
         self.model, self.optimizer = self.accelerator.prepare(model, build_optimizer(model, cfg))
+        # ranks give each other their norms' statistics before an evaluation, not in every step
+        self.model.broadcast_buffers = False  # of DDP, which warns of it as an argument
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.iteration = 0
@@ -108,23 +110,31 @@ class Trainer:
         if self.checkpoint:
             accelerator.print(self._resumed(), file=sys.stderr)
         ranks = accelerator.process_index, accelerator.num_processes
-        self.loader = train_loader(self.cfg, self.iteration, *ranks)
-        for hook in self.hooks:
-            hook.before_train(self)
-        start, hidden = self.iteration, not accelerator.is_main_process
-        shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets lines, see ``Metrics``
-        options = {"initial": start, "disable": hidden, "file": shown, "dynamic_ncols": True}
-        self.bar = tqdm(None, "training", total, unit="step", **options)
-        try:
-            with self.bar, StopSignal() as self.stop:
-                self._take_steps(total)
-        except SystemExit:
-            accelerator.print(f"stopped after step {self.iteration}; the same command with --resume goes on")
-            raise
-        for hook in self.hooks:
-            hook.after_train(self)
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        with StopSignal() as self.stop:
+            with self.stop.at_once(self.stopped):
+                self.loader = train_loader(self.cfg, self.iteration, *ranks)
+                for hook in self.hooks:
+                    hook.before_train(self)
+            start, hidden = self.iteration, not accelerator.is_main_process
+            shown = sys.stderr if sys.stderr.isatty() else io.StringIO()  # a log gets lines, see ``Metrics``
+            options = {"initial": start, "disable": hidden, "file": shown, "dynamic_ncols": True}
+            self.bar = tqdm(None, "training", total, unit="step", **options)
+            try:
+                with self.bar:
+                    self._take_steps(total)
+            except SystemExit:
+                accelerator.print(self.stopped)
+                raise
+            with self.stop.at_once(self.stopped):
+                for hook in self.hooks:
+                    hook.after_train(self)
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+
+    @property
+    def stopped(self) -> str:
+        """What a stopped run says last."""
+        return f"stopped after step {self.iteration}; the same command with --resume goes on"
 
     def _resumed(self) -> str:
         """Where the run goes on, and with which other keys; UserError where it cannot."""

@@ -19,6 +19,7 @@ from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.recompute import recompute_blocks
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+GROUPS = 32  # of a group norm, in timm as in detectron2
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
 SWIN_KEYS = ("PATCH_SIZE", "EMBED_DIM", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE", "MLP_RATIO", "DROP_PATH_RATE")
 LEARNING_NORMS = (nn.GroupNorm, nn.LayerNorm)  # those without statistics
@@ -140,7 +141,12 @@ def _freeze_batch_norms(body: nn.Module) -> None:
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:
     norm, depth = cfg.MODEL.RESNETS.NORM, cfg.MODEL.RESNETS.DEPTH
-    width = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS // (1 if depth in BASIC_DEPTHS else 4)
+    wide, factor = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, 1 if depth in BASIC_DEPTHS else 4
+    divisor = factor * (GROUPS if norm == "GN" else 1)
+    if wide % divisor:
+        where = f"with MODEL.RESNETS.DEPTH {depth} and NORM {norm}"
+        raise UserError(f"MODEL.RESNETS.RES2_OUT_CHANNELS is {wide}; {where} use a multiple of {divisor}")
+    width = wide // factor
     channels = tuple(width * 2**stage for stage in range(4))
     backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS.get(norm, nn.BatchNorm2d), channels=channels)
     if norm == "FrozenBN":
