@@ -47,6 +47,11 @@ def settings(share: float) -> str:
     return f"{share:g} % of the masks"
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a results file, none where it is not there."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:
     """The table, and the curve with a dot per seed."""
     whole = fmean(row["segm/AP"] for row in masks) if masks else float("nan")
@@ -83,7 +88,7 @@ def main() -> int:
             own = with_some_masks(cfg, share, args.output / args.set)
             jobs.append(Job("mixed", own, path, settings(share)))
     failed = run_all(jobs, args.jobs)
-    rows, real = (json.loads(file.read_text()) for file in (path, args.results / f"real_{args.set}.json"))
+    rows, real = (read_rows(file) for file in (path, args.results / f"real_{args.set}.json"))
     masks = [
         row for row in real if row["row"] == "mask" and "settings" not in row and row["steps"] == args.steps
     ]
