@@ -66,9 +66,9 @@ def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:
     Raises:
         UserError: the data have a fault, or a file cannot be written.
     """
-    quality, scores, ious = calibrated(model, source)
+    quality, found = calibrated(model, source)
     write_quality(output, quality)
-    write_png(output / RELIABILITY, reliability(scores, ious))
+    write_png(output / RELIABILITY, reliability(found.scores, found.ious))
     for name, value in quality.measured.items():
         print(
             f"validation, {name}: {value:.0f}" if name == "objects" else f"validation, {name}: {value:.1f} %"
