@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.config.shipped import find_config
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.image import read_image
@@ -139,10 +139,9 @@ def labelled(
         yield image, masks | {row: each.numpy() for row, each in found.items()}
 
 
-def sorting(run: Path) -> list[dict]:
+def sorting(run: Path, source: DatasetSource) -> list[dict]:
     """How well scores sort a run's masks, with colours or without, as they are better: a row a kind."""
     cfg, network = trained(run)
-    source = eval_sources(cfg)[0]
     names = read_coco(source, read_masks=False).class_names
     with_colors = compared(Segmenter(network.cpu(), cfg, names), source)
     best = max(with_colors, key=lambda colors: with_colors[colors].ious.mean())
@@ -163,13 +162,14 @@ def main() -> None:
         "--scores", nargs="+", default=[], type=Path, metavar="RUN", help="these runs' scores"
     )
     args = parser.parse_args()
-    for row in (row for run in args.scores for row in sorting(run)):
-        store(RESULTS / f"quality_{args.set}.json", row)
-        print(json.dumps(row))
-    if args.scores:
-        return
     cfg, network = get_cfg(), None
     cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
+    for run in args.scores:
+        for row in sorting(run, eval_sources(cfg)[0]):
+            store(RESULTS / f"quality_{args.set}.json", row)
+            print(json.dumps(row))
+    if args.scores:
+        return
     if args.run:
         cfg, network = trained(args.run)
         network.cpu()
