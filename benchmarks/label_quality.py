@@ -1,12 +1,17 @@
 """Masks for true boxes: how good they are without learning, and those of a trained network.
 
     python benchmarks/label_quality.py people --run output/people_boxes
+    python benchmarks/label_quality.py people --scores output/people_boxes ...
 
 For the boxes of a set's validation images, mean IoU with the true masks and their AP, with the box as only
 knowledge: the filled box, the ellipse in it, GrabCut (OpenCV, five iterations), the colour model from an
 ellipse; and with --run the network's masks of these boxes, without and with the colours. All are clipped to
 the boxes. AP counts each box once, best fitting masks first, so it needs no scores of a detector. Writes
 benchmarks/results/labels_<set>.json.
+
+With --scores, how well the scores of masks sort them: the share of errors, masks with an IoU below 0.5, among
+the tenth of the validation objects that has the lowest scores and among the rest. Scores are fitted to the
+other half of the images, or not at all ("mean of the signs"). Writes benchmarks/results/quality_<set>.json.
 """
 
 import argparse
@@ -17,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from real import RESULTS, box_masks, trained
+from real import RESULTS, box_masks, store, trained
 from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.config.shipped import find_config
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import DatasetSource, eval_sources
 from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.image import read_image
@@ -33,10 +38,13 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.geometry import iou, mask_extents
 from sim_m2f.labelling import masks as label_masks
 from sim_m2f.labelling.proposals import grabcut_mask
+from sim_m2f.labelling.quality import Quality, summary
+from sim_m2f.labelling.run import compared
 from sim_m2f.modeling import Mask2Former
 from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.modeling.specks import without_specks
 from sim_m2f.pixels import Pixels
+from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Batch
 from sim_m2f.supervision.color_model import FINER, corrected, corrected_masks
 from sim_m2f.supervision.targets import STRIDE, flatten_targets
@@ -131,13 +139,37 @@ def labelled(
         yield image, masks | {row: each.numpy() for row, each in found.items()}
 
 
+def sorting(run: Path, source: DatasetSource) -> list[dict]:
+    """How well scores sort a run's masks, with colours or without, as they are better: a row a kind."""
+    cfg, network = trained(run)
+    names = read_coco(source, read_masks=False).class_names
+    with_colors = compared(Segmenter(network.cpu(), cfg, names), source)
+    best = max(with_colors, key=lambda colors: with_colors[colors].ious.mean())
+    found = with_colors[best]
+    about = {"seed": cfg.SEED, "steps": cfg.SOLVER.MAX_ITER, "colors": best}
+    kinds = {"fitted to the other half": found.scores, "mean of the signs": Quality().score(found.signs)}
+    return [
+        {"row": row, **about, **{name: round(value, 2) for name, value in summary(each, found.ious).items()}}
+        for row, each in kinds.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", help="people, pennfudan, nuclei or coco_more")
     parser.add_argument("--run", type=Path, help="folder of a run, for the rows of the network")
+    parser.add_argument(
+        "--scores", nargs="+", default=[], type=Path, metavar="RUN", help="these runs' scores"
+    )
     args = parser.parse_args()
     cfg, network = get_cfg(), None
     cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
+    for run in args.scores:
+        for row in sorting(run, eval_sources(cfg)[0]):
+            store(RESULTS / f"quality_{args.set}.json", row)
+            print(json.dumps(row))
+    if args.scores:
+        return
     if args.run:
         cfg, network = trained(args.run)
         network.cpu()

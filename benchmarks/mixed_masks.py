@@ -5,7 +5,8 @@
 Trains configs/<set>/boxes.yaml with MODEL.SIM.SUPERVISION mixed on copies of the training annotations in
 which a share of the objects, drawn by the seed, keeps its segmentation. Rows go into
 benchmarks/results/mixed_<set>.json; with --jobs 0 nothing is trained. Prints the table and draws
-docs/mixed_<set>.png, beside supervision by masks (real_<set>.json).
+docs/mixed_<set>.png, beside supervision by masks (real_<set>.json). Without any mask a step is bit for bit
+that of the row "best", so 0 % takes that row's seeds, too.
 """
 
 import argparse
@@ -47,6 +48,11 @@ def settings(share: float) -> str:
     return f"{share:g} % of the masks"
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a results file, none where it is not there."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:
     """The table, and the curve with a dot per seed."""
     whole = fmean(row["segm/AP"] for row in masks) if masks else float("nan")
@@ -83,10 +89,11 @@ def main() -> int:
             own = with_some_masks(cfg, share, args.output / args.set)
             jobs.append(Job("mixed", own, path, settings(share)))
     failed = run_all(jobs, args.jobs)
-    rows, real = (json.loads(file.read_text()) for file in (path, args.results / f"real_{args.set}.json"))
-    masks = [
-        row for row in real if row["row"] == "mask" and "settings" not in row and row["steps"] == args.steps
-    ]
+    rows, real = (read_rows(file) for file in (path, args.results / f"real_{args.set}.json"))
+    plain = [row for row in real if "settings" not in row and row["steps"] == args.steps]
+    boxes, masks = ([row for row in plain if row["row"] == name] for name in ("best", "mask"))
+    own = {row["seed"] for row in rows if row["settings"] == settings(0)}
+    rows += [{**row, "settings": settings(0)} for row in boxes if row["seed"] not in own]
     trained = [share for share in args.shares if any(row["settings"] == settings(share) for row in rows)]
     report(args.set, rows, masks, trained)
     return min(failed, 1)

@@ -196,6 +196,15 @@ class Segmenter(nn.Module):
         masks = without_specks(masks) if colors else masks
         return self._named(labels, scores, boxes, masks), outputs
 
+    @property
+    def colors_by_default(self) -> bool:
+        """Whether colours correct the masks of given boxes where no true masks say what is better.
+
+        Unless the network sees tiles (TEST.TILE): those are for objects of a few pixels, whose blurred
+        outlines look like their surroundings, so that colours make masks worse (docs/REAL_IMAGES.md).
+        """
+        return not self.cfg.TEST.TILE
+
     def require_prompts(self) -> None:
         """Raises UserError unless the network has learned to answer boxes."""
         if not self.cfg.MODEL.SIM.PROMPTS.ENABLED:

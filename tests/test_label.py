@@ -197,11 +197,26 @@ def test_validation_masks_choose_colours(data, tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(content))
     val = "--val", str(tmp_path / "val.json"), "--val-images", str(folder)
     assert main(arguments(folder, tmp_path / "out", *val)) == 0
-    quality = read_quality(tmp_path / "out")
+    quality = read_quality(tmp_path / "out", True)
     means = [quality.measured[f"mIoU {word} colours"] for word in ("without", "with")]
     assert quality.colors == (means[1] >= means[0])
     assert quality.measured["objects"] == len(content["annotations"])
     assert (tmp_path / "out/reliability.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(("tile", "same"), [(0, "on"), (64, "off")])
+def test_without_validation_masks_colours_are_for_networks_without_tiles(data, tmp_path, tile, same):
+    folder, _ = data
+    model = from_pretrained(folder / "network")
+    model.cfg.defrost()
+    model.cfg.TEST.TILE = tile
+    model.save_pretrained(tmp_path / "network")
+    found = {}
+    for colors in ("auto", "on", "off"):
+        given = arguments(folder, tmp_path / colors, "--model", str(tmp_path / "network"), "--colors", colors)
+        assert main(given) == 0
+        found[colors] = (tmp_path / colors / "masks.json").read_bytes()
+    assert [name for name in ("on", "off") if found[name] == found["auto"]] == [same]
 
 
 def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
@@ -253,7 +268,7 @@ def test_scores_follow_what_tells_good_masks(tmp_path):
     assert told["mIoU"] == pytest.approx(100 * ious.mean())
     quality = Quality(fitted(signs, ious), False, told)
     write_quality(tmp_path, quality)
-    assert read_quality(tmp_path) == quality
+    assert read_quality(tmp_path, True) == quality
     (tmp_path / "quality.json").write_text('{"weights": [1]}')
     with pytest.raises(UserError, match=r"quality\.json"):
-        read_quality(tmp_path)
+        read_quality(tmp_path, True)

@@ -108,7 +108,7 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
     build_trainer(cfg, args.resume, args.overwrite, [FirstLook(sets.val)]).train()
     model = from_pretrained(args.output)
-    quality = Quality()
+    quality = Quality(colors=model.colors_by_default)
     if sets.masks and sets.val != sets.train:
         quality = calibrate(model, sets.val, args.output)
     else:
@@ -260,7 +260,7 @@ def labelling_seconds(cfg: CfgNode, tried: Trial, sets: Sets) -> float:
     image = sorted(images, key=lambda each: len(each.labels))[len(images) // 2]
     for _ in range(2):  # the first time is longer
         start = time.perf_counter()
-        label(model, sets.data.read_image(image), image.boxes, image.labels, colors=True)
+        label(model, sets.data.read_image(image), image.boxes, image.labels, model.colors_by_default)
         seconds = time.perf_counter() - start
     validated = len(read_coco(sets.val, read_masks=False).images)
     return seconds * (len(images) + validated * (2.5 if sets.masks and sets.val != sets.train else 0.5))

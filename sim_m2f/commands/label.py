@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("labelled"), metavar="FOLDER")
     formats = f"beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
     parser.add_argument("--format", default="", metavar="NAMES", help=formats)
-    colors = "correct masks by colour; auto: as validation masks have it, else on"
+    colors = "correct masks by colour; auto: as validation masks have it, else on without TEST.TILE"
     parser.add_argument("--colors", choices=("auto", "on", "off"), default="auto", help=colors)
     overlaps = "of masks of one class: resolve gives a pixel to the object in whose box it is most central"
     parser.add_argument("--overlaps", choices=("resolve", "keep"), default="resolve", help=overlaps)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.val_images:
         raise UserError("--val-images: give --val, the JSON of these images, too")
     else:
-        quality = read_quality(Path(args.model))
+        quality = read_quality(Path(args.model), model.colors_by_default)
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
     label_set(labeller, source, args.output / MASKS, formats)
@@ -66,9 +66,9 @@ def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:
     Raises:
         UserError: the data have a fault, or a file cannot be written.
     """
-    quality, scores, ious = calibrated(model, source)
+    quality, found = calibrated(model, source)
     write_quality(output, quality)
-    write_png(output / RELIABILITY, reliability(scores, ious))
+    write_png(output / RELIABILITY, reliability(found.scores, found.ious))
     for name, value in quality.measured.items():
         print(
             f"validation, {name}: {value:.0f}" if name == "objects" else f"validation, {name}: {value:.1f} %"

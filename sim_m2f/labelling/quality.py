@@ -94,14 +94,14 @@ def write_quality(folder: Path, quality: Quality) -> None:
     write_file(folder / FILE, json.dumps(asdict(quality), indent=1))
 
 
-def read_quality(folder: Path) -> Quality:
-    """What a calibration left in a network's folder; the mean of the signs where there was none.
+def read_quality(folder: Path, colors: bool) -> Quality:
+    """What a calibration left in a network's folder; the mean of the signs, and ``colors``, without one.
 
     Raises:
         UserError: the file is damaged.
     """
     if not (folder / FILE).is_file():
-        return Quality()
+        return Quality(colors=colors)
     try:
         quality = Quality(**read_json(folder / FILE))
         weights = [float(weight) for weight in quality.weights]

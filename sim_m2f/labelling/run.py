@@ -160,15 +160,32 @@ def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:
     return np.array([names.index(name) for name in data.class_names], np.int64)
 
 
-def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, np.ndarray, np.ndarray]:
-    """Scores fitted to validation masks, and whether colours make masks better there.
+@dataclass(frozen=True)
+class Compared:
+    """Masks of N validation boxes beside the true ones.
+
+    Attributes:
+        signs: (N, 4), see ``Labels``.
+        ious: (N,) IoU with the true mask.
+        images: (N,) int64, whose they are, numbered from 0.
+    """
+
+    signs: np.ndarray
+    ious: np.ndarray
+    images: np.ndarray
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(N,) by weights from the other half of the images."""
+        return held_back_scores(self.signs, self.ious, self.images)
+
+
+def compared(model: Segmenter, source: DatasetSource) -> dict[bool, Compared]:
+    """Masks of validation boxes with colours (True) and without.
 
     Args:
         model: a network that learned from prompts.
         source: a COCO JSON in which every object has a segmentation.
-
-    Returns:
-        the scores, and of each object the score from the other half of the images and the true IoU.
 
     Raises:
         UserError: the data have a fault, or no object.
@@ -187,12 +204,20 @@ def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, np.nda
             found = label(model, pixels, image.boxes, classes[image.labels], colors)
             signs[colors].append(found.signs)
             ious[colors].append(overlaps(encode_masks(found.masks), encode_masks(truth)).diagonal())
-    means = {colors: float(np.concatenate(values).mean()) for colors, values in ious.items()}
-    best = means[True] >= means[False]
-    all_signs, all_ious = np.concatenate(signs[best]), np.concatenate(ious[best])
     numbers = np.repeat(np.arange(len(images)), [len(image.labels) for image in images])
-    scores = held_back_scores(all_signs, all_ious, numbers)
-    measured = summary(scores, all_ious)
+    return {key: Compared(np.concatenate(signs[key]), np.concatenate(ious[key]), numbers) for key in signs}
+
+
+def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, Compared]:
+    """Scores fitted to validation masks, with or without colours as the masks are better.
+
+    Returns:
+        the scores, and what they were fitted to; for arguments and errors see ``compared``.
+    """
+    found = compared(model, source)
+    means = {colors: float(each.ious.mean()) for colors, each in found.items()}
+    colors = means[True] >= means[False]
+    best = found[colors]
+    measured = summary(best.scores, best.ious)
     measured |= {f"mIoU {'with' if key else 'without'} colours": 100 * mean for key, mean in means.items()}
-    weights = fitted(all_signs, all_ious)
-    return Quality(weights, best, measured), scores, all_ious
+    return Quality(fitted(best.signs, best.ious), colors, measured), best

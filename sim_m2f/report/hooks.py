@@ -72,7 +72,8 @@ class FirstLook(Hook):
         rows = []
         for image in choose_images([each for each in data.images if len(each.labels)], FIRST_IMAGES):
             pixels = data.read_image(image)
-            found = model.predict(pixels, boxes=image.boxes, labels=image.labels, colors=True)
+            colors = model.colors_by_default
+            found = model.predict(pixels, boxes=image.boxes, labels=image.labels, colors=colors)
             masks, scores = found.masks.cpu().numpy(), found.scores.tolist()
             names = found.names if len(data.class_names) > 1 else [""] * len(masks)
             example = labelled_example(image.file_name, pixels, image.boxes, masks, names, scores)

@@ -76,7 +76,8 @@ class Finder:
         if pixels is None or not boxes:
             return gr.skip()
         labels = [self.model.class_names.index(kind)] * len(boxes)
-        masks = self.model.predict(pixels, boxes=whole(pixels).to_image(boxes), labels=labels, colors=True)
+        given, colors = whole(pixels).to_image(boxes), self.model.colors_by_default
+        masks = self.model.predict(pixels, boxes=given, labels=labels, colors=colors)
         worn = ["#{:02x}{:02x}{:02x}".format(*box["color"]) for box in boxes]
         return self.shown(pixels, masks, worn, "from drawn boxes")
 
