@@ -150,13 +150,14 @@ def _shared(logits: Tensor, pixels: BoxPixels, targets: Targets, inside: Tensor)
 
 def _spanning(logits: Tensor, pixels: BoxPixels, targets: Targets, share: float) -> Tensor:
     """Logits (P,), -inf outside of the boxes, those of an object so high that its mask spans its box."""
-    largest = []
-    for place, length in zip((pixels.x, pixels.y), targets.size[::-1], strict=True):
-        empty = logits.new_full((len(targets) * length,), -torch.inf)
-        along = empty.scatter_reduce(0, pixels.target * length + place, logits, "amax")
-        largest.append(along.view(-1, length))
+    along_x, along_y = (
+        logits.new_full((len(targets) * length,), -torch.inf)
+        .scatter_reduce(0, pixels.target * length + place, logits, "amax")
+        .view(-1, length)
+        for place, length in zip((pixels.x, pixels.y), targets.size[::-1], strict=True)
+    )
     areas = targets.areas.to(logits.device, non_blocking=True)
-    return logits + missing_logits(*largest, areas, share, MOST_RISE)[pixels.target]
+    return logits + missing_logits(along_x, along_y, areas, share, MOST_RISE)[pixels.target]
 
 
 def _ellipse(pixels: BoxPixels, targets: Targets) -> Tensor:
