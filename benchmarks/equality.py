@@ -177,8 +177,11 @@ def same_attention(layers: Layers, images: Tensor) -> Iterator[dict[str, int]]:
 
 
 def attended(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, Q, h * w): where the resized mask is at least one half, or everywhere if it is nowhere."""
-    mask = F.interpolate(logits, size, mode="bilinear", align_corners=False).flatten(2) >= 0
+    """(B, Q, h * w): where the resized mask is at least one half, or everywhere if it is nowhere.
+
+    As the others compute it: the sigmoid of a logit just below 0 is one half in float32.
+    """
+    mask = F.interpolate(logits, size, mode="bilinear", align_corners=False).sigmoid().flatten(2) >= 0.5
     return mask | ~mask.any(-1, keepdim=True)
 
 

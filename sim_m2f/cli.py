@@ -52,7 +52,8 @@ def _command(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace] | in
             except ModuleNotFoundError as error:
                 return _missing(error)
             module.add_arguments(command)
-    return module, parser.parse_args(arguments)
+    parsed = parser.parse_args(arguments)  # which ends where there is no such command
+    return module, parsed
 
 
 @contextlib.contextmanager

@@ -500,7 +500,7 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
         ("a network of other classes", "label --device cpu", "no class 'cat'",
          put("model/classes.json", '{"class_names": ["a", "b", "c"]}')),
         ("a network that knows no boxes", "label --device cpu --config-file plain.yaml", "knows no boxes",
-         copy("model/config.yaml", "plain.yaml", "BOX_NOISE: 0.1\n      ENABLED: true", "ENABLED: false")),
+         copy("model/config.yaml", "plain.yaml", "ELLIPSE: 0.0\n      ENABLED: true", "ENABLED: false")),
         ("transformers: another kind of network", "predict --model theirs", "mask2former",
          put("theirs/config.json", '{"model_type": "bert"}')),
         ("transformers: names of classes are a list", "predict --model theirs", "id2label",

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -52,8 +53,10 @@ class StopSignal:
 
     def _end(self, number: int) -> None:
         try:
+            with contextlib.suppress(RuntimeError):  # the signal may have come while this was being written
+                sys.stdout.flush()
             if is_first_rank():
-                print(f"\n{self._last_words}", flush=True)
+                os.write(1, f"\n{self._last_words}\n".encode())
             end_workers()
         finally:
             os._exit(128 + number)
