@@ -75,8 +75,11 @@ def test_an_export_holds_every_decision(tmp_path):
     review = open_set(tmp_path)
     review.decide(4, ACCEPTED)
     review.decide(5, REJECTED)
-    box = np.array([8.0, 8, 30, 25])  # cuts the red disc of image 2, of which annotation 4 is
-    review.redraw(4, box)
+    red = np.asarray(Image.open(tmp_path / "2.png"))[..., 0] == 255  # the disc of annotation 4
+    red[:8] = red[25:] = red[:, :8] = red[:, 30:] = False
+    rows, columns = np.nonzero(red)
+    x0, y0, x1, y1 = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1  # around a part of it
+    review.redraw(4, np.array([x0, y0, x1, y1], float))
     review.decide(4, ACCEPTED)
     coco = COCO(str(review.export()))
     assert [each["id"] for each in coco.dataset["annotations"]] == [*range(1, 13), CROWD["id"]]
@@ -89,13 +92,11 @@ def test_an_export_holds_every_decision(tmp_path):
     kept = {key: value for key, value in coco.anns[3].items() if key != "decision"}
     assert kept == content["annotations"][2]
     mask = coco.annToMask(coco.anns[4]).astype(bool)
-    red = np.asarray(Image.open(tmp_path / "2.png"))[..., 0] == 255
-    red[:8] = red[25:] = red[:, :8] = red[:, 30:] = False
     assert (mask & red).sum() / (mask | red).sum() > 0.85  # the network's masks have a stride of 4
-    assert not mask[:8].any()
-    assert not mask[:, 30:].any()
+    assert not mask[:y0].any()
+    assert not mask[:, x1:].any()
     assert coco.anns[4]["area"] == mask.sum()
-    assert coco.anns[4]["bbox"] == [8, 8, 22, 17]
+    assert coco.anns[4]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
 
 
 def test_an_export_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
