@@ -89,7 +89,7 @@ def test_one_rank_then_two_then_one_learn_what_one_does(run, tmp_path):
     losses += json.loads((tmp_path / "two.json").read_text())
     last, weights = run("moved", STEPS, *benchmark.EXACT)
     result = benchmark.compared(alone, (losses + last, weights))
-    assert result["largest"] < 1e-6, result
+    assert result["largest"] < 1e-5, result
     assert result["weights"] < 1e-6, result
 
 
