@@ -58,9 +58,8 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         pairs = [pair for pair in zip(gradients, ctx.factors, strict=True) if pair[0] is not None]
-        own, factors = map(list, zip(*pairs, strict=True))
-        torch._foreach_mul_(own, factors)  # in place: as large as the weights, and nobody else's
-        return None, *gradients
+        products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))))
+        return None, *(None if gradient is None else next(products) for gradient in gradients)
 
 
 class _AppliedNorm(FrozenBatchNorm2d):
