@@ -16,7 +16,9 @@ from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from sim_m2f import build_model, get_cfg
+from sim_m2f.errors import UserError
 from sim_m2f.modeling import mask2former
+from sim_m2f.modeling.backbone import build_backbone
 from sim_m2f.modeling.convolution import convolution
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.mask_product import mask_product
@@ -37,6 +39,28 @@ def network():
     cfg.merge_from_file(SMALL_FILE)
     cfg.merge_from_list(RESNET)
     return build_model(cfg).eval()
+
+
+@pytest.mark.parametrize(
+    ("depth", "norm", "width", "divisor"),
+    [
+        (18, "GN", 48, 32),
+        (50, "GN", 64, 128),
+        (18, "FrozenBN", 5, 1),
+        (50, "FrozenBN", 62, 4),
+        (50, "GN", 256, 128),
+    ],
+)
+def test_a_resnet_has_whole_groups_and_bottlenecks(depth, norm, width, divisor):
+    cfg = get_cfg()
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.DEPTH", str(depth)])
+    cfg.merge_from_list(["MODEL.RESNETS.NORM", norm, "MODEL.RESNETS.RES2_OUT_CHANNELS", str(width)])
+    if width % divisor:
+        with pytest.raises(UserError, match=f"RES2_OUT_CHANNELS is {width}; .*a multiple of {divisor}$"):
+            build_backbone(cfg)
+    else:
+        (maps, *_) = build_backbone(cfg)(torch.zeros(1, 3, 32, 32)).values()
+        assert maps.shape[1] == width
 
 
 def resized(tensor, size):
