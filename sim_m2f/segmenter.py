@@ -19,13 +19,14 @@ from sim_m2f.data.augmentation import eval_augmentation
 from sim_m2f.data.image import read_image, to_rgb
 from sim_m2f.data.loader import pad_and_cat
 from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.detections import detections
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.modeling.specks import without_specks
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Predictions, Prompts, Size
+from sim_m2f.structures import Detections, Predictions, Prompts, Size
 from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
@@ -114,7 +115,7 @@ class Segmenter(nn.Module):
             boxes: (N, 4) numbers, xyxy in pixels of the image, whose masks are asked for; for one image only.
             labels: (N,) their classes, 0 to C-1; all 0 if they are not given.
             colors: correct the masks of given boxes by the colours in and around the boxes
-                (``supervision.color_model``).
+                (``supervision.color_model``); for those that are found TEST.COLORS.ENABLED says it.
 
         Returns:
             ``Instances``, or a list of them, on the device of the network. Those of given boxes are in the
@@ -131,16 +132,22 @@ class Segmenter(nn.Module):
         padded, size, original = self._input(images)
         if boxes is not None:
             return self._masks_of(padded, boxes, labels, size, original, colors)[0]
-        return self._found(self._outputs(padded), size, original, threshold)
+        outputs = self._outputs(padded)
+        (found,) = detections(outputs, self.pixels.undo(padded), [size], [original], self.cfg)
+        return self._found(found, threshold)
 
     @torch.no_grad()
     def predict_both(
         self, image: ImageLike, boxes: Any, labels: Any = None, colors: bool = False
     ) -> tuple[Instances, Instances]:
-        """In one pass of the network, the masks of given boxes and all that it finds; see ``predict``."""
+        """In one pass of the network, the masks of given boxes and all that it finds; see ``predict``.
+
+        Colours never correct what it finds, so that both agree where the network is sure.
+        """
         padded, size, original = self._input(image)
         given, outputs = self._masks_of(padded, boxes, labels, size, original, colors)
-        return given, self._found(outputs, size, original)
+        (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
+        return given, self._found(found)
 
     def _input(self, image: ImageLike) -> tuple[Tensor, Size, Size]:
         """The network's input (1, 3, H, W), the size of the image in it, and the image's own."""
@@ -152,12 +159,11 @@ class Segmenter(nn.Module):
         padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
         return padded, size, (pixels.shape[-2], pixels.shape[-1])
 
-    def _found(self, outputs: Predictions, size: Size, original: Size, threshold: float = 0.0) -> Instances:
-        """The objects that the network finds by itself."""
-        (best,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        kept = best["scores"] >= threshold
+    def _found(self, found: Detections, threshold: float = 0.0) -> Instances:
+        """Objects that the network finds by itself, those of at least this score."""
+        kept = found["scores"] >= threshold
         return self._named(
-            best["labels"][kept], best["scores"][kept], best["boxes"][kept], best["masks"][kept]
+            found["labels"][kept], found["scores"][kept], found["boxes"][kept], found["masks"][kept]
         )
 
     def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Predictions:

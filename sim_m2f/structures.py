@@ -168,9 +168,11 @@ class Detections(TypedDict):
     labels: (K,) int64, 0 to C-1.
     masks: (K, H, W) bool at the size that was asked for.
     boxes: (K, 4) float xyxy in pixels around the masks, zeros for an empty mask.
+    queries: (K,) int64, which query found it; several classes of one query share its mask.
     """
 
     scores: Tensor
     labels: Tensor
     masks: Tensor
     boxes: Tensor
+    queries: Tensor

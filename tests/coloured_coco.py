@@ -53,6 +53,7 @@ def coloured_cfg(folder: Path, annotations: str = "set.json") -> CfgNode:
             *("MODEL.SEM_SEG_HEAD.NUM_CLASSES", str(len(CATEGORIES))),
             *("MODEL.SIM.SUPERVISION", "box"),
             *("INPUT.MIN_SIZE_TEST", "0", "INPUT.MAX_SIZE_TEST", "1333", "DATALOADER.NUM_WORKERS", "0"),
+            *("TEST.DETECTIONS_PER_IMAGE", "3"),
         ]
     )
     return cfg

@@ -152,6 +152,22 @@ def test_a_pixel_belongs_to_one_object_at_most():
     assert huge[:, 32, 32].tolist() == pytest.approx([0.5, 0.5])
 
 
+def test_boxes_alone_are_corrected_as_in_images_of_their_own(scene):
+    """Three boxes on one object, in one image as if alone, and in three images."""
+    image, _, _ = scene
+    boxes = torch.tensor([[34.0, 34.0, 94.0, 94.0], [40.0, 40.0, 120.0, 104.0], [8.0, 30.0, 90.0, 90.0]])
+    logits = 4 * torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(5))
+    keys, device = sim_m2f.get_cfg().MODEL.SIM.COLOR_MODEL, torch.device("cpu")
+    together = [{"boxes": boxes, "labels": torch.zeros(3, dtype=torch.int64)}]
+    apart = [{"boxes": box[None], "labels": torch.zeros(1, dtype=torch.int64)} for box in boxes]
+    valid = torch.ones(3, 32, 32, dtype=torch.bool)
+    found = corrected(logits, image, valid[:1], flatten_targets(together, (32, 32), device), keys, alone=True)
+    expected = corrected(
+        logits, image.expand(3, -1, -1, -1), valid, flatten_targets(apart, (32, 32), device), keys
+    )
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
 def test_masks_rise_until_they_span_their_boxes(scene):
     """A red disc in two boxes that are too wide for it: both masks as they are, and as high as they must."""
     boxes = torch.tensor([[10.0, 10.0, 118.0, 118.0], [0.0, 26.0, 128.0, 102.0]])

@@ -33,7 +33,7 @@ NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def run(cfg, output: Path, model=None, rank=0, world_size=1) -> dict[str, float]:
     loader = loader_of(cfg, sources(cfg)[0], rank, world_size)
-    return evaluate(model or ColourNetwork(), loader, output, accelerator=Accelerator(cpu=True), top_k=3)
+    return evaluate(model or ColourNetwork(), loader, output, Accelerator(cpu=True), cfg)
 
 
 def found(scores, labels, masks) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ from sim_m2f.engine.evaluator import evaluate
 accelerator = Accelerator(cpu=True)
 cfg = coloured_cfg(Path(sys.argv[1]))
 loader = eval_loader(cfg, eval_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
-metrics = evaluate(ColourNetwork(), loader, Path(sys.argv[2]), accelerator=accelerator, top_k=3)
+metrics = evaluate(ColourNetwork(), loader, Path(sys.argv[2]), accelerator, cfg)
 Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}").write_text(repr(metrics))
 leave_group()
 """

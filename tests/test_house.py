@@ -22,7 +22,7 @@ FLOORS = (
     ("files", "config"),
     ("pixels",),
     ("modeling", "supervision", "data"),
-    ("weights",),
+    ("weights", "detections"),
     ("segmenter", "engine"),
     ("report",),
     ("labelling",),

@@ -57,7 +57,7 @@ def evaluated(tmp_path) -> tuple[Path, CocoData]:
     source = DatasetSource("coloured", tmp_path / "set/set.json", tmp_path / "set")
     loader = loader_of(cfg, source)
     output = tmp_path / "output"
-    metrics = evaluate(ColourNetwork(), loader, output, accelerator=Accelerator(cpu=True), top_k=3)
+    metrics = evaluate(ColourNetwork(), loader, output, Accelerator(cpu=True), cfg)
     lines = [{"iteration": step, "total_loss": 9 - step, "loss_ce": 5 - step, "lr": 1} for step in range(5)]
     lines.append({"iteration": 4, **{name: None if math.isnan(v) else v for name, v in metrics.items()}})
     (output / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -21,11 +21,11 @@ from sim_m2f.data.coco import CocoData
 from sim_m2f.data.dataset import EvalDataset
 from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.detections import detections
 from sim_m2f.distributed import gather_on_first_rank
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
-from sim_m2f.modeling import postprocess
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.structures import Detections
 
@@ -46,8 +46,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> di
     for source in sources:
         loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
         below = "" if source is sources[0] else f"{source.name}/"
-        keys = cfg.TEST.DETECTIONS_PER_IMAGE, cfg.TEST.TILE
-        scores = evaluate(model, loader, folder / below, accelerator, *keys)
+        scores = evaluate(model, loader, folder / below, accelerator, cfg)
         metrics |= {f"{below}{name}": value for name, value in scores.items()}
     return metrics
 
@@ -57,8 +56,7 @@ def evaluate(
     loader: Batches[EvalDataset],
     output_dir: Path,
     accelerator: Accelerator,
-    top_k: int,
-    tile: int = 0,
+    cfg: CfgNode,
 ) -> dict[str, float]:
     """Detect instances in every image of a test set and score them as COCO does.
 
@@ -71,8 +69,7 @@ def evaluate(
         loader: batches of ``sim_m2f.data.loader.eval_loader``; over all ranks each image exactly once.
         output_dir: folder of the run.
         accelerator: device, precision and ranks.
-        top_k: most detections per image.
-        tile: side in pixels of the tiles that a larger image is seen as; 0 sees it whole.
+        cfg: TEST says what is detected.
 
     Returns:
         on every rank, the metrics of ``coco_metrics.score``; empty when the data have no annotations.
@@ -85,7 +82,7 @@ def evaluate(
     data = loader.dataset.data
     scored = data.has_annotations and accelerator.is_main_process
     truth = coco_metrics.load_truth(data.annotations_file) if scored else None
-    shares = gather_on_first_rank(_detect(model, loader, accelerator, top_k, tile))
+    shares = gather_on_first_rank(_detect(model, loader, accelerator, cfg))
     metrics: dict[str, float] = {}
     if accelerator.is_main_process:
         seen, found = (list(itertools.chain.from_iterable(parts)) for parts in zip(*shares, strict=True))
@@ -101,7 +98,7 @@ def evaluate(
 
 
 def _detect(
-    model: nn.Module, loader: Batches[EvalDataset], accelerator: Accelerator, top_k: int, tile: int
+    model: nn.Module, loader: Batches[EvalDataset], accelerator: Accelerator, cfg: CfgNode
 ) -> tuple[list[int], list[dict[str, Any]]]:
     """This rank's image ids and detections."""
     # DDP would synchronise buffers in every forward pass, but ranks may differ in their number of batches.
@@ -115,10 +112,10 @@ def _detect(
         for batch in progress:
             with accelerator.autocast():
                 images = pixels.of_batch(batch["images"], batch["image_sizes"])
-                outputs = tiled(network, images, tile)
+                outputs = tiled(network, images, cfg.TEST.TILE)
             sizes = batch["image_sizes"], batch["original_sizes"]
-            detections = postprocess.instances(outputs, *sizes, top_k)
-            for image_id, instances in zip(batch["image_ids"], detections, strict=True):
+            found = detections(outputs, batch["images"], *sizes, cfg)
+            for image_id, instances in zip(batch["image_ids"], found, strict=True):
                 seen.append(image_id)
                 results += encode(image_id, instances, loader.dataset.data.category_ids)
     return seen, results

@@ -26,10 +26,10 @@ except ImportError as error:
 
 from sim_m2f.config import check_choices, get_cfg
 from sim_m2f.config.defaults import add_keys
+from sim_m2f.detections import detections
 from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
-from sim_m2f.modeling.postprocess import instances
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Detections, Outputs, Target
 from sim_m2f.supervision.criterion import build_criterion
@@ -91,8 +91,8 @@ class SIMMask2Former(nn.Module):
         asked = [{"height": h, "width": w, **item} for item, (h, w) in zip(batch, sizes, strict=True)]
         originals = [(item["height"], item["width"]) for item in asked]
         outputs = self.network(images.tensor, auxiliary=False)
-        detections = instances(outputs, sizes, originals, self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        return [{"instances": _as_instances(*each)} for each in zip(detections, originals, strict=True)]
+        found = detections(outputs, self.pixels.undo(images.tensor), sizes, originals, self.cfg)
+        return [{"instances": _as_instances(*each)} for each in zip(found, originals, strict=True)]
 
     def _teacher_outputs(self, targets: list[Target], images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""

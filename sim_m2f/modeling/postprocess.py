@@ -40,7 +40,13 @@ def instances(
         result_scores, order = (scores[i] * mask_scores[query]).sort(descending=True, stable=True)
         query, labels = query[order], (pairs[i] % classes)[order]
         results.append(
-            {"scores": result_scores, "labels": labels, "masks": masks[query], "boxes": boxes[query]}
+            {
+                "scores": result_scores,
+                "labels": labels,
+                "masks": masks[query],
+                "boxes": boxes[query],
+                "queries": queries[query],
+            }
         )
     return results
 

@@ -71,7 +71,12 @@ def color_labels(
 
 @torch.no_grad()
 def corrected_masks(
-    logits: Tensor, image: Tensor, boxes: Tensor, size: tuple[int, int], keys: CfgNode
+    logits: Tensor,
+    image: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    keys: CfgNode,
+    alone: bool = False,
 ) -> Tensor:
     """Mask logits of given boxes in one image, corrected by colours that are twice as fine as the masks.
 
@@ -81,6 +86,7 @@ def corrected_masks(
         boxes: (N, 4) xyxy in pixels of the input.
         size: height and width of the image in the input, without padding.
         keys: MODEL.SIM.COLOR_MODEL.
+        alone: see ``corrected``.
 
     Returns:
         (N, 2 h, 2 w), stride 2.
@@ -89,11 +95,17 @@ def corrected_masks(
     targets = flatten_targets([target], map_size(logits), logits.device)
     valid = torch.zeros(1, *map_size(logits), dtype=torch.bool, device=logits.device)
     valid[:, : size[0] // STRIDE, : size[1] // STRIDE] = True
-    return _logits(corrected(logits, image[None], valid, targets, keys))
+    return _logits(corrected(logits, image[None], valid, targets, keys, alone=alone))
 
 
 def corrected(
-    logits: Tensor, images: Tensor, valid: Tensor, targets: Targets, keys: CfgNode, prior: float = 0.0
+    logits: Tensor,
+    images: Tensor,
+    valid: Tensor,
+    targets: Targets,
+    keys: CfgNode,
+    prior: float = 0.0,
+    alone: bool = False,
 ) -> Tensor:
     """Masks of the objects from their own logits, colours and neighbours, with pixels of stride 2.
 
@@ -103,6 +115,9 @@ def corrected(
     its odds share one probability. The histograms are taken ITERATIONS times, each from the masks corrected
     by the former; in the end all logits of a mask rise until it spans its box
     (``geometry.missing_logits``).
+
+    Args:
+        alone: no box hides pixels from another, which suits boxes that may be of the same object.
 
     Returns:
         (T, 2 h, 2 w) probabilities, 0 outside of the object's box; for the arguments see ``color_labels``.
@@ -117,19 +132,23 @@ def corrected(
     boxes = targets.box_masks
     inside = boxes[place] > 0
     covered = torch.zeros_like(valid, dtype=boxes.dtype).index_add(0, targets.image_index, boxes) > 0
-    counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x])
+    counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x] | alone)
     lab = lab_at(images, STRIDE // FINER)
     colors = lab[image, :, pixels.y, pixels.x]
     bins = color_bins(colors, counts, pixels.target, len(targets))
     edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)
+
+    def shared(logits: Tensor) -> Tensor:
+        return logits.sigmoid() * inside if alone else _shared(logits, pixels, targets, inside)
+
     own = (1 - prior) * logits[place] + prior * _ellipse(pixels, targets)
-    mask = _shared(own, pixels, targets, inside)
+    mask = shared(own)
     for _ in range(keys.ITERATIONS):
         seen = keys.KEEP * own + log_ratio(bins, mask, counts, pixels.target, len(targets))
-        mask = _shared(seen, pixels, targets, inside)
+        mask = shared(seen)
         for _ in range(keys.SMOOTHING_STEPS):
             drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
-            mask = _shared(seen + keys.SMOOTHING * drawn, pixels, targets, inside)
+            mask = shared(seen + keys.SMOOTHING * drawn)
     if keys.SPAN:
         mask = _spanning(_logits(mask).where(inside, -torch.inf), pixels, targets, keys.SPAN).sigmoid()
     return torch.zeros_like(boxes).index_put(place, mask)

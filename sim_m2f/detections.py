@@ -1,0 +1,65 @@
+"""From outputs and images to instances, whose masks colours correct where the configuration asks for it."""
+
+import torch
+from torch import Tensor
+
+from sim_m2f.config import CfgNode
+from sim_m2f.geometry import mask_extents
+from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.specks import without_specks
+from sim_m2f.structures import Detections, LayerOutputs, Size
+from sim_m2f.supervision.color_model import FINER, corrected_masks
+
+TOGETHER = 16  # masks that are corrected together, each with maps of its own at stride 2
+
+
+@torch.no_grad()
+def detections(
+    outputs: LayerOutputs, images: Tensor, image_sizes: list[Size], original_sizes: list[Size], cfg: CfgNode
+) -> list[Detections]:
+    """What ``postprocess.instances`` finds; with TEST.COLORS, the masks of good scores corrected by colour.
+
+    Scores and order stay those of the network.
+
+    Args:
+        outputs: of the network, see ``postprocess.instances``.
+        images: (B, 3, H, W) RGB of 0..255 on any device, the network's input before it is normalised.
+        image_sizes: height and width of each image in the input, without padding.
+        original_sizes: height and width that the masks are wanted in.
+        cfg: TEST and MODEL.SIM.COLOR_MODEL are used.
+    """
+    found = instances(outputs, image_sizes, original_sizes, cfg.TEST.DETECTIONS_PER_IMAGE)
+    if cfg.TEST.COLORS.ENABLED:
+        for index, (each, size) in enumerate(zip(found, image_sizes, strict=True)):
+            _correct(each, outputs["pred_masks"][index], images[index], size, cfg)
+    return found
+
+
+def _correct(found: Detections, logits: Tensor, image: Tensor, size: Size, cfg: CfgNode) -> None:
+    """Correct the masks of one image, and their boxes, in place; ``logits`` (Q, h, w) are all queries'."""
+    keys, test = cfg.MODEL.SIM.COLOR_MODEL.clone(), cfg.TEST.COLORS
+    keys.defrost()
+    keys.KEEP, keys.SMOOTHING, keys.SPAN = test.KEEP, test.SMOOTHING, 0.0
+    original: Size = (found["masks"].shape[1], found["masks"].shape[2])
+    good = (found["scores"] >= test.MIN_SCORE) & (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
+    for some in good.nonzero()[:, 0].split(TOGETHER):
+        queries, place = found["queries"][some].unique(return_inverse=True)
+        boxes = torch.empty(len(queries), 4, device=some.device)
+        boxes[place] = _grown(found["boxes"][some], test.GROW, original)
+        scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
+        resized = boxes * boxes.new_tensor([*scale, *scale])
+        fine = corrected_masks(
+            logits[queries].float(), image.to(some.device), resized, size, keys, alone=True
+        )
+        masks, _ = masks_in_boxes(fine, boxes, (FINER * size[0], FINER * size[1]), original)
+        masks = without_specks(masks)[place]
+        some, masks = some[masks.any((1, 2))], masks[masks.any((1, 2))]
+        found["masks"][some], found["boxes"][some] = masks, mask_extents(masks).to(boxes.dtype)
+
+
+def _grown(boxes: Tensor, share: float, size: Size) -> Tensor:
+    """Boxes (N, 4) with sides so much farther out, inside the image."""
+    wider = share * (boxes[:, 2:] - boxes[:, :2])
+    limits = boxes.new_tensor([size[1], size[0]])
+    first, last = (boxes[:, :2] - wider).clamp(min=0), (boxes[:, 2:] + wider).minimum(limits)
+    return torch.cat([first, last], dim=1)
