@@ -6,18 +6,21 @@ Adds a row per run folder to benchmarks/results/real_<set>.json, in place of one
 and settings. "label/mIoU" is the mean IoU, in percent, of true masks and the network's masks for the true
 boxes of the validation images, clipped to the boxes: of prompted queries, or without prompts of the queries
 matched to the boxes; "label/mIoU colors" that of the same masks corrected by colour. With --settings the rows
-are exploratory and carry that text. Without runs, prints the file as a table of means, smallest and largest
-values of the seeds, with shares of the row "mask", and draws docs/real_<set>.png.
+are exploratory and carry that text; with --opts KEY VALUE they are evaluated anew, with these keys. Without
+runs, prints the file as a table of means, smallest and largest values of the seeds, with shares of the row
+"mask", and draws docs/real_<set>.png.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +30,7 @@ from sim_m2f.data.catalog import eval_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.loader import eval_loader
+from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.modeling import Mask2Former, build_model
 from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.modeling.tiles import tiled
@@ -93,11 +97,20 @@ def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
     return torch.stack(ious, dim=1)
 
 
-def measure(row: str, run: Path, settings: str) -> dict[str, str | float]:
+def scores_of(run: Path, cfg: CfgNode, network: Mask2Former, opts: Sequence[str]) -> dict[str, float]:
+    """The run's own, or those with other keys."""
+    if not opts:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if "segm/AP" in line][-1]
+    with tempfile.TemporaryDirectory() as folder:
+        cfg.merge_from_list([*opts, "OUTPUT_DIR", folder])
+        return evaluate_all(cfg, network, Accelerator(cpu=not next(network.parameters()).is_cuda))
+
+
+def measure(row: str, run: Path, settings: str, opts: Sequence[str] = ()) -> dict[str, str | float]:
     """The row of a finished run; minutes are those from the first step to the last checkpoint."""
     cfg, network = trained(run)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = [line for line in lines if "segm/AP" in line][-1]
+    scores = scores_of(run, cfg, network, opts)
     seconds = (run / "model_final.pth").stat().st_mtime - (run / "config.yaml").stat().st_mtime
     device = torch.cuda.get_device_name() if next(network.parameters()).is_cuda else "CPU"
     network_only, corrected = (100 * label_ious(cfg, network).mean(1)).tolist()
@@ -189,11 +202,14 @@ def main() -> None:
     parser.add_argument("set", help="name of the set, for the results file")
     parser.add_argument("runs", nargs="*", metavar="ROW=FOLDER", help="name of a row, and a run's folder")
     parser.add_argument("--settings", default="", help="what is special about an exploratory row")
+    parser.add_argument(
+        "--opts", nargs="*", default=[], metavar="KEY VALUE", help="evaluate anew, with these"
+    )
     args = parser.parse_intermixed_args()
     path = RESULTS / f"real_{args.set}.json"
     for pair in args.runs:
         name, _, folder = pair.partition("=")
-        row = measure(name, Path(folder), args.settings)
+        row = measure(name, Path(folder), args.settings, args.opts)
         store(path, row)
         print(json.dumps(row), file=sys.stderr)
     if not args.runs:
