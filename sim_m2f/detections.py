@@ -1,4 +1,4 @@
-"""From outputs and images to instances, whose masks colours correct where the configuration asks for it."""
+"""From outputs and images to instances, whose masks colours may correct."""
 
 import torch
 from torch import Tensor
@@ -15,9 +15,14 @@ TOGETHER = 16  # masks that are corrected together, each with maps of its own at
 
 @torch.no_grad()
 def detections(
-    outputs: LayerOutputs, images: Tensor, image_sizes: list[Size], original_sizes: list[Size], cfg: CfgNode
+    outputs: LayerOutputs,
+    images: Tensor,
+    image_sizes: list[Size],
+    original_sizes: list[Size],
+    cfg: CfgNode,
+    colors: bool,
 ) -> list[Detections]:
-    """What ``postprocess.instances`` finds; with TEST.COLORS, the masks of good scores corrected by colour.
+    """What ``postprocess.instances`` finds, where asked for with masks of good scores corrected by colour.
 
     Scores and order stay those of the network.
 
@@ -27,9 +32,10 @@ def detections(
         image_sizes: height and width of each image in the input, without padding.
         original_sizes: height and width that the masks are wanted in.
         cfg: TEST and MODEL.SIM.COLOR_MODEL are used.
+        colors: whether masks are corrected, as TEST.COLORS says.
     """
     found = instances(outputs, image_sizes, original_sizes, cfg.TEST.DETECTIONS_PER_IMAGE)
-    if cfg.TEST.COLORS.ENABLED:
+    if colors:
         for index, (each, size) in enumerate(zip(found, image_sizes, strict=True)):
             _correct(each, outputs["pred_masks"][index], images[index], size, cfg)
     return found

@@ -22,11 +22,11 @@ from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.detections import detections
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.mask2former import Mask2Former
-from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.modeling.specks import without_specks
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Detections, Predictions, Prompts, Size
+from sim_m2f.structures import Predictions, Prompts, Size
 from sim_m2f.supervision.color_model import FINER, corrected_masks
 from sim_m2f.weights.folder import Metrics, TrainedNetwork, read_folder, write_folder
 
@@ -91,11 +91,13 @@ class Segmenter(nn.Module):
         threshold: float = 0.0,
         boxes: Any = None,
         labels: Any = None,
-        colors: bool = False,
+        colors: bool | None = None,
     ) -> Instances: ...
 
     @overload
-    def predict(self, images: Iterable[ImageLike], threshold: float = 0.0) -> list[Instances]: ...
+    def predict(
+        self, images: Iterable[ImageLike], threshold: float = 0.0, *, colors: bool | None = None
+    ) -> list[Instances]: ...
 
     @torch.no_grad()
     def predict(
@@ -104,7 +106,7 @@ class Segmenter(nn.Module):
         threshold: float = 0.0,
         boxes: Any = None,
         labels: Any = None,
-        colors: bool = False,
+        colors: bool | None = None,
     ) -> Instances | list[Instances]:
         """Find the objects in one image, or in each of several; or the masks of given boxes in one image.
 
@@ -114,8 +116,8 @@ class Segmenter(nn.Module):
             threshold: least score; of given boxes all are kept.
             boxes: (N, 4) numbers, xyxy in pixels of the image, whose masks are asked for; for one image only.
             labels: (N,) their classes, 0 to C-1; all 0 if they are not given.
-            colors: correct the masks of given boxes by the colours in and around the boxes
-                (``supervision.color_model``); for those that are found TEST.COLORS.ENABLED says it.
+            colors: correct masks by the colours in and around their boxes (``supervision.color_model``).
+                Unless told, those that are found as TEST.COLORS.ENABLED says, and those of given boxes not.
 
         Returns:
             ``Instances``, or a list of them, on the device of the network. Those of given boxes are in the
@@ -128,13 +130,12 @@ class Segmenter(nn.Module):
         if not isinstance(images, ImageLike):
             if boxes is not None:
                 raise UserError("boxes belong to one image; call predict once for each image")
-            return [self.predict(image, threshold) for image in images]
+            return [self.predict(image, threshold, colors=colors) for image in images]
         padded, size, original = self._input(images)
         if boxes is not None:
-            return self._masks_of(padded, boxes, labels, size, original, colors)[0]
-        outputs = self._outputs(padded)
-        (found,) = detections(outputs, self.pixels.undo(padded), [size], [original], self.cfg)
-        return self._found(found, threshold)
+            return self._masks_of(padded, boxes, labels, size, original, bool(colors))[0]
+        colors = self.cfg.TEST.COLORS.ENABLED if colors is None else colors
+        return self._found(self._outputs(padded), padded, size, original, colors, threshold)
 
     @torch.no_grad()
     def predict_both(
@@ -146,8 +147,7 @@ class Segmenter(nn.Module):
         """
         padded, size, original = self._input(image)
         given, outputs = self._masks_of(padded, boxes, labels, size, original, colors)
-        (found,) = instances(outputs, [size], [original], self.cfg.TEST.DETECTIONS_PER_IMAGE)
-        return given, self._found(found)
+        return given, self._found(outputs, padded, size, original, colors=False)
 
     def _input(self, image: ImageLike) -> tuple[Tensor, Size, Size]:
         """The network's input (1, 3, H, W), the size of the image in it, and the image's own."""
@@ -159,8 +159,18 @@ class Segmenter(nn.Module):
         padded = pad_and_cat([self.pixels.normalise(resized)], *padded_size)[None]
         return padded, size, (pixels.shape[-2], pixels.shape[-1])
 
-    def _found(self, found: Detections, threshold: float = 0.0) -> Instances:
-        """Objects that the network finds by itself, those of at least this score."""
+    def _found(
+        self,
+        outputs: Predictions,
+        images: Tensor,
+        size: Size,
+        original: Size,
+        colors: bool,
+        threshold: float = 0.0,
+    ) -> Instances:
+        """The objects that the network finds by itself in its input (1, 3, H, W)."""
+        pixels = self.pixels.undo(images)
+        (found,) = detections(outputs, pixels, [size], [original], self.cfg, colors)
         kept = found["scores"] >= threshold
         return self._named(
             found["labels"][kept], found["scores"][kept], found["boxes"][kept], found["masks"][kept]

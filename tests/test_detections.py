@@ -44,17 +44,17 @@ def scene():
     )
 
 
-def found_in(scene, *changes):
+def found_in(scene, *changes, colors=True):
     outputs, images, _ = scene
     cfg = sim_m2f.get_cfg()
-    cfg.merge_from_list([*("TEST.COLORS.ENABLED", "True", "TEST.DETECTIONS_PER_IMAGE", "5"), *changes])
+    cfg.merge_from_list(["TEST.DETECTIONS_PER_IMAGE", "5", *changes])
     cfg.freeze()
-    return detections(outputs, images, [SIZE], [ORIGINAL], cfg)[0]
+    return detections(outputs, images, [SIZE], [ORIGINAL], cfg, colors)[0]
 
 
 def test_good_masks_are_corrected_and_keep_their_scores(scene):
     disc = scene[2]
-    plain, found = found_in(scene, "TEST.COLORS.ENABLED", "False"), found_in(scene)
+    plain, found = found_in(scene, colors=False), found_in(scene)
     for name in ("scores", "labels", "queries"):
         assert torch.equal(plain[name], found[name])
 
@@ -74,7 +74,7 @@ def test_good_masks_are_corrected_and_keep_their_scores(scene):
 @pytest.mark.parametrize("grow", [0.0, 0.05, 0.2])
 def test_a_mask_stays_near_the_box_around_the_found_one(scene, grow):
     """The square in the disc grows by a share of its box on each side, until it is the disc."""
-    (box,) = found_in(scene, "TEST.COLORS.ENABLED", "False")["boxes"][:1]
+    (box,) = found_in(scene, colors=False)["boxes"][:1]
     (grown,) = found_in(scene, "TEST.COLORS.GROW", str(grow))["boxes"][:1]
     wider = grow * (box[2:] - box[:2])
     disc = torch.tensor([2 * 54 - 60, 2 * 60 - 60, 2 * 54 + 60, 2 * 60 + 60])
@@ -87,7 +87,7 @@ def test_a_mask_that_colours_empty_stays(scene, monkeypatch):
         "sim_m2f.detections.corrected_masks",
         lambda logits, *rest, **keywords: torch.full((len(logits), 64, 64), -9.0),
     )
-    plain, found = found_in(scene, "TEST.COLORS.ENABLED", "False"), found_in(scene)
+    plain, found = found_in(scene, colors=False), found_in(scene)
     assert torch.equal(plain["masks"], found["masks"])
     assert torch.equal(plain["boxes"], found["boxes"])
 
@@ -95,15 +95,17 @@ def test_a_mask_that_colours_empty_stays(scene, monkeypatch):
 def test_evaluation_and_predict_correct_alike(tmp_path):
     """The same masks in the file of results and from a path, and others than without colours."""
     write_coloured(tmp_path)
-    cfg = coloured_cfg(tmp_path)
-    texts = []
+    cfg, number = coloured_cfg(tmp_path), next(iter(SIZES))
+    cfg.MODEL.SIM.PROMPTS.ENABLED = True
+    masks = []
     for enabled in (True, False):
         cfg.TEST.COLORS.ENABLED = enabled
         loader = eval_loader(cfg, eval_sources(cfg)[0])
         evaluate(ColourNetwork(), loader, tmp_path / "out", Accelerator(cpu=True), cfg)
-        number = next(iter(SIZES))
-        texts.append(json.loads((tmp_path / "out" / RESULTS_FILE).read_text()))
-        of_first = [entry["segmentation"] for entry in texts[-1] if entry["image_id"] == number]
-        model = Segmenter(ColourNetwork(), cfg, ["a", "b", "c"])
-        assert model.predict(tmp_path / f"{number}.png").rles == of_first
-    assert texts[0] != texts[1]
+        entries = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
+        masks.append([entry["segmentation"] for entry in entries if entry["image_id"] == number])
+        model, image = Segmenter(ColourNetwork(), cfg, ["a", "b", "c"]), tmp_path / f"{number}.png"
+        assert model.predict(image).rles == masks[-1]
+        assert model.predict([image], colors=True)[0].rles == masks[0]
+        assert model.predict_both(image, np.zeros((0, 4)))[1].rles == model.predict(image, colors=False).rles
+    assert model.predict(image, colors=False).rles == masks[1] != masks[0]

@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config-file", default="", metavar="FILE", help="its YAML file, for a checkpoint")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
     parser.add_argument("--threshold", type=float, default=0.5, help="least score (default 0.5)")
+    colors = "correct masks by colour; auto: as TEST.COLORS of its configuration says"
+    parser.add_argument("--colors", choices=("auto", "on", "off"), default="auto", help=colors)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_limits(parser)
 
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
     model = from_pretrained(args.model, args.config_file, args.device)
     limits(args, model.cfg)
+    colors = None if args.colors == "auto" else args.colors == "on"
     categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
     category_ids = list(range(1, len(categories) + 1))
     images: list[dict[str, Any]] = []
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     named = zip(tqdm(files, "predict", unit="image", disable=None), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
         try:
-            detected = model.predict(file, args.threshold)
+            detected = model.predict(file, args.threshold, colors=colors)
         except UserError as error:
             problems.append(str(error))
             continue

@@ -114,7 +114,7 @@ def _detect(
                 images = pixels.of_batch(batch["images"], batch["image_sizes"])
                 outputs = tiled(network, images, cfg.TEST.TILE)
             sizes = batch["image_sizes"], batch["original_sizes"]
-            found = detections(outputs, batch["images"], *sizes, cfg)
+            found = detections(outputs, batch["images"], *sizes, cfg, cfg.TEST.COLORS.ENABLED)
             for image_id, instances in zip(batch["image_ids"], found, strict=True):
                 seen.append(image_id)
                 results += encode(image_id, instances, loader.dataset.data.category_ids)

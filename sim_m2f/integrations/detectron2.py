@@ -91,7 +91,8 @@ class SIMMask2Former(nn.Module):
         asked = [{"height": h, "width": w, **item} for item, (h, w) in zip(batch, sizes, strict=True)]
         originals = [(item["height"], item["width"]) for item in asked]
         outputs = self.network(images.tensor, auxiliary=False)
-        found = detections(outputs, self.pixels.undo(images.tensor), sizes, originals, self.cfg)
+        pixels, colors = self.pixels.undo(images.tensor), self.cfg.TEST.COLORS.ENABLED
+        found = detections(outputs, pixels, sizes, originals, self.cfg, colors)
         return [{"instances": _as_instances(*each)} for each in zip(found, originals, strict=True)]
 
     def _teacher_outputs(self, targets: list[Target], images: Tensor) -> Outputs | None:
