@@ -75,7 +75,8 @@ def trainings(weights: Path | None) -> list[Training]:
         print(f"left out people: needs {data} (DETECTRON2_DATASETS) and --weights FILE, got {weights}")
         return SHAPES
     pixels = ["MODEL.PIXEL_MEAN", PIXELS, "MODEL.PIXEL_STD", PIXELS]
-    PEOPLE.changes = ["MODEL.WEIGHTS", str(weights.resolve()), *pixels]
+    own_masks = ["TEST.COLORS.ENABLED", "False"]  # as in real_people.json
+    PEOPLE.changes = ["MODEL.WEIGHTS", str(weights.resolve()), *pixels, *own_masks]
     return [*SHAPES, PEOPLE]
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_masks.py people --seeds 0 1 2 --steps 300 --jobs 2 --weights FILE
 
-Trains configs/<set>/boxes.yaml with MODEL.SIM.SUPERVISION mixed on copies of the training annotations in
+Trains the row "best" with MODEL.SIM.SUPERVISION mixed on copies of the training annotations in
 which a share of the objects, drawn by the seed, keeps its segmentation. Rows go into
 benchmarks/results/mixed_<set>.json; with --jobs 0 nothing is trained. Prints the table and draws
 docs/mixed_<set>.png, beside supervision by masks (real_<set>.json). Without any mask a step is bit for bit

@@ -143,7 +143,7 @@ class Segmenter(nn.Module):
     ) -> tuple[Instances, Instances]:
         """In one pass of the network, the masks of given boxes and all that it finds; see ``predict``.
 
-        Colours never correct what it finds, so that both agree where the network is sure.
+        Colours never correct what it finds: how well both agree tells how sure the network is.
         """
         padded, size, original = self._input(image)
         given, outputs = self._masks_of(padded, boxes, labels, size, original, colors)
