@@ -151,7 +151,10 @@ def test_a_folder_stands_for_its_files(tmp_path):
 
 
 def test_rows_of_real_images_add_up_to_their_configurations():
-    """The rows best, sim, boxinst and mask are what the configurations of these names train."""
+    """The rows best, sim, boxinst and mask are what the configurations of these names train.
+
+    All rows are scored without colours at test time, which the best recipe uses.
+    """
     for name, config in {"best": "boxes", "sim": "sim", "boxinst": "boxinst", "mask": "mask"}.items():
         (file,) = (ROOT / "configs/real/rows").glob(f"*_{name}.yaml")
         row, whole = get_cfg(), get_cfg()
@@ -159,6 +162,9 @@ def test_rows_of_real_images_add_up_to_their_configurations():
         row.merge_from_file(file)
         whole.merge_from_file(ROOT / f"configs/people/{config}.yaml")
         row.OUTPUT_DIR = whole.OUTPUT_DIR
+        assert not row.TEST.COLORS.ENABLED
+        assert whole.TEST.COLORS.ENABLED is (name == "best")
+        row.TEST.COLORS.ENABLED = whole.TEST.COLORS.ENABLED
         assert row == whole
 
 
