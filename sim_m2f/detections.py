@@ -48,19 +48,23 @@ def _correct(found: Detections, logits: Tensor, image: Tensor, size: Size, cfg: 
     keys.KEEP, keys.SMOOTHING, keys.SPAN = test.KEEP, test.SMOOTHING, 0.0
     original: Size = (found["masks"].shape[1], found["masks"].shape[2])
     good = (found["scores"] >= test.MIN_SCORE) & (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
-    for some in good.nonzero()[:, 0].split(TOGETHER):
-        queries, place = found["queries"][some].unique(return_inverse=True)
-        boxes = torch.empty(len(queries), 4, device=some.device)
-        boxes[place] = _grown(found["boxes"][some], test.GROW, original)
-        scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
-        resized = boxes * boxes.new_tensor([*scale, *scale])
-        fine = corrected_masks(
-            logits[queries].float(), image.to(some.device), resized, size, keys, alone=True
-        )
-        masks, _ = masks_in_boxes(fine, boxes, (FINER * size[0], FINER * size[1]), original)
-        masks = without_specks(masks)[place]
-        some, masks = some[masks.any((1, 2))], masks[masks.any((1, 2))]
-        found["masks"][some], found["boxes"][some] = masks, mask_extents(masks).to(boxes.dtype)
+    index = good.nonzero()[:, 0]
+    queries, place = found["queries"][index].unique(return_inverse=True)  # classes of a query share its mask
+    boxes = found["boxes"].new_empty(len(queries), 4)
+    boxes[place] = _grown(found["boxes"][index], test.GROW, original)
+    scale = boxes.new_tensor([new / old for old, new in zip(original[::-1], size[::-1], strict=True)] * 2)
+    image = image.to(logits.device)
+    fine_size: Size = (FINER * size[0], FINER * size[1])
+    masks = found["masks"].new_empty(len(queries), *original)
+    for first in range(0, len(queries), TOGETHER):
+        part = slice(first, first + TOGETHER)
+        of_part, own = logits[queries[part]].float(), boxes[part]
+        fine = corrected_masks(of_part, image, own * scale, size, keys, alone=True)
+        masks[part] = without_specks(masks_in_boxes(fine, own, fine_size, original)[0])
+    corrected = masks[place]
+    kept = corrected.any((1, 2))  # colours may leave nothing
+    index, corrected = index[kept], corrected[kept]
+    found["masks"][index], found["boxes"][index] = corrected, mask_extents(corrected).to(boxes.dtype)
 
 
 def _grown(boxes: Tensor, share: float, size: Size) -> Tensor:
