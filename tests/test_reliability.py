@@ -271,6 +271,14 @@ with StopSignal() as stop, stop.at_once("last words"):
     time.sleep(60)
 """
 
+SILENCED = """import contextlib, os, signal, time
+from sim_m2f.engine.stop_signal import StopSignal
+print("before")
+with StopSignal() as stop, stop.at_once("last words"), contextlib.redirect_stdout(None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
 
 def silent(script: str) -> tuple[int, str]:
     """Status and output of a script of Python that says nothing on standard error."""
@@ -291,6 +299,11 @@ def test_an_interrupt_while_packages_are_imported_is_silent(name):
 def test_a_signal_ends_at_once_what_forks_just_then():
     """Python forgets an exception there."""
     assert silent(FORKING) == (128 + signal.SIGTERM, "\nlast words\n")
+
+
+def test_a_signal_while_output_is_silenced_has_its_last_words():
+    """As it is while pycocotools computes scores; what was printed before comes first."""
+    assert silent(SILENCED) == (128 + signal.SIGTERM, "before\n\nlast words\n")
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ class StopSignal:
     def _end(self, number: int) -> None:
         try:
             with contextlib.suppress(RuntimeError):  # the signal may have come while this was being written
-                sys.stdout.flush()
+                if sys.__stdout__:  # sys.stdout is None while COCO's scores are computed in silence
+                    sys.__stdout__.flush()
             if is_first_rank():
                 os.write(1, f"\n{self._last_words}\n".encode())
             end_workers()
