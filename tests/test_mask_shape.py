@@ -51,11 +51,24 @@ def test_outlines_are_not_solid_and_small_masks_are():
 )
 def test_outlines_are_told_once_and_the_guard_advised_where_it_helps(settings, advised, capsys):
     cfg = sim_m2f.get_cfg()
-    cfg.merge_from_list([*settings, "SOLVER.MAX_ITER", "10"])
+    cfg.merge_from_list([*settings, "SOLVER.MAX_ITER", "1000"])
     metrics = Metrics()
     metrics.warned = False
-    for iteration, fill in ((1, 0.1), (2, 0.5), (3, 0.1), (4, 0.1)):
+    for iteration, fill in ((199, 0.1), (200, 0.5), (220, 0.1), (240, 0.1)):
         metrics._warn_of_outlines(SimpleNamespace(cfg=cfg, iteration=iteration), fill, 0.5)
     said = "".join(capsys.readouterr())
-    assert said.count("masks are outlines") == said.count("step 3:") == 1
+    assert said.count("masks are outlines") == said.count("step 220:") == 1
     assert ("FILL_GUARD.ENABLED True" in said) == advised
+
+
+def test_masks_of_a_short_run_are_not_called_outlines_while_they_begin(capsys):
+    """All runs on real images have hollow masks for 60 steps, from masks as well."""
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["SOLVER.MAX_ITER", "100"])
+    metrics = Metrics()
+    metrics.warned = False
+    for iteration in (20, 40, 60):
+        metrics._warn_of_outlines(SimpleNamespace(cfg=cfg, iteration=iteration), 0.1, 0.5)
+    assert capsys.readouterr() == ("", "")
+    metrics._warn_of_outlines(SimpleNamespace(cfg=cfg, iteration=80), 0.1, 0.5)
+    assert "step 80: masks are outlines" in "".join(capsys.readouterr())

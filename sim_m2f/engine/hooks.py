@@ -18,7 +18,7 @@ from sim_m2f.files import write_file
 
 # Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
-SETTLED = 0.2  # share of the run after which masks have a shape
+SETTLED, SETTLED_STEPS = 0.2, 80  # share of the run, and steps at least, after which masks have a shape
 
 
 class Notes(Hook):
@@ -76,8 +76,8 @@ class Metrics(Hook):
             self._warn_of_outlines(trainer, means["mask_fill"], means["mask_solidity"])
 
     def _warn_of_outlines(self, trainer: Trainer, fill: float, solidity: float) -> None:
-        """Say once when, after a fifth of the run, the masks are hollow."""
-        settled = trainer.iteration >= SETTLED * trainer.cfg.SOLVER.MAX_ITER
+        """Say once when, after a fifth of the run and not at its very beginning, the masks are hollow."""
+        settled = trainer.iteration >= max(SETTLED * trainer.cfg.SOLVER.MAX_ITER, SETTLED_STEPS)
         if settled and not self.warned and fill < OUTLINE_FILL and solidity < OUTLINE_SOLIDITY:
             self.warned = True
             sim = trainer.cfg.MODEL.SIM
