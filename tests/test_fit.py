@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from coloured_coco import write_coloured
 from conftest import SMALL
 from PIL import Image
@@ -17,6 +18,8 @@ from sim_m2f.commands import fit
 from sim_m2f.config import get_cfg
 from sim_m2f.data.image import read_image
 from sim_m2f.data.notes import notes
+from sim_m2f.engine.trainer import Trainer
+from sim_m2f.errors import UserError
 
 QUICK = [*SMALL, "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_NORMS", "False", "SOLVER.MAX_ITER", "2"]
 
@@ -105,6 +108,69 @@ def test_many_small_objects_are_seen_as_tiles(tmp_path):
     assert sets.train == sets.val == sets.boxes  # two images are not split
 
 
+def test_images_that_cannot_be_split_are_learned_from_and_validated_with(data):
+    """Five images, each the only one with its class."""
+    content = json.loads((data / "boxes.json").read_text())
+    content["categories"] = [
+        {"id": image["id"], "name": f"kind {image['id']}"} for image in content["images"]
+    ]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = annotation["image_id"]
+    kept = {annotation["image_id"] for annotation in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in kept]
+    for number in range(5 - len(content["images"])):
+        extra = {**content["images"][0], "id": 100 + number, "file_name": f"extra{number}.png"}
+        Image.new("RGB", (extra["width"], extra["height"])).save(data / extra["file_name"])
+        content["images"].append(extra)
+        content["categories"].append({"id": extra["id"], "name": f"kind {extra['id']}"})
+        more = {**content["annotations"][0], "id": 100 + number, "image_id": extra["id"]}
+        content["annotations"].append({**more, "category_id": extra["id"]})
+    (data / "boxes.json").write_text(json.dumps(content))
+    _, sets = chosen(data)
+    assert sets.train == sets.val == sets.boxes
+
+
+def test_a_batch_that_memory_does_not_hold_is_taken_in_parts(data, monkeypatch):
+    """Nothing but the failure is made up: a step of more than two images at once has no memory."""
+    steps, step = [], Trainer._losses
+
+    def limited(self, images, *more):
+        steps.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return step(self, images, *more)
+
+    monkeypatch.setattr(Trainer, "_losses", limited)
+    cfg, _ = chosen(data, *QUICK, "SOLVER.IMS_PER_BATCH", "8", "INPUT.IMAGE_SIZE", "64")
+    fit.affordable_trial(cfg, fixed=False)
+    assert cfg.SOLVER.IMAGES_AT_ONCE == 2
+    assert steps[:2] == [8, 4]
+    assert set(steps[2:]) == {2}
+    cfg.SOLVER.IMAGES_AT_ONCE = 0
+    with pytest.raises(UserError, match=r"out of memory.*SOLVER\.IMS_PER_BATCH"):
+        fit.affordable_trial(cfg, fixed=True)
+
+
+def test_tests_see_images_of_the_size_of_training(data):
+    cfg, _ = chosen(data, "INPUT.IMAGE_SIZE", "128")
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (128, 128)
+    cfg, _ = chosen(data, "INPUT.IMAGE_SIZE", "128", "INPUT.MAX_SIZE_TEST", "192")
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (128, 192)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_heeds_keys_of_the_command_line(data, tmp_path, capsys):
+    out, quick = tmp_path / "out", ["INPUT.IMAGE_SIZE", "64", *QUICK]
+    assert main(arguments(data, out, *quick)) == 0
+    longer = *quick[:-1], "3"
+    assert main(arguments(data, out, "--resume", "--minutes", "2", *longer)) == 0
+    assert "note: --minutes: without effect" in capsys.readouterr().err
+    steps = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 2
+    assert main(arguments(data, out, "--resume", *longer, "MODEL.MASK_FORMER.HIDDEN_DIM", "64")) == 2
+    assert "belongs to another network" in capsys.readouterr().err
+
+
 BROKEN = {
     "no file": ([], {}, "none.json", ["none.json", "no such file"]),
     "minutes": (["--minutes", "-3"], {}, "boxes.json", ["--minutes is -3"]),
@@ -133,6 +199,13 @@ def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, n
     assert len(errors) == 1
     assert all(text in errors[0] for text in said), errors
     assert not (tmp_path / "out/config.yaml").exists()
+
+
+def test_validation_needs_an_object(data, tmp_path, capsys):
+    content = json.loads((data / "boxes.json").read_text())
+    (data / "empty.json").write_text(json.dumps({**content, "annotations": []}))
+    assert main(arguments(data, tmp_path / "out", "--val", str(data / "empty.json"))) == 2
+    assert "empty.json: no object to validate with" in capsys.readouterr().err
 
 
 def test_a_fault_of_validation_comes_first(data, tmp_path, capsys):

@@ -48,24 +48,24 @@ def run(args: argparse.Namespace) -> int:
     write_file(args.output / "annotations.json", json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
-    if args.split:
-        write_split(content, args.split, args.seed, args.output)
+    if args.split and not write_split(content, args.split, args.seed, args.output):
+        raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 
 
-def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[Path, Path]:
-    """Write train.json and val.json; returns their paths.
+def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[Path, Path] | None:
+    """Write train.json and val.json; returns their paths, or None where one of both would be empty.
 
     Raises:
-        UserError: one of both would be empty, the seed is negative, or a file cannot be written.
+        UserError: the seed is negative, or a file cannot be written.
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}; give a whole number from 0 on")
     held = split_images(content, share, seed)
     rest = {image["id"] for image in content["images"]} - held
     if not held or not rest:
-        raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
+        return None
     paths = folder / "train.json", folder / "val.json"
     for path, ids in zip(paths, (rest, held), strict=True):
         write_file(path, json.dumps(part(content, ids)))

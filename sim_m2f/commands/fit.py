@@ -23,7 +23,7 @@ from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
-from sim_m2f.engine.trial import Trial, trial
+from sim_m2f.engine.trial import OutOfMemoryError, Trial, trial
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.labelling.masks import label
@@ -44,7 +44,7 @@ LEAST_STEPS, MOST_STEPS, EPOCHS = 50, 600, 10  # large sets get as many steps as
 OBJECT_SIDE = 32  # pixels of the network's input that half of the objects should have at least
 CELL, SIZES = 32, (256, 512)  # the network's input: a multiple, and its range, in pixels
 MOST_QUERIES = 200
-SPARE = 0.9  # share of the minutes that is planned for
+MINUTES, SPARE = 15.0, 0.9  # for all of it, and the share of them that is planned for
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", default=COCO, choices=INPUTS, dest="input", help="format of the boxes (coco)"
     )
     parser.add_argument("--output", type=Path, default=Path("fitted"), metavar="FOLDER")
-    parser.add_argument("--minutes", type=float, default=15.0, help="time for all of it, about (15)")
+    parser.add_argument("--minutes", type=float, help=f"time for all of it, about ({MINUTES:g})")
     parser.add_argument("--val", type=Path, metavar="PATH", help="validation set (a fifth of the objects)")
     parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="its images (those of --images)")
     weights = "pretrained weights (timm's); the file of another may want other MODEL.PIXEL_MEAN and _STD"
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments or the data have a fault, told before anything is loaded.
     """
-    if not 0 < args.minutes < math.inf:
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
         raise UserError(f"--minutes is {args.minutes:g}; give a positive number")
     if args.val_images and not args.val:
         raise UserError("--val-images: give --val, the annotations of these images, too")
@@ -101,7 +101,7 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     sets = find_sets(args)
     cfg = settings(args, sets)
     if args.resume and (args.output / CONFIG).exists():
-        cfg.merge_from_file(args.output / CONFIG)
+        go_on(cfg, args)
     else:
         plan(cfg, sets, args)
     cfg.freeze()
@@ -120,6 +120,20 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     print(f"masks of the boxes: {masks.annotations}")
     print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")
     print(f"page:               {page}")
+
+
+def go_on(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Take the settings of the run that stopped, but for keys of the command line; the trainer checks these.
+
+    Raises:
+        UserError: an override has a fault.
+    """
+    cfg.merge_from_file(args.output / CONFIG)
+    cfg.merge_from_list(overrides(args))
+    validate(cfg)
+    for flag, key in {"--minutes": "SOLVER.MAX_ITER", "--weights": "MODEL.WEIGHTS"}.items():
+        if getattr(args, flag.removeprefix("--")) is not None:
+            print(f"note: {flag}: without effect on a run that goes on with its own {key}", file=sys.stderr)
 
 
 def find_sets(args: argparse.Namespace) -> Sets:
@@ -141,15 +155,16 @@ def find_sets(args: argparse.Namespace) -> Sets:
     if args.val:
         images = args.val_images or args.images
         path = as_coco(args.val, images, args.input, folder / "val.json", limits)
-        checked(DatasetSource(path.stem, path, images, limits))
+        held = checked(DatasetSource(path.stem, path, images, limits))
+        if not any(len(image.labels) for image in held.images):
+            raise UserError(f"{path}: no object to validate with; give another file, or leave --val out")
         own = load_json(path, limits)
         same = with_categories(own, content["categories"], path)
         if same != own:
             path = folder / "val.json"
             write_file(path, json.dumps(same))
         val = DatasetSource(path.stem, path, images, limits)
-    elif len(data.images) >= FEWEST:
-        parts = write_split(content, VALIDATION, args.seed, folder)
+    elif len(data.images) >= FEWEST and (parts := write_split(content, VALIDATION, args.seed, folder)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in parts)
     return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
 
@@ -195,13 +210,15 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     else:
         size = OBJECT_SIDE / counts.side / CELL
         cfg.INPUT.IMAGE_SIZE = CELL * min(max(math.ceil(size), SIZES[0] // CELL), SIZES[1] // CELL)
-        cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.IMAGE_SIZE
     network.NUM_OBJECT_QUERIES = min(max(network.NUM_OBJECT_QUERIES, 8 * math.ceil(most / 5)), MOST_QUERIES)
     cfg.TEST.DETECTIONS_PER_IMAGE = min(max(cfg.TEST.DETECTIONS_PER_IMAGE, 2 * counts.most), MOST_QUERIES)
     cfg.DATALOADER.NUM_WORKERS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
     cfg.merge_from_list(overrides(args))
+    if not counts.many_small:
+        cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.IMAGE_SIZE
+        cfg.merge_from_list(overrides(args))  # which may say otherwise
     validate(cfg)
     return cfg
 
@@ -219,18 +236,35 @@ def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
     """
     origin = settle_weights(cfg)
     print("a few steps on trial ...", flush=True)
-    tried = trial(cfg)
+    tried = affordable_trial(cfg, "SOLVER.IMAGES_AT_ONCE" in args.opts)
     after = labelling_seconds(cfg, tried, sets)
     if "SOLVER.MAX_ITER" not in args.opts:
         images = len(read_coco(sets.train, read_masks=False).images)
         most = max(MOST_STEPS, math.ceil(EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
-        steps = int((SPARE * 60 * args.minutes - after) / tried.seconds_per_step)
+        steps = int((SPARE * 60 * (args.minutes or MINUTES) - after) / tried.seconds_per_step)
         cfg.SOLVER.MAX_ITER = min(max(steps, LEAST_STEPS), most)
         cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER // 8)
         cfg.SOLVER.CHECKPOINT_PERIOD = max(1, cfg.SOLVER.MAX_ITER // 4)
     for name, text in summary(cfg, sets, tried, origin, after).items():
         print(f"{name:<12}{text}")
     sys.stdout.flush()
+
+
+def affordable_trial(cfg: CfgNode, fixed: bool) -> Trial:
+    """A trial with the whole batch at once or, where memory does not suffice, in as large parts as it allows
+    unless these are ``fixed``; what is learned is the same.
+
+    Raises:
+        UserError: memory does not suffice for a single image, or for the parts that were asked for.
+    """
+    while True:
+        at_once = cfg.SOLVER.IMAGES_AT_ONCE or cfg.SOLVER.IMS_PER_BATCH
+        try:
+            return trial(cfg)
+        except OutOfMemoryError:
+            if at_once == 1 or fixed:
+                raise
+        cfg.SOLVER.IMAGES_AT_ONCE = at_once // 2
 
 
 def settle_weights(cfg: CfgNode) -> str:
@@ -276,6 +310,7 @@ def summary(cfg: CfgNode, sets: Sets, tried: Trial, origin: str, after: float) -
     tiles = f", as tiles of {cfg.TEST.TILE} of {cfg.INPUT.MIN_SIZE_TEST}" if cfg.TEST.TILE else ""
     epochs = steps * cfg.SOLVER.IMS_PER_BATCH / train
     minutes = (steps * tried.seconds_per_step + after) / 60
+    parts = f" ({cfg.SOLVER.IMAGES_AT_ONCE} at once)" if cfg.SOLVER.IMAGES_AT_ONCE else ""
     return {
         "data": f"{counts.images} images, {counts.objects} objects, {counts.per_image:.1f} in an image, "
         f"{counts.most} at most",
@@ -286,7 +321,7 @@ def summary(cfg: CfgNode, sets: Sets, tried: Trial, origin: str, after: float) -
         f"images of {cfg.INPUT.IMAGE_SIZE} pixels{tiles}",
         "weights": origin,
         "device": f"{tried.trainer.accelerator.device}, {tried.memory_gib:.1f} GiB of memory in a step",
-        "run": f"{steps} steps of {cfg.SOLVER.IMS_PER_BATCH} images, {epochs:.1f} epochs, "
+        "run": f"{steps} steps of {cfg.SOLVER.IMS_PER_BATCH} images{parts}, {epochs:.1f} epochs, "
         f"{tried.seconds_per_step:.2g} s a step",
         "estimate": f"{minutes:.0f} minutes, {after / 60:.1f} of them for evaluation and labelling",
     }

@@ -16,6 +16,10 @@ STEPS = 3  # the first one is not counted
 KEYS = ("SOLVER.IMS_PER_BATCH", "INPUT.IMAGE_SIZE", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES")
 
 
+class OutOfMemoryError(UserError):
+    """Memory does not suffice for a step."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """What was measured."""
@@ -29,7 +33,8 @@ def trial(cfg: CfgNode) -> Trial:
     """Take a few steps of a run that writes nothing.
 
     Raises:
-        UserError: the configuration, the data or the weights have a fault, or memory does not suffice.
+        UserError: the configuration, the data or the weights have a fault.
+        OutOfMemoryError: memory does not suffice.
     """
     cfg = cfg.clone()
     cfg.SOLVER.MAX_ITER = max(cfg.SOLVER.MAX_ITER, STEPS)
@@ -47,7 +52,7 @@ def trial(cfg: CfgNode) -> Trial:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory in a step on trial; lower {', '.join(KEYS)}") from error
+        raise OutOfMemoryError(f"out of memory in a step on trial; lower {', '.join(KEYS)}") from error
     return Trial(seconds, memory_gib(trainer.accelerator.device), trainer)
 
 

@@ -78,6 +78,8 @@ class FirstLook(Hook):
             names = found.names if len(data.class_names) > 1 else [""] * len(masks)
             example = labelled_example(image.file_name, pixels, image.boxes, masks, names, scores)
             rows.append((example.caption, example.panels))
+        if not rows:
+            return  # of a validation set without objects
         path = trainer.output_dir / "report" / "first_look.png"
         write_png(path, contact_sheet(rows))
         tqdm.write(f"first look, after {trainer.iteration} steps: {path}")
