@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +254,56 @@ def test_notes(data, tmp_path):
         assert text in found
     assert len(found.splitlines()) == 4
     assert notes(get_cfg(), [val]) == []
+
+
+def test_copies_of_images_are_the_same_images(data, tmp_path):
+    copies = tmp_path / "copies"
+    shutil.copytree(data, copies)
+    other = next(copies.glob("*.png"))
+    Image.fromarray(255 - np.asarray(Image.open(other))).save(other)
+    train, val = (
+        fit.checked(fit.DatasetSource("set", folder / "set.json", folder)) for folder in (data, copies)
+    )
+    (found,) = notes(get_cfg(), [train], [val])
+    assert "4 of 5 images are also trained on" in found
+
+
+def test_check_compares_validation_with_training(data, tmp_path, capsys):
+    small = tmp_path / "small.yaml"
+    small.write_text("MODEL: {MASK_FORMER: {NUM_OBJECT_QUERIES: 2}}")
+    command = "check", "--annotations", str(data / "boxes.json"), "--images", str(data)
+    assert main([*command, "--val", str(data / "set.json"), "--config-file", str(small)]) == 0
+    told = capsys.readouterr().out
+    assert "note: set: 5 of 5 images are also trained on" in told
+    assert "the network's 2 queries" in told
+    assert [line.split(":")[0] for line in told.splitlines()[-2:]] == ["boxes", "set"]
+    content = json.loads((data / "set.json").read_text())
+    content["categories"][1]["name"] = "hoop"
+    (data / "other.json").write_text(json.dumps(content))
+    assert main([*command, "--val", str(data / "other.json")]) == 2
+    assert "id 7 'hoop', not id 7 'ring'" in capsys.readouterr().err
+    assert main([*command, "--val-images", str(data)]) == 2
+    assert "give --val" in capsys.readouterr().err
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """A PNG of (H, W, 3) RGB, by its specification: Pillow writes none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("brightest", [4095, 65535])
+def test_colours_of_16_bits_are_scaled(tmp_path, brightest):
+    values = np.linspace(0, brightest, 20 * 30 * 3).round().astype(np.uint16).reshape(20, 30, 3)
+    (tmp_path / "a.png").write_bytes(png_of_16_bits(values))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png"), np.rint(values / brightest * 255))
 
 
 def test_dark_16_bit_images_are_seen(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Check a data set completely: every record of its JSON, every image decoded; one line for each problem."""
 
 import argparse
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.catalog import DatasetSource, find_source
-from sim_m2f.data.coco import CocoData, ImageRecord, inspect_coco, limit_problem
+from sim_m2f.data.coco import CocoData, ImageRecord, check_categories, inspect_coco, limit_problem
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record
 from sim_m2f.data.formats.registry import COCO, INPUTS, read_annotations
@@ -23,6 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="or: COCO JSON of a data set ...")
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="... and the folder of its images")
     parser.add_argument("--from", default=COCO, choices=INPUTS, dest="input", help="their format (coco)")
+    parser.add_argument("--val", type=Path, metavar="PATH", help="annotations of its validation set, too")
+    parser.add_argument("--val-images", type=Path, metavar="FOLDER", help="their images (those of --images)")
+    about = "configuration that notes are about (the default one)"
+    parser.add_argument("--config-file", default="", metavar="FILE", help=about)
     parser.add_argument("--masks", action="store_true", help="each box needs a segmentation")
     add_limits(parser)
 
@@ -51,24 +56,43 @@ def run(args: argparse.Namespace) -> int:
     """Print the problems and a summary; returns 2 when there are any, else 0.
 
     Raises:
-        UserError: the arguments do not name a data set, or its JSON is not one.
+        UserError: the arguments do not name a data set, its JSON is not one, or the validation set has other
+            categories.
     """
+    cfg = get_cfg()
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
+    found = []
+    for source in _sources(args, limits(args, cfg)):
+        content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
+        found.append(inspect_set(source, args.masks, content))
+    train, *val = (data for data, _ in found)
+    for line in itertools.chain(*(problems for _, problems in found)):
+        print(line)
+    for line in notes(cfg, [train], val):
+        print(f"note: {line}")
+    for data, problems in found:
+        objects = sum(len(image.labels) for image in data.images)
+        contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
+        problems_found = f"{data.zero_area} boxes of zero area; {len(problems) or 'no'} problems"
+        print(f"{data.name}: {contents}, {problems_found}")
+    check_categories([train, *val])
+    return 2 if any(problems for _, problems in found) else 0
+
+
+def _sources(args: argparse.Namespace, limits: CfgNode) -> list[DatasetSource]:
+    """The set, and where there is one its validation set."""
     if args.name and not args.annotations and not args.images:
-        source = find_source(args.name, limits(args))
+        source = find_source(args.name, limits)
     elif args.annotations and args.images and not args.name:
-        source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
+        source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits)
     else:
         raise UserError("check takes the name of a data set, or both --annotations JSON and --images FOLDER")
-    content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
-    data, problems = inspect_set(source, args.masks, content)
-    for line in problems:
-        print(line)
-    for line in notes(get_cfg(), [data]):
-        print(f"note: {line}")
-    objects = sum(len(image.labels) for image in data.images)
-    contents = f"{len(data.images)} images, {objects} objects, {len(data.category_ids)} categories"
-    print(f"{data.name}: {contents}, {data.zero_area} boxes of zero area; {len(problems) or 'no'} problems")
-    return 2 if problems else 0
+    if args.val_images and not args.val:
+        raise UserError("--val-images: give --val, the annotations of these images, too")
+    if not args.val:
+        return [source]
+    return [source, DatasetSource(args.val.stem, args.val, args.val_images or source.image_root, limits)]
 
 
 def inspect_set(

@@ -7,7 +7,7 @@ for mask supervision only.
 import contextlib
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,3 +299,21 @@ def clipped_xyxy(bbox: list[float], height: int, width: int) -> list[float]:
     x, y, w, h = bbox
     corners = zip((x, y, x + w, y + h), (width, height) * 2, strict=True)
     return [min(max(position, 0.0), length) for position, length in corners]
+
+
+def check_categories(data: Sequence[CocoData]) -> None:
+    """Raises UserError unless all data sets have the same categories."""
+    first = data[0]
+    for other in data[1:]:
+        if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
+            files = f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
+            raise UserError(f"{files}{_difference(first, other)}; give them the same ids and names")
+
+
+def _difference(first: CocoData, other: CocoData) -> str:
+    """The first category that is not the same, where numbers are."""
+    pairs = [zip(data.category_ids, data.class_names, strict=True) for data in (other, first)]
+    for theirs, ours in zip(*pairs, strict=False):
+        if theirs != ours:
+            return f": id {theirs[0]} {theirs[1]!r}, not id {ours[0]} {ours[1]!r}"
+    return ""

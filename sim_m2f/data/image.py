@@ -16,7 +16,7 @@ from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import refuse_special
 
 LIMITS = get_cfg().INPUT.LIMITS  # the defaults
-DARK = 4095  # 16-bit grey without a larger value is of 12 bits or fewer, and would be nearly black
+DARK = 4095  # 16 bits without a larger value are 12 or fewer, and would be nearly black
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``opened`` says it
 
@@ -81,16 +81,17 @@ def read_image(
         limits: INPUT.LIMITS.
 
     Returns:
-        (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey is scaled to 8 bits, a nearly black
-        one (12 bits or fewer) by its own range.
+        (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey and colours of PNG files are scaled to 8
+        bits, nearly black ones (12 bits or fewer) by their own range.
 
     Raises:
         UserError: the file cannot be decoded, is too large, or has another size.
     """
     with opened(path, limits) as stored:
-        stored.load()
-        upright = ImageOps.exif_transpose(stored)
-        image = stored if upright.size != (width, height) == stored.size else upright
+        image = _of_16_bits(path, stored) if _has_16_bits(stored) else stored
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        image = image if upright.size != (width, height) == image.size else upright
         size, pixels = image.size, to_rgb(image)
     if height and size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
@@ -98,9 +99,29 @@ def read_image(
     return pixels
 
 
+def _has_16_bits(stored: Image.Image) -> bool:
+    """Whether it is a PNG whose colours, not its grey alone, have 16 bits; before it is decoded."""
+    tiles = str(getattr(stored, "tile", ""))  # with the layout of the pixels that are to be decoded
+    return stored.format == "PNG" and stored.mode != "I;16" and "16B" in tiles
+
+
+def _of_16_bits(path: Path, stored: Image.Image) -> Image.Image:
+    """A PNG with 16 bits a colour, of which Pillow would take the upper 8."""
+    from torchvision.io import ImageReadMode, decode_image, read_file  # not for all that reads images
+
+    values = decode_image(read_file(str(path)), ImageReadMode.RGB).permute(1, 2, 0)
+    image = Image.fromarray(_in_8_bits(values.numpy()))
+    image.info = stored.info
+    return image
+
+
 @functools.cache
 def _tell_of_dark_images() -> None:
-    """Once in a process."""
+    """Once in a process; of a loader's workers the first one speaks for all."""
+    torch = sys.modules.get("torch")  # without which there are no workers
+    worker = torch.utils.data.get_worker_info() if torch else None
+    if worker is not None and worker.id > 0:
+        return
     note = f"16-bit images without a value above {DARK} are nearly black; each is scaled by its own range"
     print(f"note: {note}", file=sys.stderr)
 
@@ -115,13 +136,18 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("32-bit grey has no known range; convert it to 8 or 16 bits")
-        brightest = 65535
-        if values.max() <= DARK:
-            brightest = max(int(values.max()), 1)
-            _tell_of_dark_images()
-        image = Image.fromarray(np.rint(values * (255 / brightest)).astype(np.uint8))
+        image = Image.fromarray(_in_8_bits(values))
     elif image.mode == "F":
         raise ValueError("floating-point grey has no known range; convert it to 8 or 16 bits")
     elif image.mode == "P":
         image = image.convert("RGBA")  # a palette with transparency has no direct way to RGB
     return np.array(image.convert("RGB"))
+
+
+def _in_8_bits(values: np.ndarray) -> np.ndarray:
+    """uint8 of values of 16 bits."""
+    brightest = 65535
+    if values.max() <= DARK:
+        brightest = max(int(values.max()), 1)
+        _tell_of_dark_images()
+    return np.rint(values * (255 / brightest)).astype(np.uint8)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource, train_sources
-from sim_m2f.data.coco import CocoData, read_coco
+from sim_m2f.data.coco import CocoData, check_categories, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
 from sim_m2f.distributed import once_per_node, share
@@ -201,24 +201,12 @@ def pad_and_cat(tensors: list[Tensor], height: int, width: int) -> Tensor:
 
 def check_classes(cfg: CfgNode, data: list[CocoData]) -> None:
     """Raises UserError unless all data sets have the same categories, as many as the network has classes."""
+    check_categories(data)
     first = data[0]
-    for other in data[1:]:
-        if (other.category_ids, other.class_names) != (first.category_ids, first.class_names):
-            files = f"{other.annotations_file}: its categories differ from those of {first.annotations_file}"
-            raise UserError(f"{files}{_difference(first, other)}; give them the same ids and names")
     classes, categories = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, len(first.category_ids)
     if categories != classes:
         fault = f"{first.annotations_file}: has {categories} categories, but the network {classes}"
         raise UserError(f"{fault}; set MODEL.SEM_SEG_HEAD.NUM_CLASSES {categories}")
-
-
-def _difference(first: CocoData, other: CocoData) -> str:
-    """The first category that is not the same, where numbers are."""
-    pairs = [zip(data.category_ids, data.class_names, strict=True) for data in (other, first)]
-    for theirs, ours in zip(*pairs, strict=False):
-        if theirs != ours:
-            return f": id {theirs[0]} {theirs[1]!r}, not id {ours[0]} {ours[1]!r}"
-    return ""
 
 
 def print_notes(data: list[CocoData]) -> None:
