@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import shutil
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -76,6 +78,7 @@ def chosen(folder: Path, *more: str):
     parser = argparse.ArgumentParser()
     fit.add_arguments(parser)
     args = parser.parse_args(arguments(folder, folder / "out", *more)[1:])
+    assert fit.stopped_run(args) is None
     sets = fit.find_sets(args)
     return fit.settings(args, sets), sets
 
@@ -165,9 +168,12 @@ def test_tests_see_images_of_the_size_of_training(data):
 def test_a_run_that_goes_on_heeds_keys_of_the_command_line(data, tmp_path, capsys):
     out, quick = tmp_path / "out", ["INPUT.IMAGE_SIZE", "64", *QUICK]
     assert main(arguments(data, out, *quick)) == 0
+    parts = [(out / f"{name}.json").read_text() for name in ("train", "val")]
     longer = *quick[:-1], "3"
-    assert main(arguments(data, out, "--resume", "--minutes", "2", *longer)) == 0
-    assert "note: --minutes: without effect" in capsys.readouterr().err
+    assert main(arguments(data, out, "--resume", "--minutes", "2", "--seed", "7", *longer)) == 0
+    said = capsys.readouterr().err
+    assert all(f"note: {flag}: without effect" in said for flag in ("--minutes", "--seed"))
+    assert [(out / f"{name}.json").read_text() for name in ("train", "val")] == parts
     steps = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
     assert main(arguments(data, out, "--resume", *longer, "MODEL.MASK_FORMER.HIDDEN_DIM", "64")) == 2
@@ -266,6 +272,17 @@ def test_copies_of_images_are_the_same_images(data, tmp_path):
     )
     (found,) = notes(get_cfg(), [train], [val])
     assert "4 of 5 images are also trained on" in found
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(data):
+    train = val = fit.checked(fit.DatasetSource("set", data / "set.json", data))
+    (data / val.images[0].file_name).unlink()
+    os.mkfifo(data / val.images[0].file_name)
+    found = []
+    looking = threading.Thread(target=lambda: found.extend(notes(get_cfg(), [train], [val])), daemon=True)
+    looking.start()
+    looking.join(20)
+    assert ["4 of 5 images are also" in line for line in found] == [True]
 
 
 def test_check_compares_validation_with_training(data, tmp_path, capsys):

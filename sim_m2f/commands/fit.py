@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help=weights)
     formats = f"of the masks, beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
     parser.add_argument("--format", default="", metavar="NAMES", help=formats)
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the run (0)")
+    parser.add_argument("--seed", type=int, help="of the split and the run (0)")
     parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
     parser.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of any key")
@@ -98,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
 
 def fit(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it all, in a folder that nobody else writes to."""
+    previous = stopped_run(args)
     sets = find_sets(args)
-    cfg = settings(args, sets)
-    if args.resume and (args.output / CONFIG).exists():
-        go_on(cfg, args)
+    if previous:
+        cfg = previous
     else:
+        cfg = settings(args, sets)
         plan(cfg, sets, args)
     cfg.freeze()
     write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
@@ -122,18 +123,27 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     print(f"page:               {page}")
 
 
-def go_on(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Take the settings of the run that stopped, but for keys of the command line; the trainer checks these.
+def stopped_run(args: argparse.Namespace) -> CfgNode | None:
+    """The settings of the run that goes on, but for keys of the command line; None where a new one begins.
+
+    Its data are split as before, whatever --seed says.
 
     Raises:
         UserError: an override has a fault.
     """
+    if not args.resume or not (args.output / CONFIG).exists():
+        args.seed = args.seed or 0
+        return None
+    cfg = get_cfg()
     cfg.merge_from_file(args.output / CONFIG)
-    cfg.merge_from_list(overrides(args))
-    validate(cfg)
-    for flag, key in {"--minutes": "SOLVER.MAX_ITER", "--weights": "MODEL.WEIGHTS"}.items():
+    own = {"--minutes": "SOLVER.MAX_ITER", "--weights": "MODEL.WEIGHTS", "--seed": "SEED"}
+    for flag, key in own.items():
         if getattr(args, flag.removeprefix("--")) is not None:
             print(f"note: {flag}: without effect on a run that goes on with its own {key}", file=sys.stderr)
+    args.seed = cfg.SEED
+    cfg.merge_from_list(overrides(args))
+    validate(cfg)
+    return cfg
 
 
 def find_sets(args: argparse.Namespace) -> Sets:

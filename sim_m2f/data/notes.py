@@ -28,7 +28,8 @@ def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str
     """Images in both, told by their files' sizes and, where these are equal, by what the files begin with."""
     sizes: dict[int, set[Path]] = {}
     for path in {data.image_root / image.file_name for data in train for image in data.images if val}:
-        sizes.setdefault(_size(path), set()).add(path)
+        if (size := _size(path)) >= 0:
+            sizes.setdefault(size, set()).add(path)
     heads = functools.cache(_head)
     found = []
     for data in val:
@@ -36,7 +37,7 @@ def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str
         shared = []
         for path in own:
             alike = sizes.get(_size(path), set())
-            if path in alike or heads(path) in map(heads, alike):
+            if path in alike or (alike and heads(path) in map(heads, alike)):
                 shared.append(path)
         if shared:
             fault = f"{len(shared)} of {len(own)} images are also trained on, such as {shared[0].name}"
@@ -45,11 +46,8 @@ def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str
 
 
 def _size(path: Path) -> int:
-    """In bytes; -1 of a file that is not there."""
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return -1
+    """In bytes; -1 of what is no file, or not there."""
+    return os.path.getsize(path) if path.is_file() else -1
 
 
 def _head(path: Path) -> bytes:
