@@ -19,6 +19,7 @@ from test_broken_input import CONFIG, data, overrides, write_data  # noqa: F401 
 from test_training import train_losses
 
 from sim_m2f.cli import main
+from sim_m2f.data.loader import collate
 
 SHORT = ["SOLVER.MAX_ITER", "2", "TRACKERS", "()", "MODEL.SIM.SHOW.PERIOD", "0"]
 
@@ -89,6 +90,64 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, sets, number):
     taken = last_state(output)["iteration"]
     assert taken >= len(train_losses(output)) >= 3
     assert f"stopped after step {taken}" in (tmp_path / "log.txt").read_text()
+
+
+def forked(output: Path, *arguments: str) -> multiprocessing.Process:
+    """A run in a process that has what the test has patched, as its data workers have."""
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: os._exit(train(output, *arguments, "DATALOADER.NUM_WORKERS", "1"))
+    )
+    process.start()
+    return process
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_run_that_waits_for_its_data(tmp_path, sets, monkeypatch):
+    """As for a disk that does not answer: from the fourth batch on the worker makes none."""
+    whole, output = collate, tmp_path / "output"
+
+    def stalled(samples, **sizes):
+        counts.append(1)
+        return whole(samples, **sizes) if len(counts) < 4 else time.sleep(1000)
+
+    counts = []
+    monkeypatch.setattr("sim_m2f.data.loader.collate", stalled)
+    process = forked(output, *sets, "SOLVER.LOG_PERIOD", "1", "SOLVER.MAX_ITER", "100")
+    try:
+        deadline = time.time() + 120
+        while not (output / "metrics.jsonl").exists() or len(train_losses(output)) < 3:
+            assert process.is_alive()
+            assert time.time() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(10)
+        assert process.exitcode == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert last_state(output)["iteration"] == 3
+
+
+class Unshared:
+    """What a worker cannot hand over, as where /dev/shm is full."""
+
+    def __reduce__(self):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_hand_over_a_batch_ends_the_run(tmp_path, sets, monkeypatch, capfd):
+    monkeypatch.setattr("sim_m2f.data.loader.collate", lambda *_, **__: Unshared())
+    process = forked(tmp_path / "output", *sets)
+    try:
+        process.join(60)
+        assert process.exitcode == 2
+    finally:
+        process.kill()
+    worker, run = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "No space left on device" in worker
+    assert "/dev/shm" in worker
+    assert "DATALOADER.NUM_WORKERS" in run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -3,7 +3,8 @@
 import atexit
 import contextlib
 import itertools
-import multiprocessing
+import multiprocessing.queues
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,12 @@ from sim_m2f.data.coco import CocoData, check_categories, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
 from sim_m2f.distributed import once_per_node, share
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Sample, Target
 
 Data = TypeVar("Data", TrainDataset, EvalDataset)
+WAIT = 2.0  # seconds for workers, between looks at what else the run is asked to do
 
 
 class GlobalBatches(Sampler[list[int]]):
@@ -61,18 +63,38 @@ class Batches(DataLoader[Sample], Generic[Data]):
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=partial(collate, least_size=least_size, divisor=divisor),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_forgive_an_ended_run,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else making an iterator draws from the global random state
+            timeout=WAIT if cfg.DATALOADER.NUM_WORKERS else 0,
             **options,
         )
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> "BatchIterator":  # type: ignore[override]
+        with _signals_blocked():
+            return BatchIterator(super().__iter__())
+
+
+class BatchIterator(Iterator[Batch]):
+    """Batches, which are waited for as long as it takes, or a while at a time."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def __next__(self) -> Batch:
+        while (batch := self.awaited()) is None:
+            pass
+        return batch
+
+    def awaited(self) -> Batch | None:
+        """The next batch; None where workers have not made it within WAIT seconds: ask again."""
         try:
-            with _signals_blocked():
-                batches = super().__iter__()
-            yield from batches
+            return next(self._batches)
         except UserError as error:
             raise UserError(str(error).rpartition("sim_m2f.errors.UserError: ")[2].strip()) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            return None
 
 
 @contextlib.contextmanager
@@ -85,14 +107,25 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _forgive_an_ended_run(_: int) -> None:
-    """Let a worker be silent when the run ends while it takes a batch; a thread of the worker would tell."""
+def _prepare_worker(_: int) -> None:
+    """Let threads of a worker be silent when the run ends while it takes a batch, and end it when they fail.
+
+    A batch that cannot be handed over would be waited for for ever.
+    """
 
     def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not isinstance(error, (EOFError, ConnectionError)):
             sys.__excepthook__(kind, error, trace)
 
+    def lost(error: Exception, _: object) -> None:
+        if not isinstance(error, (EOFError, ConnectionError)):
+            fault = f"error: a data worker cannot hand over a batch ({first_line(error)})"
+            advice = "enlarge /dev/shm (docker run --shm-size) or set DATALOADER.NUM_WORKERS 0"
+            print(f"{fault}; {advice}", file=sys.stderr, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)  # which the run takes for want of memory
+
     sys.excepthook = told
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lost)  # type: ignore[attr-defined]
 
 
 @atexit.register

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, cfg_from_text, changed_on_resume
-from sim_m2f.data.loader import train_loader
+from sim_m2f.data.loader import BatchIterator, train_loader
 from sim_m2f.data.student_colors import student_colors
 from sim_m2f.distributed import copy_from_first_rank, largest_number, share
 from sim_m2f.draws import Seed, generator
@@ -147,14 +147,23 @@ class Trainer:
     def _take_steps(self, total: int) -> None:
         """Train up to step ``total``; a signal that any rank has received ends it with a checkpoint."""
         batches = iter(self.loader)
-        while not (received := largest_number(self.stop.received)) and self.iteration < total:
-            losses = self.step(next(batches))
+        batch = self._next(batches, total)
+        while not (received := largest_number(self.stop.received)) and batch:
+            losses = self.step(batch)
             self.bar.update()
             for hook in self.hooks:
                 hook.after_step(self, losses)
+            batch = self._next(batches, total)
         if received:
             self.save()
             raise SystemExit(128 + received)
+
+    def _next(self, batches: BatchIterator, total: int) -> Batch | None:
+        """The next batch; None after step ``total``, or where a signal comes while workers make none."""
+        while self.iteration < total and not self.stop.received:
+            if (batch := batches.awaited()) is not None:
+                return batch
+        return None
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update of the weights; returns the losses, whose mean over the ranks is that of the batch.
