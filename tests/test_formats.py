@@ -15,6 +15,8 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import read_coco
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
 
@@ -278,6 +280,58 @@ def test_a_turned_rectangle_of_label_studio(tmp_path):
     assert back["images"][0]["file_name"] == "a b.png"
     # 40 x 20 pixels at (100, 20), turned clockwise about that corner: 20 x 40 to its left, downwards
     np.testing.assert_allclose(back["annotations"][0]["bbox"], [80, 20, 20, 40], atol=1e-9)
+
+
+LYING = 6  # EXIF's orientation of a camera that was turned by a quarter
+UPRIGHT = (60, 90)  # width and height as every tool shows the photo below
+DISC = (10, 50, 30, 70)  # the box xyxy of what is drawn on it
+
+
+def write_for_photo(name: str, folder: Path) -> Path:
+    """The box ``DISC`` on photo.jpg in a format, as a tool that shows the photo upright writes it."""
+    x0, y0, x1, y1 = DISC
+    width, height = UPRIGHT
+    percent = {"x": x0 / 0.6, "y": y0 / 0.9, "width": 20 / 0.6, "height": 20 / 0.9, "rotation": 0}
+    region = {"type": "rectanglelabels", "original_width": width, "original_height": height}
+    region |= {"value": percent | {"rectanglelabels": ["disc"]}}
+    shape = {"label": "disc", "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle"}
+    photo = {"imagePath": "photo.jpg", "imageWidth": width, "imageHeight": height}
+    box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), DISC, strict=True))
+    size = f"<size><width>{width}</width><height>{height}</height></size>"
+    voc = f"<filename>photo.jpg</filename>{size}<object><name>disc</name><bndbox>{box}</bndbox></object>"
+    cvat = f'<box label="disc" xtl="{x0}" ytl="{y0}" xbr="{x1}" ybr="{y1}"/>'
+    texts = {
+        "yolo": f"0 {20 / 60} {60 / 90} {20 / 60} {20 / 90}",
+        "csv": f"image,label,xmin,ymin,xmax,ymax\nphoto.jpg,disc,{x0},{y0},{x1},{y1}",
+        "voc": f"<annotation>{voc}</annotation>",
+        "cvat": f'<a><image name="photo.jpg" width="{width}" height="{height}">{cvat}</image></a>',
+        "labelme": json.dumps(photo | {"shapes": [shape]}),
+        "labelstudio": json.dumps([{"data": {"image": "photo.jpg"}, "annotations": [{"result": [region]}]}]),
+    }
+    ends = {"yolo": "txt", "csv": "csv", "voc": "xml", "cvat": "xml"}
+    path = folder / name / f"photo.{ends.get(name, 'json')}"
+    path.parent.mkdir()
+    path.write_text(texts[name])
+    return path.parent if name in ("yolo", "voc", "labelme") else path
+
+
+@pytest.mark.parametrize("name", ["yolo", "csv", "voc", "cvat", "labelme", "labelstudio"])
+def test_boxes_lie_upon_photos_that_were_stored_lying(tmp_path, name):
+    pixels = np.zeros((UPRIGHT[1], UPRIGHT[0], 3), np.uint8)
+    pixels[DISC[1] : DISC[3], DISC[0] : DISC[2]] = 255
+    exif = Image.Exif()
+    exif[0x0112] = LYING
+    (tmp_path / "images").mkdir()
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "images/photo.jpg", exif=exif, quality=95)
+    path = write_for_photo(name, tmp_path)
+    content = convert(tmp_path / "images", tmp_path / "out", path, "--from", name)
+    source = DatasetSource("photo", tmp_path / "out/annotations.json", tmp_path / "images")
+    data = read_coco(source, read_masks=False)
+    bright = data.read_image(data.images[0])[..., 0] > 127
+    x, y, w, h = (round(value) for value in content["annotations"][0]["bbox"])
+    assert (w, h) == (20, 20)
+    assert bright[y : y + h, x : x + w].all()
+    assert bright.sum() == w * h
 
 
 BROKEN = {
