@@ -282,6 +282,84 @@ def test_a_turned_rectangle_of_label_studio(tmp_path):
     np.testing.assert_allclose(back["annotations"][0]["bbox"], [80, 20, 20, 40], atol=1e-9)
 
 
+def write_yolo_set(folder: Path, labels: dict[str, float], images: tuple[str, ...]) -> None:
+    """Images of 10 x 10 pixels, and labels of one box each, this many pixels wide."""
+    for name in images:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 10)).save(folder / name)
+    for name, width in labels.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"1 0.5 0.5 {width / 10} 0.5\n")
+
+
+MIRRORED = {
+    "beside": (
+        "images",
+        "labels",
+        {"labels/a/1.txt": 2, "labels/b/1.txt": 4},
+        ("images/a/1.jpg", "images/b/1.jpg"),
+    ),
+    "below": (".", ".", {"a/labels/1.txt": 2, "b/labels/1.txt": 4}, ("a/images/1.jpg", "b/images/1.jpg")),
+    "flat": (
+        "images",
+        "labels",
+        {"labels/1.txt": 2, "labels/2.txt": 4},
+        ("images/a/1.jpg", "images/b/2.jpg"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_labels_of_yolo_are_those_of_the_same_path(tmp_path, name):
+    images, labels, texts, files = MIRRORED[name]
+    write_yolo_set(tmp_path, texts, files)
+    back = convert(tmp_path / images, tmp_path / "out", tmp_path / labels, "--from", "yolo")
+    widths = {file: own[0]["bbox"][2] for file, own in by_image(back).items()}
+    below = [Path(file).relative_to(images).as_posix() for file in files]
+    assert widths == pytest.approx(dict(zip(below, (2, 4), strict=True)))
+
+
+UNCLEAR = {
+    "two images": ({"labels/1.txt": 2}, ("images/a/1.jpg", "images/b/1.jpg"), ["labels/1.txt", "a/1.jpg"]),
+    "two texts": ({"labels/a/1.txt": 2, "labels/c/1.txt": 2}, ("images/a/1.jpg",), ["c/1.txt", "a/1.txt"]),
+    "two ends": ({"labels/1.txt": 2}, ("images/1.jpg", "images/1.png"), ["labels/1.txt", "1.png"]),
+}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_a_label_of_yolo_for_several_images_is_refused(tmp_path, capsys, name):
+    texts, files, said = UNCLEAR[name]
+    write_yolo_set(tmp_path, texts, files)
+    arguments = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *arguments, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(text in line for text in said), line
+
+
+@pytest.mark.parametrize("names", ["data.yaml", "classes.txt"])
+@pytest.mark.parametrize("labels", ["labels", "labels/train"])
+def test_names_of_yolo_lie_above_the_labels(tmp_path, monkeypatch, names, labels):
+    write_yolo_set(tmp_path, {f"{labels}/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / names).write_text("names: [cat, dog]" if names == "data.yaml" else "cat\ndog\n")
+    monkeypatch.chdir(tmp_path)
+    back = convert(Path("images"), Path("out"), Path(labels), "--from", "yolo")
+    (annotation,) = back["annotations"]
+    assert {each["id"]: each["name"] for each in back["categories"]}[annotation["category_id"]] == "dog"
+
+
+def test_the_readme_of_an_export_is_no_label_of_yolo(tmp_path, capsys):
+    write_yolo_set(tmp_path, {"train/labels/1.txt": 2}, ("train/images/1.jpg",))
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]")
+    (tmp_path / "README.roboflow.txt").write_text("Exported on a Monday")
+    back = convert(tmp_path, tmp_path / "out", tmp_path / "data.yaml", "--from", "yolo")
+    assert list(by_image(back)) == ["train/images/1.jpg"]
+    assert "README.roboflow.txt" in capsys.readouterr().err
+    (tmp_path / "train/labels/2.txt").write_text("0 0.5 0.5 0.1 0.1")
+    arguments = ["--annotations", str(tmp_path), "--images", str(tmp_path), "--output", str(tmp_path / "out")]
+    assert main(["convert", "--from", "yolo", *arguments]) == 2
+    assert "labels/2.txt: no image of its name" in capsys.readouterr().err
+
+
 LYING = 6  # EXIF's orientation of a camera that was turned by a quarter
 UPRIGHT = (60, 90)  # width and height as every tool shows the photo below
 DISC = (10, 50, 30, 70)  # the box xyxy of what is drawn on it
