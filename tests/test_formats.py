@@ -15,8 +15,6 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
-from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import read_coco
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
 
@@ -102,6 +100,32 @@ def test_boxes_without_masks_survive(data, tmp_path, name):
         for one, other in zip(annotations, back[file], strict=True):
             np.testing.assert_allclose(other["bbox"], one["bbox"], atol=0.01)
             assert "segmentation" not in other
+
+
+@pytest.mark.parametrize("name", ["labelme", "cvat", "labelstudio"])
+def test_a_box_that_is_larger_than_its_mask_survives(tmp_path, name):
+    mask = np.zeros((100, 100), np.uint8)
+    mask[40:50, 30:35] = mask[40:60, 40:50] = 1  # two parts
+    (tmp_path / "set/sub").mkdir(parents=True)
+    Image.new("RGB", (100, 100)).save(tmp_path / "set/sub/1.png")
+    (shape,) = encode_masks(mask[None])
+    common = {"image_id": 1, "category_id": 1, "iscrowd": 0, "area": 9, "segmentation": shape}
+    content = {
+        "images": [{"id": 1, "file_name": "sub/1.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "bbox": [10.5, 20, 60, 60], **common},
+            {"id": 2, "bbox": [30, 40, 20, 20], **common},
+        ],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    convert(tmp_path / "set", tmp_path / "out", tmp_path / "set.json", "--format", name)
+    back = convert(tmp_path / "set", tmp_path / "back", tmp_path / "out" / FILES[name], "--from", name)
+    assert list(by_image(back)) == ["sub/1.png"]
+    boxes = [annotation["bbox"] for annotation in back["annotations"]]
+    np.testing.assert_allclose(boxes, [[10.5, 20, 60, 60], [30, 40, 20, 20]], atol=0.01)
+    for annotation in back["annotations"]:
+        np.testing.assert_array_equal(decoded(annotation, 100, 100), mask)
 
 
 def test_polygons_of_coco(data, tmp_path):
@@ -280,136 +304,6 @@ def test_a_turned_rectangle_of_label_studio(tmp_path):
     assert back["images"][0]["file_name"] == "a b.png"
     # 40 x 20 pixels at (100, 20), turned clockwise about that corner: 20 x 40 to its left, downwards
     np.testing.assert_allclose(back["annotations"][0]["bbox"], [80, 20, 20, 40], atol=1e-9)
-
-
-def write_yolo_set(folder: Path, labels: dict[str, float], images: tuple[str, ...]) -> None:
-    """Images of 10 x 10 pixels, and labels of one box each, this many pixels wide."""
-    for name in images:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (10, 10)).save(folder / name)
-    for name, width in labels.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"1 0.5 0.5 {width / 10} 0.5\n")
-
-
-MIRRORED = {
-    "beside": (
-        "images",
-        "labels",
-        {"labels/a/1.txt": 2, "labels/b/1.txt": 4},
-        ("images/a/1.jpg", "images/b/1.jpg"),
-    ),
-    "below": (".", ".", {"a/labels/1.txt": 2, "b/labels/1.txt": 4}, ("a/images/1.jpg", "b/images/1.jpg")),
-    "flat": (
-        "images",
-        "labels",
-        {"labels/1.txt": 2, "labels/2.txt": 4},
-        ("images/a/1.jpg", "images/b/2.jpg"),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MIRRORED)
-def test_labels_of_yolo_are_those_of_the_same_path(tmp_path, name):
-    images, labels, texts, files = MIRRORED[name]
-    write_yolo_set(tmp_path, texts, files)
-    back = convert(tmp_path / images, tmp_path / "out", tmp_path / labels, "--from", "yolo")
-    widths = {file: own[0]["bbox"][2] for file, own in by_image(back).items()}
-    below = [Path(file).relative_to(images).as_posix() for file in files]
-    assert widths == pytest.approx(dict(zip(below, (2, 4), strict=True)))
-
-
-UNCLEAR = {
-    "two images": ({"labels/1.txt": 2}, ("images/a/1.jpg", "images/b/1.jpg"), ["labels/1.txt", "a/1.jpg"]),
-    "two texts": ({"labels/a/1.txt": 2, "labels/c/1.txt": 2}, ("images/a/1.jpg",), ["c/1.txt", "a/1.txt"]),
-    "two ends": ({"labels/1.txt": 2}, ("images/1.jpg", "images/1.png"), ["labels/1.txt", "1.png"]),
-}
-
-
-@pytest.mark.parametrize("name", UNCLEAR)
-def test_a_label_of_yolo_for_several_images_is_refused(tmp_path, capsys, name):
-    texts, files, said = UNCLEAR[name]
-    write_yolo_set(tmp_path, texts, files)
-    arguments = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
-    assert main(["convert", "--from", "yolo", *arguments, "--output", str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert all(text in line for text in said), line
-
-
-@pytest.mark.parametrize("names", ["data.yaml", "classes.txt"])
-@pytest.mark.parametrize("labels", ["labels", "labels/train"])
-def test_names_of_yolo_lie_above_the_labels(tmp_path, monkeypatch, names, labels):
-    write_yolo_set(tmp_path, {f"{labels}/1.txt": 2}, ("images/1.jpg",))
-    (tmp_path / names).write_text("names: [cat, dog]" if names == "data.yaml" else "cat\ndog\n")
-    monkeypatch.chdir(tmp_path)
-    back = convert(Path("images"), Path("out"), Path(labels), "--from", "yolo")
-    (annotation,) = back["annotations"]
-    assert {each["id"]: each["name"] for each in back["categories"]}[annotation["category_id"]] == "dog"
-
-
-def test_the_readme_of_an_export_is_no_label_of_yolo(tmp_path, capsys):
-    write_yolo_set(tmp_path, {"train/labels/1.txt": 2}, ("train/images/1.jpg",))
-    (tmp_path / "data.yaml").write_text("names: [cat, dog]")
-    (tmp_path / "README.roboflow.txt").write_text("Exported on a Monday")
-    back = convert(tmp_path, tmp_path / "out", tmp_path / "data.yaml", "--from", "yolo")
-    assert list(by_image(back)) == ["train/images/1.jpg"]
-    assert "README.roboflow.txt" in capsys.readouterr().err
-    (tmp_path / "train/labels/2.txt").write_text("0 0.5 0.5 0.1 0.1")
-    arguments = ["--annotations", str(tmp_path), "--images", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert main(["convert", "--from", "yolo", *arguments]) == 2
-    assert "labels/2.txt: no image of its name" in capsys.readouterr().err
-
-
-LYING = 6  # EXIF's orientation of a camera that was turned by a quarter
-UPRIGHT = (60, 90)  # width and height as every tool shows the photo below
-DISC = (10, 50, 30, 70)  # the box xyxy of what is drawn on it
-
-
-def write_for_photo(name: str, folder: Path) -> Path:
-    """The box ``DISC`` on photo.jpg in a format, as a tool that shows the photo upright writes it."""
-    x0, y0, x1, y1 = DISC
-    width, height = UPRIGHT
-    percent = {"x": x0 / 0.6, "y": y0 / 0.9, "width": 20 / 0.6, "height": 20 / 0.9, "rotation": 0}
-    region = {"type": "rectanglelabels", "original_width": width, "original_height": height}
-    region |= {"value": percent | {"rectanglelabels": ["disc"]}}
-    shape = {"label": "disc", "points": [[x0, y0], [x1, y1]], "shape_type": "rectangle"}
-    photo = {"imagePath": "photo.jpg", "imageWidth": width, "imageHeight": height}
-    box = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), DISC, strict=True))
-    size = f"<size><width>{width}</width><height>{height}</height></size>"
-    voc = f"<filename>photo.jpg</filename>{size}<object><name>disc</name><bndbox>{box}</bndbox></object>"
-    cvat = f'<box label="disc" xtl="{x0}" ytl="{y0}" xbr="{x1}" ybr="{y1}"/>'
-    texts = {
-        "yolo": f"0 {20 / 60} {60 / 90} {20 / 60} {20 / 90}",
-        "csv": f"image,label,xmin,ymin,xmax,ymax\nphoto.jpg,disc,{x0},{y0},{x1},{y1}",
-        "voc": f"<annotation>{voc}</annotation>",
-        "cvat": f'<a><image name="photo.jpg" width="{width}" height="{height}">{cvat}</image></a>',
-        "labelme": json.dumps(photo | {"shapes": [shape]}),
-        "labelstudio": json.dumps([{"data": {"image": "photo.jpg"}, "annotations": [{"result": [region]}]}]),
-    }
-    ends = {"yolo": "txt", "csv": "csv", "voc": "xml", "cvat": "xml"}
-    path = folder / name / f"photo.{ends.get(name, 'json')}"
-    path.parent.mkdir()
-    path.write_text(texts[name])
-    return path.parent if name in ("yolo", "voc", "labelme") else path
-
-
-@pytest.mark.parametrize("name", ["yolo", "csv", "voc", "cvat", "labelme", "labelstudio"])
-def test_boxes_lie_upon_photos_that_were_stored_lying(tmp_path, name):
-    pixels = np.zeros((UPRIGHT[1], UPRIGHT[0], 3), np.uint8)
-    pixels[DISC[1] : DISC[3], DISC[0] : DISC[2]] = 255
-    exif = Image.Exif()
-    exif[0x0112] = LYING
-    (tmp_path / "images").mkdir()
-    Image.fromarray(np.rot90(pixels)).save(tmp_path / "images/photo.jpg", exif=exif, quality=95)
-    path = write_for_photo(name, tmp_path)
-    content = convert(tmp_path / "images", tmp_path / "out", path, "--from", name)
-    source = DatasetSource("photo", tmp_path / "out/annotations.json", tmp_path / "images")
-    data = read_coco(source, read_masks=False)
-    bright = data.read_image(data.images[0])[..., 0] > 127
-    x, y, w, h = (round(value) for value in content["annotations"][0]["bbox"])
-    assert (w, h) == (20, 20)
-    assert bright[y : y + h, x : x + w].all()
-    assert bright.sum() == w * h
 
 
 BROKEN = {
