@@ -55,8 +55,8 @@ def _file_name(data: Collected, file: Path, root: Path, told: str) -> str:
     among the others, by its name.
     """
     place = file.parent / told
-    links = Path(os.path.realpath(place.parent)) / place.name, Path(os.path.realpath(data.folder))
-    for image, folder in ((Path(os.path.abspath(place)), Path(os.path.abspath(data.folder))), links):
+    for resolved in (os.path.abspath, os.path.realpath):  # links of images stay, of folders are followed
+        image, folder = Path(resolved(place.parent), place.name), Path(resolved(data.folder))
         if image.is_relative_to(folder) and os.path.isfile(image):
             return image.relative_to(folder).as_posix()
     name = PurePosixPath(told).name
@@ -69,7 +69,7 @@ def _kind(shape: Record) -> str:
 
 
 def _objects(shapes: list[Record]) -> list[tuple[str, list[Record]]]:
-    """The shapes of each object with its label: polygons or masks of one label and group are one."""
+    """The shapes of each object with its label: polygons, or masks, of one label and group are one."""
     parts: dict[object, list[Record]] = {}
     for number, shape in enumerate(shapes):
         group, kind = shape.get("group_id"), _kind(shape)
