@@ -102,6 +102,32 @@ def test_boxes_without_masks_survive(data, tmp_path, name):
             assert "segmentation" not in other
 
 
+@pytest.mark.parametrize("name", ["labelme", "cvat", "labelstudio"])
+def test_a_box_that_is_larger_than_its_mask_survives(tmp_path, name):
+    mask = np.zeros((100, 100), np.uint8)
+    mask[40:50, 30:35] = mask[40:60, 40:50] = 1  # two parts
+    (tmp_path / "set/sub").mkdir(parents=True)
+    Image.new("RGB", (100, 100)).save(tmp_path / "set/sub/1.png")
+    (shape,) = encode_masks(mask[None])
+    common = {"image_id": 1, "category_id": 1, "iscrowd": 0, "area": 9, "segmentation": shape}
+    content = {
+        "images": [{"id": 1, "file_name": "sub/1.png", "width": 100, "height": 100}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": 1, "bbox": [10.5, 20, 60, 60], **common},
+            {"id": 2, "bbox": [30, 40, 20, 20], **common},
+        ],
+    }
+    (tmp_path / "set.json").write_text(json.dumps(content))
+    convert(tmp_path / "set", tmp_path / "out", tmp_path / "set.json", "--format", name)
+    back = convert(tmp_path / "set", tmp_path / "back", tmp_path / "out" / FILES[name], "--from", name)
+    assert list(by_image(back)) == ["sub/1.png"]
+    boxes = [annotation["bbox"] for annotation in back["annotations"]]
+    np.testing.assert_allclose(boxes, [[10.5, 20, 60, 60], [30, 40, 20, 20]], atol=0.01)
+    for annotation in back["annotations"]:
+        np.testing.assert_array_equal(decoded(annotation, 100, 100), mask)
+
+
 def test_polygons_of_coco(data, tmp_path):
     folder, content = data
     convert(folder, tmp_path, folder / "set.json", "--format", "polygons")

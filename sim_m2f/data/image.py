@@ -16,6 +16,7 @@ from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import refuse_special
 
 LIMITS = get_cfg().INPUT.LIMITS  # the defaults
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the tag of EXIF, and its values that swap width and height
 DARK = 4095  # 16 bits without a larger value are 12 or fewer, and would be nearly black
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``opened`` says it
@@ -58,13 +59,15 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
-    """Width and height in pixels, as stored.
+    """Width and height in pixels of the upright image: as ``read_image`` and labelling tools show it.
 
     Raises:
         UserError: see ``opened``.
     """
     with opened(path, limits) as stored:
-        return stored.size
+        width, height = stored.size
+        exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
+        return (height, width) if exif.get(ORIENTATION) in LYING else (width, height)
 
 
 def read_image(

@@ -1,19 +1,26 @@
 """What the formats share: data sets as COCO's records, names of files, streamed JSON."""
 
 import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.image import image_size, is_outside
+from sim_m2f.data.formats.boxes import Corners, around_mask
+from sim_m2f.data.image import image_files, image_size, is_outside
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import decode_segmentation, encode_masks, segmentation_problem
 from sim_m2f.errors import UserError
 
 Record = dict[str, Any]  # an object of COCO's JSON
+BOX = "annotated_box"  # xyxy in pixels, where a format keeps values that it does not know
+SLACK = 0.01  # pixels: boxes closer than that are the same
 Labelled = tuple[Record, list[Record]]  # an image and its annotations
 
 
@@ -58,6 +65,19 @@ def polygon_of(image: Record, annotation: Record) -> np.ndarray | None:
     """All parts of the mask as one polygon (n, 2)."""
     polygons = polygons_of(image, annotation)
     return joined(polygons) if polygons else None
+
+
+def own_box(image: Record, annotation: Record) -> list[float] | None:
+    """The box of an annotation, xyxy, where it is not the one around its mask; None where it is.
+
+    No format but COCO's has both. Those that pass over what they do not know get it as a value of the mask
+    named ``BOX``: as a shape beside the mask, other tools would count it as an object, or fill it.
+    """
+    mask, (x, y, w, h) = mask_of(image, annotation), annotation["bbox"]
+    if mask is None or not mask.any():
+        return None
+    box = [x, y, x + w, y + h]
+    return None if np.allclose(box, around_mask(mask), rtol=0, atol=SLACK) else box
 
 
 def with_categories(content: Record, categories: list[Record], path: Path) -> Record:
@@ -106,6 +126,38 @@ class Collected:
         self.category_ids = {name: number for number, name in enumerate(names, start=1)}
         self.images: list[Record] = []
         self.annotations: list[Record] = []
+        self.left_out: Counter[str] = Counter()  # shapes that are not read, by their kind
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """The images in the folder and below by their names, with and without the end."""
+        found: dict[str, list[str]] = {}
+        for file in image_files(self.folder):
+            for name in {file.name, file.stem}:
+                found.setdefault(name, []).append(file.relative_to(self.folder).as_posix())
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether the folder has a file of this name."""
+        return not is_outside(self.folder, name) and os.path.isfile(self.folder / name)
+
+    def find(self, *names: str) -> str:
+        """The first of the names that the folder has; else the only image below with the name of one of them,
+        which may lack its end; else the last name as it is.
+
+        Raises:
+            ValueError: several images below have the name.
+        """
+        inside = [name for name in names if not is_outside(self.folder, name)]
+        for name in filter(self.has, inside):
+            return name
+        for name in inside:
+            found = self._by_name.get(PurePosixPath(name).name, [])
+            if len(found) > 1:
+                raise ValueError(f"{name!r} may be {found[0]!r} or {found[1]!r}; write the path of the image")
+            if found:
+                return found[0]
+        return names[-1]
 
     def add_image(self, file_name: str, size: tuple[int, int] | None = None) -> None:
         """What is added next lies on this image, of this width and height in pixels; by default its file's.
@@ -140,29 +192,47 @@ class Collected:
             }
         )
 
-    def add_polygons(self, name: str, polygons: Iterable[Iterable[Iterable[float]]]) -> None:
-        """An object of the last image by its outlines (n, 2), in pixels: its box and its segmentation."""
+    def add_polygons(
+        self, name: str, polygons: Iterable[Iterable[Iterable[float]]], box: Iterable[float] | None = None
+    ) -> None:
+        """An object of the last image by its outlines (n, 2) in pixels: its segmentation and its box, the one
+        around them unless another one (xyxy) is given that holds them.
+        """
         rings = [np.array([[float(v) for v in point] for point in ring]).reshape(-1, 2) for ring in polygons]
-        corners = np.concatenate(rings)
-        self.add_box(name, (*corners.min(0), *corners.max(0)))
+        points = np.concatenate(rings)
+        self.add_box(name, _holding(box, (*points.min(0), *points.max(0))))
         if all(len(ring) >= 3 for ring in rings):
             self.annotations[-1]["segmentation"] = [ring.ravel().tolist() for ring in rings]
 
-    def add_mask(self, name: str, left: int, top: int, part: np.ndarray) -> None:
-        """An object of the last image by its mask (h, w) bool at a place in pixels."""
-        image = self.images[-1]
+    def add_mask(
+        self, name: str, left: int, top: int, part: np.ndarray, box: Iterable[float] | None = None
+    ) -> None:
+        """An object of the last image by its mask (h, w) bool at a place in pixels, and its box as above."""
+        image, (height, width) = self.images[-1], part.shape
         mask = np.zeros((image["height"], image["width"]), bool)
-        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
-        self.add_box(name, (left, top, left + part.shape[1], top + part.shape[0]))
+        mask[top : top + height, left : left + width] = part
+        self.add_box(name, _holding(box, (left, top, left + width, top + height)))
         self.annotations[-1]["segmentation"] = encode_masks(mask[None])[0]
 
     def content(self, path: Path) -> Record:
-        """The COCO JSON.
+        """The COCO JSON. A note tells how many shapes of which kind were left out.
 
         Raises:
             UserError: there is no object; names the path.
         """
+        for kind, count in self.left_out.items():
+            fault = f"{count} shapes of the kind {kind!r} cannot be read as boxes, polygons or masks"
+            print(f"note: {path}: {fault}, and were left out", file=sys.stderr)
         if not self.images or not self.annotations:
             raise UserError(f"{path}: holds no object in this format; check --from and the path")
         categories = [{"id": number, "name": name} for name, number in self.category_ids.items()]
         return {"images": self.images, "annotations": self.annotations, "categories": categories}
+
+
+def _holding(box: Iterable[float] | None, shape: Corners) -> Corners:
+    """The box that was annotated, unless the shape has left it by more than a pixel since; all xyxy."""
+    if box is None:
+        return shape
+    x0, y0, x1, y1 = (float(value) for value in box)
+    inside = min(shape[0] - x0, shape[1] - y0, x1 - shape[2], y1 - shape[3]) >= -1
+    return (x0, y0, x1, y1) if inside else shape

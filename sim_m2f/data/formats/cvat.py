@@ -7,13 +7,14 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.formats.base import Collected, Labelled, Record, mask_of, objects
+from sim_m2f.data.formats.base import BOX, Collected, Labelled, Record, mask_of, objects, own_box
+from sim_m2f.data.formats.boxes import around_ellipse, around_mask, around_rectangle
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 
 
 def read_cvat(path: Path, images: Path, limits: CfgNode) -> Record:
-    """An annotations.xml: its boxes, polygons and masks.
+    """An annotations.xml: its boxes, polygons and masks; turned boxes and ellipses by the upright box around.
 
     Raises:
         UserError: it is no such file; names it.
@@ -34,8 +35,14 @@ def read_cvat(path: Path, images: Path, limits: CfgNode) -> Record:
 
 
 def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
+    degrees = float(values.get("rotation", 0))
     if kind == "box":
-        data.add_box(values["label"], (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr")))
+        x0, y0, x1, y1 = (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
+        centre = (x0 + x1) / 2, (y0 + y1) / 2
+        data.add_box(values["label"], around_rectangle((x0, y0, x1, y1), degrees, centre))
+    elif kind == "ellipse":
+        x, y, rx, ry = (float(values[key]) for key in ("cx", "cy", "rx", "ry"))
+        data.add_box(values["label"], around_ellipse(x, y, (rx, ry), degrees))
     elif kind == "polygon":
         points = [[float(number) for number in point.split(",")] for point in values["points"].split(";")]
         data.add_polygons(values["label"], [points])
@@ -46,7 +53,10 @@ def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
         if min(left, top, *runs) < 0 or not fits or sum(runs) != width * height:
             raise ValueError("a mask that does not fit its image or its size")
         pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-        data.add_mask(values["label"], left, top, pixels.reshape(height, width))
+        box = [float(value) for value in values[BOX].split(",")] if BOX in values else None
+        data.add_mask(values["label"], left, top, pixels.reshape(height, width), box)
+    else:
+        data.left_out[kind] += 1
 
 
 def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
@@ -70,6 +80,8 @@ def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled
             element = ElementTree.Element("image", {key: str(value) for key, value in values.items()})
             for annotation in objects(annotations):
                 shape = _shape(mask_of(image, annotation), annotation["bbox"])
+                if box := own_box(image, annotation):
+                    shape[BOX] = ",".join(map(str, box))
                 kind = "mask" if "rle" in shape else "box"
                 common = {"label": names[annotation["category_id"]], "source": "auto", "occluded": "0"}
                 ElementTree.SubElement(element, kind, common | shape | {"z_order": "0"})
@@ -82,10 +94,10 @@ def _shape(mask: np.ndarray | None, bbox: list[float]) -> dict[str, str]:
     if mask is None or not mask.any():
         x, y, w, h = bbox
         return {"xtl": f"{x}", "ytl": f"{y}", "xbr": f"{x + w}", "ybr": f"{y + h}"}
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, right, bottom = around_mask(mask)
+    part = mask[top:bottom, left:right]
     changes = np.flatnonzero(np.diff(part.ravel(), prepend=False, append=not part[-1, -1]))
     runs = np.diff(changes, prepend=0)
-    values = {"rle": ", ".join(map(str, runs)), "left": columns[0], "top": rows[0]}
-    values |= {"width": part.shape[1], "height": part.shape[0]}
+    values = {"rle": ", ".join(map(str, runs)), "left": left, "top": top}
+    values |= {"width": right - left, "height": bottom - top}
     return {key: str(value) for key, value in values.items()}

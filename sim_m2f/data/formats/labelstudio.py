@@ -8,16 +8,28 @@ from typing import Any
 import numpy as np
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.formats.base import Collected, Labelled, Record, objects, polygon_of, write_list
+from sim_m2f.data.formats.base import (
+    BOX,
+    Collected,
+    Labelled,
+    Record,
+    objects,
+    own_box,
+    polygon_of,
+    write_list,
+)
+from sim_m2f.data.formats.boxes import around_ellipse, around_rectangle
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write, read_json
 
+BARE = "rectangle", "polygon", "ellipse", "brush", "keypoint"  # a region beside its labels of the same id
+
 
 def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
-    """An export of tasks: the rectangles and polygons of each task's first annotation that was not cancelled,
-    of its first prediction where there is none.
+    """An export of tasks: the rectangles, polygons and ellipses of each task's first annotation that was not
+    cancelled, of its first prediction where there is none.
 
-    A rotated rectangle counts as the upright one around it.
+    A rotated rectangle and an ellipse count as the upright box around them.
 
     Raises:
         UserError: it is no such file; names file and task.
@@ -30,9 +42,13 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
             shapes = [result for result in (kept[0] if kept else []) if "original_width" in result]
             if shapes:
                 size = shapes[0]["original_width"], shapes[0]["original_height"]
-                data.add_image(_file_name(task, images), size)
+                data.add_image(_file_name(data, task["data"], shapes[0].get("to_name")), size)
+            labelled = {shape.get("id") for shape in shapes if shape["type"].endswith("labels")}
             for shape in shapes:
-                _add(data, shape["type"], shape["value"], *size)
+                if shape["type"].endswith("labels"):
+                    _add(data, shape, *size)
+                elif shape["type"] in BARE and shape.get("id") not in labelled:
+                    data.left_out[f"{shape['type']} without a label"] += 1
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             where = f"task {task.get('id', '?')}" if isinstance(task, dict) else "a task"
             fault = f"no task with an image ({type(error).__name__}: {error})"
@@ -40,26 +56,49 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
     return data.content(path)
 
 
-def _file_name(task: dict[str, Any], images: Path) -> str:
-    """The image's path in the folder; uploads have a random prefix that the user's own file has not."""
-    address = urllib.parse.urlsplit(next((v for v in task["data"].values() if isinstance(v, str)), ""))
+def _file_name(data: Collected, fields: dict[str, Any], control: str | None) -> str:
+    """The image's path in the folder: of the field that is called as the image's control, else of the first
+    one whose file is there, else of the first text.
+    """
+    texts = [value for value in fields.values() if isinstance(value, str)]
+    named = fields.get(control or "")
+    names = [_names(text) for text in ([named] if isinstance(named, str) else texts)]
+    found = (name for own in names for name in own if data.has(name))
+    return next(found, None) or data.find(*(names[0] if names else [""]))
+
+
+def _names(text: str) -> list[str]:
+    """What an image may be called in the folder; uploads have a random prefix, the user's file has not."""
+    try:
+        address = urllib.parse.urlsplit(text)
+    except ValueError:  # no address
+        return [text]
     local = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = PurePosixPath(local).name
-    candidates = [local.lstrip("/"), name, name.partition("-")[2]]
-    return next((each for each in candidates if each and (images / each).is_file()), name)
+    return [local.lstrip("/"), name, name.partition("-")[2], name]
 
 
-def _add(data: Collected, kind: str, value: dict[str, Any], width: int, height: int) -> None:
-    scale = np.array([width, height]) / 100
-    if kind == "rectanglelabels":
-        angle = np.deg2rad(value.get("rotation", 0))
-        along = np.array([np.cos(angle), np.sin(angle)]) * value["width"] * width / 100
-        down = np.array([-np.sin(angle), np.cos(angle)]) * value["height"] * height / 100
-        first = np.array([value["x"], value["y"]]) * scale
-        corners = np.stack([first, first + along, first + down, first + along + down])
-        data.add_box(value[kind][0], (*corners.min(0), *corners.max(0)))
-    elif kind == "polygonlabels":
-        data.add_polygons(value[kind][0], [np.array(value["points"]) * scale])
+def _add(data: Collected, shape: Record, width: int, height: int) -> None:
+    """An object of a rectangle, a polygon or an ellipse; ``labels`` have any shape."""
+    kind, value, scale = shape["type"], shape["value"], np.array([width, height]) / 100
+    degrees = value.get("rotation", 0)
+    if "points" in value:
+        box = (shape.get("meta") or {}).get(BOX)
+        data.add_polygons(value[kind][0], [np.array(value["points"]) * scale], box)
+    elif value.keys() >= {"x", "y", "width", "height"}:
+        x, y, w, h = _pixels(value, "width", "height", scale)
+        data.add_box(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
+    elif "radiusX" in value:
+        x, y, rx, ry = _pixels(value, "radiusX", "radiusY", scale)
+        data.add_box(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
+    else:
+        data.left_out[kind] += 1
+
+
+def _pixels(value: dict[str, Any], right: str, down: str, scale: np.ndarray) -> list[float]:
+    """The place and the two lengths of a shape."""
+    percent = np.array([[value["x"], value["y"]], [value[right], value[down]]])
+    return (percent * scale).ravel().tolist()
 
 
 def write_labelstudio(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
@@ -84,6 +123,7 @@ def _results(image: Record, annotation: Record, name: str) -> Iterator[dict[str,
     width, height = image["width"], image["height"]
     x, y, w, h = annotation["bbox"]
     box = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
+    apart = own_box(image, annotation)
     values: list[tuple[str, dict[str, Any]]] = [
         ("polygonlabels", {"points": (100 * polygon / (width, height)).tolist(), "closed": True})
         for polygon in [polygon_of(image, annotation)]
@@ -100,4 +140,4 @@ def _results(image: Record, annotation: Record, name: str) -> Iterator[dict[str,
             "image_rotation": 0,
             "score": annotation.get("score", 0.0),
             "value": value | {kind: [name]},
-        }
+        } | ({"meta": {BOX: apart}} if apart else {})

@@ -11,6 +11,8 @@ from sim_m2f.errors import UserError
 def read_voc(path: Path, images: Path, limits: CfgNode) -> Record:
     """A folder of XML files, or one. Corners are taken as edges, as LabelImg and most tools write them.
 
+    Images lie in the folder or below, as the XML files do or by the only name, which may lack its end.
+
     Raises:
         UserError: a file is none of VOC's; names it.
     """
@@ -19,7 +21,8 @@ def read_voc(path: Path, images: Path, limits: CfgNode) -> Record:
         try:
             root = ElementTree.parse(file).getroot()
             size = int(_text(root, "size/width")), int(_text(root, "size/height"))
-            data.add_image(_text(root, "filename"), size)
+            below, name = file.parent.relative_to(path) if path.is_dir() else Path(), _text(root, "filename")
+            data.add_image(data.find((below / name).as_posix(), name), size)
             for item in root.iter("object"):
                 corners = (float(_text(item, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
                 data.add_box(_text(item, "name"), corners)

@@ -9,6 +9,7 @@ import yaml
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygon_of
+from sim_m2f.data.formats.yolo_labels import names_file, texts_of_images
 from sim_m2f.data.image import image_files
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import write_file
@@ -18,26 +19,23 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     """A folder with labels (texts, in it or below) and perhaps data.yaml or classes.txt; or its data.yaml.
 
     Raises:
-        UserError: a line or the names of classes have a fault, or an image cannot be read; names the place.
+        UserError: a line or the names of classes have a fault, a text has no image or several, or an image
+            cannot be read; names the place.
     """
-    root = path if path.is_dir() else path.parent
-    names = _names(path)
-    data = Collected(images, limits, names)
-    labels = {file.stem: file for file in sorted(root.rglob("*.txt")) if file.name != "classes.txt"}
-    files = {file.stem: file for file in image_files(images)}
-    lost = [file for stem, file in labels.items() if stem not in files]
-    if lost:
-        raise UserError(f"{lost[0]}: no image of its name in {images}; add it or remove the text")
-    for stem, image in files.items():
+    root, listed = path if path.is_dir() else path.parent, names_file(path)
+    names = _names(listed) if listed else []
+    data, files = Collected(images, limits, names), image_files(images)
+    labels = texts_of_images(root, images, files, listed)
+    for image in files:
         data.add_image(image.relative_to(images).as_posix())
-        lines = _text(labels[stem]).splitlines() if stem in labels else []
         size = data.images[-1]["width"], data.images[-1]["height"]
+        lines = _text(labels[image]).splitlines() if image in labels else []
         for number, line in enumerate(lines, start=1):
             try:
                 _add(data, names, line.split(), *size)
             except (ValueError, IndexError, OverflowError) as error:
                 fault = f"is no line of YOLO ({first_line(error)})"
-                raise UserError(f"{labels[stem]}:{number}: {fault}; write class x y width height") from error
+                raise UserError(f"{labels[image]}:{number}: {fault}; write class x y width height") from error
     return data.content(path)
 
 
@@ -52,13 +50,14 @@ def _text(file: Path) -> str:
         raise UserError(f"{file}: is no text ({first_line(error)}); correct it or remove it") from error
 
 
-def _names(path: Path) -> list[str]:
-    """The names of the classes in data.yaml or classes.txt; none where there is neither."""
-    folder = path if path.is_dir() else path.parent
-    file = path if path.suffix in (".yaml", ".yml") else folder / "data.yaml"
-    if not file.is_file():
-        file = folder / "classes.txt"
-        return _text(file).rstrip().splitlines() if file.is_file() else []
+def _names(file: Path) -> list[str]:
+    """The names of the classes in data.yaml or classes.txt.
+
+    Raises:
+        UserError: it has none.
+    """
+    if file.suffix == ".txt":
+        return _text(file).rstrip().splitlines()
     try:
         names: Any = yaml.safe_load(_text(file))["names"]
         found = [names[number] for number in sorted(names)] if isinstance(names, dict) else list(names)
