@@ -86,6 +86,21 @@ def test_settings_follow_from_the_data(data):
     assert len(val["images"]) in (1, 2)
 
 
+def test_files_of_the_user_in_its_folder_stay(data):
+    names = "boxes.json", "train.json", "val.json"
+    (data / "out").mkdir()
+    for name in names:
+        (data / "out" / name).write_text("the user's")
+    (data / "table.csv").write_text(
+        "image,label,xmin,ymin,xmax,ymax\n"
+        + "".join(f"{number}.png,cell,{x},5,{x + 20},30\n" for number in (2, 4, 5, 8, 9) for x in (5, 40))
+    )
+    _, sets = chosen(data, "--annotations", str(data / "table.csv"), "--from", "csv")
+    assert len(json.loads(sets.boxes.annotations.read_text())["annotations"]) == 10
+    assert sets.train != sets.val
+    assert {(data / "out" / name).read_text() for name in names} == {"the user's"}
+
+
 def test_many_small_objects_are_seen_as_tiles(tmp_path):
     boxes = [[x, y, 8, 8] for x in range(0, 200, 20) for y in range(0, 200, 20)]
     images = [{"id": n, "file_name": f"{n}.png", "width": 200, "height": 200} for n in range(2)]

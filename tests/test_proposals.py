@@ -102,6 +102,30 @@ def test_a_stopped_call_goes_on(data, tmp_path, monkeypatch):
     assert not (tmp_path / "found.progress.jsonl").exists()
 
 
+def test_boxes_of_another_format_leave_files_of_the_same_name_alone(data, tmp_path, monkeypatch):
+    folder, content = data
+    monkeypatch.chdir(tmp_path)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    table = ["image,label,xmin,ymin,xmax,ymax"]
+    for each in content["annotations"]:
+        x, y, w, h = each["bbox"]
+        table.append(f"{names[each['image_id']]},{each['category_id']},{x},{y},{x + w},{y + h}")
+    Path("table.csv").write_text("\n".join(table))
+    Path("boxes.json").write_text("the user's")
+
+    def empty(pixels, given):
+        return np.zeros((len(given), *pixels.shape[:2]), bool), np.zeros(len(given))
+
+    made = proposals.Proposer("none", empty)
+    monkeypatch.setattr("sim_m2f.commands.propose.find_proposer", lambda *given: made)
+    paths = ["--from", "csv", "--annotations", "table.csv", "--images", str(folder)]
+    for _ in range(2):  # its own file may be there already
+        assert main(["propose", "--with", "none", *paths]) == 0
+    assert Path("boxes.json").read_text() == "the user's"
+    boxes, masks = (json.loads(Path(f"proposals{end}.json").read_text()) for end in (".boxes", ""))
+    assert [each["bbox"] for each in boxes["annotations"]] == [each["bbox"] for each in masks["annotations"]]
+
+
 BROKEN = {
     "no method": (["--with", "magic"], None, ["--with magic", "grabcut or sam:NAME"]),
     "no name": (["--with", "sam:"], None, ["--with sam:", "sam:NAME"]),

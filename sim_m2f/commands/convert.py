@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
@@ -12,6 +13,8 @@ from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, output_formats,
 from sim_m2f.data.split import part, split_images
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
+
+PARTS = "train.json", "val.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,13 +52,13 @@ def run(args: argparse.Namespace) -> int:
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
     if args.split:
-        write_split(content, args.split, args.seed, args.output)
+        write_split(content, args.split, args.seed, [args.output / name for name in PARTS])
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 
 
-def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[Path, Path]:
-    """Write train.json and val.json; returns their paths.
+def write_split(content: dict, share: float, seed: int, paths: Sequence[Path]) -> None:
+    """Write what is for training and what is for validation to two paths.
 
     Raises:
         UserError: one of both would be empty, the seed is negative, or a file cannot be written.
@@ -66,7 +69,5 @@ def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[P
     rest = {image["id"] for image in content["images"]} - held
     if not held or not rest:
         raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
-    paths = folder / "train.json", folder / "val.json"
     for path, ids in zip(paths, (rest, held), strict=True):
         write_file(path, json.dumps(part(content, ids)))
-    return paths

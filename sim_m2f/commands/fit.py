@@ -37,6 +37,7 @@ from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM
 
+OWN = "fit.boxes.json", "fit.train.json", "fit.val.json"  # what it makes of the annotations
 RECIPE = "base.yaml", "boxes.yaml"
 VALIDATION = 0.2  # share of the objects, where no validation set is given
 FEWEST = 5  # images that are split
@@ -128,10 +129,11 @@ def find_sets(args: argparse.Namespace) -> Sets:
     Raises:
         UserError: whatever is wrong with the data, one line each, 20 at most.
     """
-    folder, cfg = args.output, get_cfg()
+    cfg = get_cfg()
     cfg.merge_from_list(overrides(args))
     limits = cfg.INPUT.LIMITS
-    path = as_coco(args.annotations, args.images, args.input, folder / "boxes.json", limits)
+    own_boxes, own_train, own_val = (args.output / name for name in OWN)
+    path = as_coco(args.annotations, args.images, args.input, own_boxes, limits)
     boxes = DatasetSource(path.stem, path, args.images, limits)
     data = checked(boxes)
     if not any(len(image.labels) for image in data.images):
@@ -140,16 +142,17 @@ def find_sets(args: argparse.Namespace) -> Sets:
     train, val = boxes, boxes
     if args.val:
         images = args.val_images or args.images
-        path = as_coco(args.val, images, args.input, folder / "val.json", limits)
+        path = as_coco(args.val, images, args.input, own_val, limits)
         checked(DatasetSource(path.stem, path, images, limits))
         own = load_json(path, limits)
         same = with_categories(own, content["categories"], path)
         if same != own:
-            path = folder / "val.json"
+            path = own_val
             write_file(path, json.dumps(same))
         val = DatasetSource(path.stem, path, images, limits)
     elif len(data.images) >= FEWEST:
-        parts = write_split(content, VALIDATION, args.seed, folder)
+        parts = own_train, own_val
+        write_split(content, VALIDATION, args.seed, parts)
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in parts)
     return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.errors import UserError
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """
     formats = output_formats(args.format)
     own = limits(args)
-    annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json", own)
+    masks = args.output / MASKS
+    annotations = as_coco(args.annotations, args.images, args.input, masks.with_suffix(BOXES), own)
     source = DatasetSource(annotations.stem, annotations, args.images, own)
     model = from_pretrained(args.model, args.config_file, args.device)
     if args.val:
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         quality = read_quality(Path(args.model), model.colors_by_default)
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
-    label_set(labeller, source, args.output / MASKS, formats)
-    print(f"masks: {args.output / MASKS}")
+    label_set(labeller, source, masks, formats)
+    print(f"masks: {masks}")
     return 0
 
 

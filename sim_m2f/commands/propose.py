@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import COCO, INPUTS, as_coco
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco
 from sim_m2f.errors import UserError
 from sim_m2f.labelling.proposals import GRABCUT, SAM, find_proposer
 from sim_m2f.labelling.run import label_set
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--output {args.output}: is a folder or the annotations; give another file")
     proposer = find_proposer(args.name, args.device)
     own = limits(args)
-    path = as_coco(args.annotations, args.images, args.input, args.output.with_name("boxes.json"), own)
+    path = as_coco(args.annotations, args.images, args.input, args.output.with_suffix(BOXES), own)
     label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
     print(f"proposals: {args.output} (for training on {path}: DATASETS.TRAIN_PROPOSALS)")
     return 0

@@ -37,6 +37,7 @@ WRITERS: dict[str, Callable[[Path, list[Record], Iterable[Labelled]], None]] = {
     "png": write_png,
 }
 INPUTS = COCO, *READERS
+BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
 
 
 def output_formats(text: str) -> list[str]:
