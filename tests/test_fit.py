@@ -130,12 +130,20 @@ BROKEN = {
     "box outside": ([], {"bbox": [90, 5, 30, 5]}, "boxes.json", ["annotation id 1", "out of its image"]),
     "class": ([], {"category_id": 4}, "boxes.json", ["annotation id 1", "category_id 4"]),
     "no object": ([], None, "boxes.json", ["no object to learn from"]),
+    "the boxes themselves": (["--output", "."], {}, "masks.json", ["masks.json: would replace"]),
+    "validation boxes": (
+        ["--val", "fit.val.json", "--output", "."],
+        {},
+        "boxes.json",
+        ["fit.val.json: would"],
+    ),
     "another format": (["--from", "cvat"], {}, "boxes.json", ["boxes.json", "CVAT"]),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, name):
+def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(data)
     flags, change, file, said = BROKEN[name]
     content = json.loads((data / "boxes.json").read_text())
     if change is None:

@@ -155,6 +155,13 @@ FAULTS = {
     "images of validation alone": (["--val-images", "."], None, ["--val"]),
     "validation without masks": (["--val", "boxes.json"], None, ["segmentation is missing"]),
     "device": (["--device", "tpu:0"], None, ["device tpu:0"]),
+    "the boxes themselves": (["--annotations", "labelled/masks.json"], None, ["masks.json: would replace"]),
+    "validation masks": (["--val", "labelled/masks.json"], None, ["masks.json: would replace"]),
+    "the folder of a format": (
+        ["--annotations", "labelled/yolo", "--from", "yolo", "--format", "yolo"],
+        None,
+        ["labelled/yolo: would replace"],
+    ),
     "a file in the way": (["--output", "cut.json/labelled"], None, ["cannot be written"]),
 }
 

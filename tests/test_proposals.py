@@ -138,7 +138,7 @@ BROKEN = {
     "class of nobody": ([], {"category_id": 4}, ["annotation id 1", "category_id 4"]),
     "image of nobody": ([], {"image_id": 77}, ["annotation id 1", "image_id 77"]),
     "another format": (["--from", "cvat"], None, ["boxes.json", "CVAT"]),
-    "the boxes themselves": (["--output", "boxes.json"], None, ["--output boxes.json", "the annotations"]),
+    "the boxes themselves": (["--output", "boxes.json"], None, ["boxes.json: would replace", "--output"]),
     "a folder": (["--output", "other"], None, ["--output other", "is a folder"]),
     "a file in the way": (["--output", "cut.json/found.json"], None, ["cannot be written"]),
 }

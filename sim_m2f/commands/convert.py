@@ -9,12 +9,12 @@ from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.formats.base import images_of, mask_of, objects
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, output_formats, read_annotations
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, output_formats, read_annotations
 from sim_m2f.data.split import part, split_images
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import refuse_inputs, write_file
 
-PARTS = "train.json", "val.json"
+ANNOTATIONS, PARTS = "annotations.json", ("train.json", "val.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     if args.split and not 0 < args.split < 1:
         raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
     formats = output_formats(args.format)
+    parts = [args.output / name for name in PARTS] if args.split else []
+    outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITTEN[name] for name in formats)]
+    refuse_inputs(outputs, [args.annotations], [args.images])
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
@@ -48,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
                 mask_of(image, annotation)
     except UserError as error:
         raise UserError(f"{args.annotations}: {error}") from error
-    write_file(args.output / "annotations.json", json.dumps(content))
+    write_file(args.output / ANNOTATIONS, json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
-    if args.split:
-        write_split(content, args.split, args.seed, [args.output / name for name in PARTS])
+    if parts:
+        write_split(content, args.split, args.seed, parts)
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 

@@ -20,12 +20,12 @@ from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import MAX_LINES, CocoData, load_json, read_coco
 from sim_m2f.data.formats.base import Record, with_categories
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trial import Trial, trial
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import refuse_inputs, write_file
 from sim_m2f.labelling.masks import label
 from sim_m2f.labelling.quality import FILE, Quality
 from sim_m2f.labelling.run import MASKS, Labeller, label_set
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     if args.val_images and not args.val:
         raise UserError("--val-images: give --val, the annotations of these images, too")
     formats = output_formats(args.format)
+    outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITTEN[name] for name in formats))]
+    refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
     with locked(args.output):

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.errors import UserError
+from sim_m2f.files import refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
 from sim_m2f.report.drawing import write_png
@@ -44,6 +45,8 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     own = limits(args)
     masks = args.output / MASKS
+    outputs = masks, *(args.output / WRITTEN[name] for name in formats)
+    refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     annotations = as_coco(args.annotations, args.images, args.input, masks.with_suffix(BOXES), own)
     source = DatasetSource(annotations.stem, annotations, args.images, own)
     model = from_pretrained(args.model, args.config_file, args.device)
