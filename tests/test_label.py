@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coloured_coco import write_coloured
-from conftest import ROOT, SMALL_FILE
+from conftest import ROOT, SMALL_FILE, held
 from pycocotools import mask as coco_mask
 from scipy.stats import spearmanr
 
@@ -88,7 +88,7 @@ def test_every_box_has_a_mask(data, tmp_path, choice):
         assert left + width <= x + w + 1
         assert top + height <= y + h + 1
         assert 0 <= other["score"] <= 1
-    assert [file.name for file in tmp_path.iterdir()] == ["masks.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "masks.json"}
 
 
 def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
@@ -113,6 +113,16 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     assert main(arguments(folder, tmp_path / "cut")) == 0
     assert len(seen) == 2  # of four images with objects
     assert (tmp_path / "cut/masks.json").read_bytes() == (tmp_path / "whole/masks.json").read_bytes()
+
+
+def test_two_processes_do_not_label_into_one_folder(data, tmp_path, capsys):
+    folder, _ = data
+    with held(tmp_path / ".lock"):
+        assert main(arguments(folder, tmp_path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path}: another process is at work here" in line
+        assert "--output" in line
+    assert main(arguments(folder, tmp_path)) == 0  # a killed process leaves no lock behind
 
 
 def test_a_journal_of_something_else_is_not_used(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coloured_coco import CATEGORIES, write_coloured
+from conftest import held
 from pycocotools import mask as coco_mask
 
 import sim_m2f
@@ -60,7 +61,7 @@ def test_grabcut_finds_objects_of_one_colour(data, tmp_path):
         assert not (mask & ~filled(np.array([x, y, x + w, y + h]), *mask.shape)).any()
         if CATEGORIES[one["category_id"]] != "star & bar":  # it touches the border of its image
             assert (mask & truth).sum() / (mask | truth).sum() > 0.95
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["found.json"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".found.lock", "found.json"}
 
 
 def test_grabcut_in_two_parts_is_grabcut():
@@ -124,6 +125,19 @@ def test_boxes_of_another_format_leave_files_of_the_same_name_alone(data, tmp_pa
     assert Path("boxes.json").read_text() == "the user's"
     boxes, masks = (json.loads(Path(f"proposals{end}.json").read_text()) for end in (".boxes", ""))
     assert [each["bbox"] for each in boxes["annotations"]] == [each["bbox"] for each in masks["annotations"]]
+
+
+def test_two_processes_do_not_write_one_file(data, tmp_path, monkeypatch, capsys):
+    folder, _ = data
+    made = proposals.Proposer(
+        "all", lambda pixels, given: (np.ones((3, *pixels.shape[:2]), bool), np.ones(3))
+    )
+    monkeypatch.setattr("sim_m2f.commands.propose.find_proposer", lambda *given: made)
+    with held(tmp_path / ".found.lock"):
+        assert main(arguments(folder, tmp_path / "found.json")) == 2
+        assert "another process is at work here" in capsys.readouterr().err
+        assert main(arguments(folder, tmp_path / "other.json")) == 0
+    assert main(arguments(folder, tmp_path / "found.json")) == 0
 
 
 BROKEN = {

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
-    with locked(args.output):
+    with locked(args.output, "--output"):
         fit(args, formats)
     return 0
 
