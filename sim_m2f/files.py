@@ -7,7 +7,7 @@ import os
 import reprlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,31 @@ def refuse_special(path: Path, megabytes: float = math.inf) -> None:
     if size > megabytes:
         fault = f"has {size:,.1f} MB, more than INPUT.LIMITS.FILE_SIZE ({megabytes:,})"
         raise UserError(f"{path}: {fault}; raise it, or take a smaller file")
+
+
+def refuse_inputs(
+    outputs: Iterable[Path], annotations: Iterable[Path | None], images: Iterable[Path | None]
+) -> None:
+    """Raises UserError where a file or folder to write would replace what is read, or lie beside it.
+
+    Args:
+        outputs: files and folders to write.
+        annotations: files, and folders of files; a folder in one of these may be written to.
+        images: folders whose images are read by name, so that others may lie among them.
+    """
+    for output in outputs:
+        place = _real(output)
+        for given in (path for path in (*annotations, *images) if path):
+            if place in (_real(given), *_real(given).parents):
+                raise UserError(f"{output}: would replace {given}; give another --output")
+        for given in (path for path in annotations if path and path.is_dir()):
+            if _real(given) == place.parent:
+                raise UserError(f"{output}: would lie in {given}, which is read; give another --output")
+
+
+def _real(path: Path) -> Path:
+    """The path without links; of one that links to itself as well."""
+    return Path(os.path.realpath(path))
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

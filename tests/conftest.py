@@ -1,6 +1,10 @@
 """What several test files share."""
 
+import contextlib
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,24 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL_FILE = ROOT / "tests/small.yaml"
 _SMALL = yaml.safe_load(SMALL_FILE.read_text())
 SMALL = [item for key in leaf_keys(_SMALL) for item in (key, str(value_of(_SMALL, key)))]  # for command lines
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Within the block another process holds a lock; it is killed at the end."""
+    command = [sys.executable, "-c", HOLD, str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.kill()
 
 
 @pytest.fixture(autouse=True)

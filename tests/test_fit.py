@@ -95,6 +95,21 @@ def test_settings_follow_from_the_data(data):
     assert len(val["images"]) in (1, 2)
 
 
+def test_files_of_the_user_in_its_folder_stay(data):
+    names = "boxes.json", "train.json", "val.json"
+    (data / "out").mkdir()
+    for name in names:
+        (data / "out" / name).write_text("the user's")
+    (data / "table.csv").write_text(
+        "image,label,xmin,ymin,xmax,ymax\n"
+        + "".join(f"{number}.png,cell,{x},5,{x + 20},30\n" for number in (2, 4, 5, 8, 9) for x in (5, 40))
+    )
+    _, sets = chosen(data, "--annotations", str(data / "table.csv"), "--from", "csv")
+    assert len(json.loads(sets.boxes.annotations.read_text())["annotations"]) == 10
+    assert sets.train != sets.val
+    assert {(data / "out" / name).read_text() for name in names} == {"the user's"}
+
+
 def test_many_small_objects_are_seen_as_tiles(tmp_path):
     boxes = [[x, y, 8, 8] for x in range(0, 200, 20) for y in range(0, 200, 20)]
     images = [{"id": n, "file_name": f"{n}.png", "width": 200, "height": 200} for n in range(2)]
@@ -168,12 +183,12 @@ def test_tests_see_images_of_the_size_of_training(data):
 def test_a_run_that_goes_on_heeds_keys_of_the_command_line(data, tmp_path, capsys):
     out, quick = tmp_path / "out", ["INPUT.IMAGE_SIZE", "64", *QUICK]
     assert main(arguments(data, out, *quick)) == 0
-    parts = [(out / f"{name}.json").read_text() for name in ("train", "val")]
+    parts = [(out / f"fit.{name}.json").read_text() for name in ("train", "val")]
     longer = *quick[:-1], "3"
     assert main(arguments(data, out, "--resume", "--minutes", "2", "--seed", "7", *longer)) == 0
     said = capsys.readouterr().err
     assert all(f"note: {flag}: without effect" in said for flag in ("--minutes", "--seed"))
-    assert [(out / f"{name}.json").read_text() for name in ("train", "val")] == parts
+    assert [(out / f"fit.{name}.json").read_text() for name in ("train", "val")] == parts
     steps = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
     assert main(arguments(data, out, "--resume", *longer, "MODEL.MASK_FORMER.HIDDEN_DIM", "64")) == 2
@@ -190,12 +205,20 @@ BROKEN = {
     "box outside": ([], {"bbox": [90, 5, 30, 5]}, "boxes.json", ["annotation id 1", "out of its image"]),
     "class": ([], {"category_id": 4}, "boxes.json", ["annotation id 1", "category_id 4"]),
     "no object": ([], None, "boxes.json", ["no object to learn from"]),
+    "the boxes themselves": (["--output", "."], {}, "masks.json", ["masks.json: would replace"]),
+    "validation boxes": (
+        ["--val", "fit.val.json", "--output", "."],
+        {},
+        "boxes.json",
+        ["fit.val.json: would"],
+    ),
     "another format": (["--from", "cvat"], {}, "boxes.json", ["boxes.json", "CVAT"]),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, name):
+def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(data)
     flags, change, file, said = BROKEN[name]
     content = json.loads((data / "boxes.json").read_text())
     if change is None:

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
+from sim_m2f.data.formats.registry import WRITERS, WRITTEN
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
 
@@ -282,7 +283,7 @@ def test_voc_and_csv(data, tmp_path):
                     ElementTree.SubElement(box, key).text = str(value)
             ElementTree.ElementTree(root).write(voc / f"{name}.xml")
     for kind, path in (("voc", voc), ("csv", tmp_path / "boxes.csv")):
-        back = convert(folder, tmp_path / kind, path, "--from", kind)
+        back = convert(folder, tmp_path / "out" / kind, path, "--from", kind)
         names = {category["id"]: category["name"] for category in back["categories"]}
         for file, annotations in by_image(back).items():
             for one, other in zip(by_image(content)[file], annotations, strict=True):
@@ -378,6 +379,42 @@ def test_a_damaged_set_is_one_line_and_loses_nothing(data, tmp_path, capsys, mon
     (line,) = capsys.readouterr().err.splitlines()
     assert all(text in line for text in said), line
     assert all(file.read_bytes() == content for file, content in before.items())
+
+
+def test_formats_are_written_where_they_are_said_to_be(data, tmp_path):
+    folder, _ = data
+    convert(folder, tmp_path / "out", folder / "set.json", "--format", ",".join(WRITERS))
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"annotations.json", *(WRITTEN[name] for name in WRITERS)}
+
+
+OVER_INPUTS = {
+    "the file": ("annotations.json", "coco", "."),
+    "a part": ("val.json", "coco", ". --split 0.2"),
+    "the folder of a format": ("labelme", "labelme", ". --format labelme"),
+    "a file of the folder of a format": ("labelme/5.json", "labelme", ". --format labelme"),
+    "the same by a link": ("annotations.json", "coco", "link"),
+    "the folder of the annotations": ("labelme", "labelme", "labelme"),
+    "images": ("annotations.json", "coco", "out --images png --format png"),
+}
+
+
+@pytest.mark.parametrize("name", OVER_INPUTS)
+def test_what_is_read_is_not_written_over(data, tmp_path, capsys, monkeypatch, name):
+    folder, _ = data
+    path, kind, output = OVER_INPUTS[name]
+    convert(folder, tmp_path, folder / "set.json", "--format", "labelme", "--split", "0.2")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "out").mkdir()
+    shutil.copytree(folder, tmp_path / "out/png")
+    (tmp_path / "png").symlink_to(tmp_path / "out/png")
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()}
+    given = ["--annotations", path, "--from", kind, "--images", str(folder), "--output", *output.split()]
+    assert main(["convert", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "give another --output" in line
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*") if file.is_file()} == before
 
 
 def test_a_file_name_cannot_leave_the_folder(data, tmp_path):

@@ -18,7 +18,7 @@ from sim_m2f.supervision.matched import MatchedBoxes, per_object
 
 # From the ground up; rooms of one floor do not import each other.
 FLOORS = (
-    ("errors", "allocator", "distributed", "draws", "geometry", "structures"),
+    ("errors", "allocator", "distributed", "draws", "geometry", "progress", "structures"),
     ("files", "config"),
     ("pixels",),
     ("modeling", "supervision", "data"),

@@ -1,17 +1,23 @@
 """Every annotated box gets a mask: ids and order stay, none is empty, a stopped run goes on, scores sort."""
 
 import json
+import os
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from coloured_coco import write_coloured
-from conftest import ROOT, SMALL_FILE
+from conftest import ROOT, SMALL_FILE, held
+from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.stats import spearmanr
 
 from sim_m2f.cli import main
 from sim_m2f.config import get_cfg
+from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.coco import CocoData, ImageRecord
 from sim_m2f.errors import UserError
 from sim_m2f.labelling import masks, run
 from sim_m2f.labelling.journal import Journal
@@ -88,7 +94,7 @@ def test_every_box_has_a_mask(data, tmp_path, choice):
         assert left + width <= x + w + 1
         assert top + height <= y + h + 1
         assert 0 <= other["score"] <= 1
-    assert [file.name for file in tmp_path.iterdir()] == ["masks.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {".lock", "masks.json"}
 
 
 def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
@@ -115,6 +121,16 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     assert (tmp_path / "cut/masks.json").read_bytes() == (tmp_path / "whole/masks.json").read_bytes()
 
 
+def test_two_processes_do_not_label_into_one_folder(data, tmp_path, capsys):
+    folder, _ = data
+    with held(tmp_path / ".lock"):
+        assert main(arguments(folder, tmp_path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{tmp_path}: another process is at work here" in line
+        assert "--output" in line
+    assert main(arguments(folder, tmp_path)) == 0  # a killed process leaves no lock behind
+
+
 def test_a_journal_of_something_else_is_not_used(tmp_path):
     path = tmp_path / "new" / "progress.jsonl"
     journal = Journal(path, "one")
@@ -123,6 +139,57 @@ def test_a_journal_of_something_else_is_not_used(tmp_path):
     assert Journal(path, "one").labels(3) == {"1": "mask"}
     assert len(Journal(path, "other")) == 0
     assert len(Journal(path, "one")) == 0
+
+
+class LargeMasks:
+    """Gives objects labels that take far more memory than their annotations, until it has seen enough."""
+
+    size = 20_000
+
+    def __init__(self, images: int) -> None:
+        self.images = images
+
+    def identity(self, source: DatasetSource) -> str:
+        return "large"
+
+    def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, dict]]:
+        return self.labels
+
+    def labels(self, image: ImageRecord) -> dict[int, dict]:
+        if not self.images:
+            raise KeyboardInterrupt
+        self.images -= 1
+        return {number: {"segmentation": "x" * self.size} for number in image.annotation_ids}
+
+
+@pytest.mark.slow
+def test_memory_holds_no_masks(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    used = {}
+    for count in (200, 2000):
+        folder = tmp_path / str(count)
+        source = write_many(folder, tmp_path / "0.png", count)
+        tracemalloc.start()
+        with pytest.raises(KeyboardInterrupt):
+            run.label_set(LargeMasks(count // 2), source, folder / "masks.json")
+        run.label_set(LargeMasks(count // 2), source, folder / "masks.json")
+        used[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (folder / "masks.json").stat().st_size > count * LargeMasks.size
+    assert used[2000] - used[200] < 1800 * 4000  # bytes: of the annotations, not of the labels
+
+
+def write_many(folder: Path, image: Path, count: int) -> DatasetSource:
+    """A set of as many images, all of them one, with a box each."""
+    folder.mkdir()
+    images, annotations = [], []
+    for number in range(count):
+        os.link(image, folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 8, "width": 8})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [1, 1, 5, 5]})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cell"}]}
+    (folder / "many.json").write_text(json.dumps(content))
+    return DatasetSource("many", folder / "many.json", folder)
 
 
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
@@ -155,6 +222,13 @@ FAULTS = {
     "images of validation alone": (["--val-images", "."], None, ["--val"]),
     "validation without masks": (["--val", "boxes.json"], None, ["segmentation is missing"]),
     "device": (["--device", "tpu:0"], None, ["device tpu:0"]),
+    "the boxes themselves": (["--annotations", "labelled/masks.json"], None, ["masks.json: would replace"]),
+    "validation masks": (["--val", "labelled/masks.json"], None, ["masks.json: would replace"]),
+    "the folder of a format": (
+        ["--annotations", "labelled/yolo", "--from", "yolo", "--format", "yolo"],
+        None,
+        ["labelled/yolo: would replace"],
+    ),
     "a file in the way": (["--output", "cut.json/labelled"], None, ["cannot be written"]),
 }
 
@@ -236,6 +310,12 @@ def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
     assert found.masks[0].sum() == pytest.approx(np.pi * 15 * 20, rel=0.02)
     assert not found.signs[0].any()
     assert Quality(weights=[1, 1, 1, 1, 0.5]).score(found.signs)[0] == 0
+
+
+@pytest.mark.parametrize("box", [[-1, 4, -1, 9], [4, -1, 9, -1], [-1, -1, -1, -1], [21, 11, 21, 11]])
+def test_an_ellipse_outside_of_the_image_is_the_nearest_pixel(box):
+    x, y = np.clip(np.mean(np.reshape(box, (2, 2)), axis=0).astype(int), 0, (19, 9))
+    np.testing.assert_array_equal(np.argwhere(ellipse(np.array(box, float), 10, 20)), [[y, x]])
 
 
 def test_shared_pixels_go_to_the_nearer_object():

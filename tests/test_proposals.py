@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coloured_coco import CATEGORIES, write_coloured
+from conftest import held
 from pycocotools import mask as coco_mask
 
 import sim_m2f
@@ -60,7 +61,7 @@ def test_grabcut_finds_objects_of_one_colour(data, tmp_path):
         assert not (mask & ~filled(np.array([x, y, x + w, y + h]), *mask.shape)).any()
         if CATEGORIES[one["category_id"]] != "star & bar":  # it touches the border of its image
             assert (mask & truth).sum() / (mask | truth).sum() > 0.95
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["found.json"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".found.lock", "found.json"}
 
 
 def test_grabcut_in_two_parts_is_grabcut():
@@ -102,6 +103,43 @@ def test_a_stopped_call_goes_on(data, tmp_path, monkeypatch):
     assert not (tmp_path / "found.progress.jsonl").exists()
 
 
+def test_boxes_of_another_format_leave_files_of_the_same_name_alone(data, tmp_path, monkeypatch):
+    folder, content = data
+    monkeypatch.chdir(tmp_path)
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    table = ["image,label,xmin,ymin,xmax,ymax"]
+    for each in content["annotations"]:
+        x, y, w, h = each["bbox"]
+        table.append(f"{names[each['image_id']]},{each['category_id']},{x},{y},{x + w},{y + h}")
+    Path("table.csv").write_text("\n".join(table))
+    Path("boxes.json").write_text("the user's")
+
+    def empty(pixels, given):
+        return np.zeros((len(given), *pixels.shape[:2]), bool), np.zeros(len(given))
+
+    made = proposals.Proposer("none", empty)
+    monkeypatch.setattr("sim_m2f.commands.propose.find_proposer", lambda *given: made)
+    paths = ["--from", "csv", "--annotations", "table.csv", "--images", str(folder)]
+    for _ in range(2):  # its own file may be there already
+        assert main(["propose", "--with", "none", *paths]) == 0
+    assert Path("boxes.json").read_text() == "the user's"
+    boxes, masks = (json.loads(Path(f"proposals{end}.json").read_text()) for end in (".boxes", ""))
+    assert [each["bbox"] for each in boxes["annotations"]] == [each["bbox"] for each in masks["annotations"]]
+
+
+def test_two_processes_do_not_write_one_file(data, tmp_path, monkeypatch, capsys):
+    folder, _ = data
+    made = proposals.Proposer(
+        "all", lambda pixels, given: (np.ones((3, *pixels.shape[:2]), bool), np.ones(3))
+    )
+    monkeypatch.setattr("sim_m2f.commands.propose.find_proposer", lambda *given: made)
+    with held(tmp_path / ".found.lock"):
+        assert main(arguments(folder, tmp_path / "found.json")) == 2
+        assert "another process is at work here" in capsys.readouterr().err
+        assert main(arguments(folder, tmp_path / "other.json")) == 0
+    assert main(arguments(folder, tmp_path / "found.json")) == 0
+
+
 BROKEN = {
     "no method": (["--with", "magic"], None, ["--with magic", "grabcut or sam:NAME"]),
     "no name": (["--with", "sam:"], None, ["--with sam:", "sam:NAME"]),
@@ -114,7 +152,7 @@ BROKEN = {
     "class of nobody": ([], {"category_id": 4}, ["annotation id 1", "category_id 4"]),
     "image of nobody": ([], {"image_id": 77}, ["annotation id 1", "image_id 77"]),
     "another format": (["--from", "cvat"], None, ["boxes.json", "CVAT"]),
-    "the boxes themselves": (["--output", "boxes.json"], None, ["--output boxes.json", "the annotations"]),
+    "the boxes themselves": (["--output", "boxes.json"], None, ["boxes.json: would replace", "--output"]),
     "a folder": (["--output", "other"], None, ["--output other", "is a folder"]),
     "a file in the way": (["--output", "cut.json/found.json"], None, ["cannot be written"]),
 }

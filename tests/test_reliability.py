@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, held
 from test_broken_input import CONFIG, data, overrides, write_data  # noqa: F401 (a fixture)
 from test_training import train_losses
 
@@ -225,24 +225,13 @@ def test_a_new_run_leaves_nothing_to_go_on_with_before_its_first_checkpoint(tmp_
     assert not (output / "last_checkpoint").exists()
 
 
-HOLD = """import fcntl, sys
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(capsys, tmp_path, sets):
     output = tmp_path / "output"
     output.mkdir()
-    holding = [sys.executable, "-c", HOLD, str(output / ".lock")]
-    with subprocess.Popen(holding, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
+    with held(output / ".lock"):
         assert train(output, *sets) == 2
         assert f"{output}: another process is at work here" in errors(capsys)
-        process.kill()
     assert train(output, *sets) == 0  # a killed process leaves no lock behind
 
 

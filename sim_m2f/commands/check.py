@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import CocoData, ImageRecord, check_categories, inspect_coco, limit_problem
@@ -17,6 +15,7 @@ from sim_m2f.data.formats.base import Record
 from sim_m2f.data.formats.registry import COCO, INPUTS, read_annotations
 from sim_m2f.data.notes import notes
 from sim_m2f.errors import UserError
+from sim_m2f.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +110,7 @@ def inspect_set(
     data, problems = inspect_coco(source, read_masks=True, some_masks=not masks, content=content)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         by_image = pool.map(partial(image_problems, data), data.images)
-        for lines in tqdm(by_image, "check", len(data.images), unit="image", disable=None, leave=False):
+        for lines in progress(by_image, "check", len(data.images)):
             problems += lines
     return data, problems
 

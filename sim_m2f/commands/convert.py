@@ -2,16 +2,19 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.formats.base import images_of, mask_of, objects
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, output_formats, read_annotations
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, output_formats, read_annotations
 from sim_m2f.data.split import part, split_images
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import refuse_inputs, write_file
+
+ANNOTATIONS, PARTS = "annotations.json", ("train.json", "val.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,9 @@ def run(args: argparse.Namespace) -> int:
     if args.split and not 0 < args.split < 1:
         raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
     formats = output_formats(args.format)
+    parts = [args.output / name for name in PARTS] if args.split else []
+    outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITTEN[name] for name in formats)]
+    refuse_inputs(outputs, [args.annotations], [args.images])
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
@@ -45,17 +51,17 @@ def run(args: argparse.Namespace) -> int:
                 mask_of(image, annotation)
     except UserError as error:
         raise UserError(f"{args.annotations}: {error}") from error
-    write_file(args.output / "annotations.json", json.dumps(content))
+    write_file(args.output / ANNOTATIONS, json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
-    if args.split and not write_split(content, args.split, args.seed, args.output):
+    if parts and not write_split(content, args.split, args.seed, parts):
         raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 
 
-def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[Path, Path] | None:
-    """Write train.json and val.json; returns their paths, or None where one of both would be empty.
+def write_split(content: dict, share: float, seed: int, paths: Sequence[Path]) -> bool:
+    """Write what is for training and what is for validation to two paths; False where one would be empty.
 
     Raises:
         UserError: the seed is negative, or a file cannot be written.
@@ -65,8 +71,7 @@ def write_split(content: dict, share: float, seed: int, folder: Path) -> tuple[P
     held = split_images(content, share, seed)
     rest = {image["id"] for image in content["images"]} - held
     if not held or not rest:
-        return None
-    paths = folder / "train.json", folder / "val.json"
+        return False
     for path, ids in zip(paths, (rest, held), strict=True):
         write_file(path, json.dumps(part(content, ids)))
-    return paths
+    return True

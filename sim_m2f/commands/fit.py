@@ -20,12 +20,12 @@ from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import MAX_LINES, CocoData, load_json, read_coco
 from sim_m2f.data.formats.base import Record, with_categories
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trial import OutOfMemoryError, Trial, trial
 from sim_m2f.errors import UserError
-from sim_m2f.files import write_file
+from sim_m2f.files import refuse_inputs, write_file
 from sim_m2f.labelling.masks import label
 from sim_m2f.labelling.quality import FILE, Quality
 from sim_m2f.labelling.run import MASKS, Labeller, label_set
@@ -37,6 +37,7 @@ from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM
 
+OWN = "fit.boxes.json", "fit.train.json", "fit.val.json"  # what it makes of the annotations
 RECIPE = "base.yaml", "boxes.yaml"
 VALIDATION = 0.2  # share of the objects, where no validation set is given
 FEWEST = 5  # images that are split
@@ -89,9 +90,11 @@ def run(args: argparse.Namespace) -> int:
     if args.val_images and not args.val:
         raise UserError("--val-images: give --val, the annotations of these images, too")
     formats = output_formats(args.format)
+    outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITTEN[name] for name in formats))]
+    refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
-    with locked(args.output):
+    with locked(args.output, "--output"):
         fit(args, formats)
     return 0
 
@@ -152,10 +155,11 @@ def find_sets(args: argparse.Namespace) -> Sets:
     Raises:
         UserError: whatever is wrong with the data, one line each, 20 at most.
     """
-    folder, cfg = args.output, get_cfg()
+    cfg = get_cfg()
     cfg.merge_from_list(overrides(args))
     limits = cfg.INPUT.LIMITS
-    path = as_coco(args.annotations, args.images, args.input, folder / "boxes.json", limits)
+    own_boxes, own_train, own_val = (args.output / name for name in OWN)
+    path = as_coco(args.annotations, args.images, args.input, own_boxes, limits)
     boxes = DatasetSource(path.stem, path, args.images, limits)
     data = checked(boxes)
     if not any(len(image.labels) for image in data.images):
@@ -164,18 +168,18 @@ def find_sets(args: argparse.Namespace) -> Sets:
     train, val = boxes, boxes
     if args.val:
         images = args.val_images or args.images
-        path = as_coco(args.val, images, args.input, folder / "val.json", limits)
+        path = as_coco(args.val, images, args.input, own_val, limits)
         held = checked(DatasetSource(path.stem, path, images, limits))
         if not any(len(image.labels) for image in held.images):
             raise UserError(f"{path}: no object to validate with; give another file, or leave --val out")
         own = load_json(path, limits)
         same = with_categories(own, content["categories"], path)
         if same != own:
-            path = folder / "val.json"
+            path = own_val
             write_file(path, json.dumps(same))
         val = DatasetSource(path.stem, path, images, limits)
-    elif len(data.images) >= FEWEST and (parts := write_split(content, VALIDATION, args.seed, folder)):
-        train, val = (DatasetSource(path.stem, path, args.images, limits) for path in parts)
+    elif len(data.images) >= FEWEST and write_split(content, VALIDATION, args.seed, (own_train, own_val)):
+        train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
     return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
 
 

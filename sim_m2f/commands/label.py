@@ -5,8 +5,10 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
+from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
+from sim_m2f.files import refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
 from sim_m2f.report.drawing import write_png
@@ -42,8 +44,17 @@ def run(args: argparse.Namespace) -> int:
         UserError: the arguments, the network or the data have a fault; see ``label_set``.
     """
     formats = output_formats(args.format)
-    own = limits(args)
-    annotations = as_coco(args.annotations, args.images, args.input, args.output / "boxes.json", own)
+    outputs = args.output / MASKS, *(args.output / WRITTEN[name] for name in formats)
+    refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
+    with locked(args.output, "--output"):
+        label_boxes(args, formats)
+    return 0
+
+
+def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
+    """Do it, in a folder that nobody else writes to."""
+    own, masks = limits(args), args.output / MASKS
+    annotations = as_coco(args.annotations, args.images, args.input, masks.with_suffix(BOXES), own)
     source = DatasetSource(annotations.stem, annotations, args.images, own)
     model = from_pretrained(args.model, args.config_file, args.device)
     if args.val:
@@ -55,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
         quality = read_quality(Path(args.model), model.colors_by_default)
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
-    label_set(labeller, source, args.output / MASKS, formats)
-    print(f"masks: {args.output / MASKS}")
-    return 0
+    label_set(labeller, source, masks, formats)
+    print(f"masks: {masks}")
 
 
 def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:

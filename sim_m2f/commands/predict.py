@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.image import image_files
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
+from sim_m2f.progress import progress
 from sim_m2f.report.drawing import Shape, colours, draw, write_png
 from sim_m2f.segmenter import Instances, from_pretrained
 from sim_m2f.structures import Detections
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     problems = []
-    named = zip(tqdm(files, "predict", unit="image", disable=None), _names(files, given), strict=True)
+    named = zip(progress(files, "predict", len(files)), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
         try:
             detected = model.predict(file, args.threshold, colors=colors)

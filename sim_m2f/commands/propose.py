@@ -5,8 +5,10 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import COCO, INPUTS, as_coco
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco
+from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
+from sim_m2f.files import refuse_inputs
 from sim_m2f.labelling.proposals import GRABCUT, SAM, find_proposer
 from sim_m2f.labelling.run import label_set
 
@@ -30,11 +32,13 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, SAM or the data have a fault; see ``label_set``.
     """
-    if args.output.is_dir() or args.output.resolve() == args.annotations.resolve():
-        raise UserError(f"--output {args.output}: is a folder or the annotations; give another file")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output}: is a folder; give a file")
+    refuse_inputs([args.output], [args.annotations], [args.images])
     proposer = find_proposer(args.name, args.device)
     own = limits(args)
-    path = as_coco(args.annotations, args.images, args.input, args.output.with_name("boxes.json"), own)
-    label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
+    with locked(args.output.parent, "--output", f".{args.output.stem}.lock"):
+        path = as_coco(args.annotations, args.images, args.input, args.output.with_suffix(BOXES), own)
+        label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
     print(f"proposals: {args.output} (for training on {path}: DATASETS.TRAIN_PROPOSALS)")
     return 0

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import binary_dilation
-from tqdm import tqdm
 
 from sim_m2f.data import shapes_paint as paint
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
 from sim_m2f.files import cache_folder, write_file
+from sim_m2f.progress import progress
 
 VERSION = "shapes-v1"
 SPLITS = {"train": 2000, "val": 200}
@@ -177,7 +177,7 @@ def write_split(folder: Path, split: str) -> None:
     count = SPLITS[split]
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         written = pool.map(partial(write_image, folder, split), range(1, count + 1), chunksize=25)
-        shown = tqdm(written, f"shapes {split}", count, unit="image", disable=None)
+        shown = progress(written, f"shapes {split}", count)
         images, annotations = zip(*shown, strict=True)
     data = {
         "info": {"description": f"{VERSION} {split}"},

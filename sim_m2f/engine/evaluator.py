@@ -27,6 +27,7 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.modeling.tiles import tiled
+from sim_m2f.progress import progress
 from sim_m2f.structures import Detections
 
 RESULTS_FILE = "inference/coco_instances_results.json"
@@ -106,10 +107,9 @@ def _detect(
     seen: list[int] = []
     results: list[dict[str, Any]] = []
     shown = accelerator.is_local_main_process
-    progress = tqdm(loader, "evaluate", unit="image", mininterval=1.0, disable=not shown, leave=False)
     pixels = loader.pixels.to(accelerator.device)
     with torch.no_grad(), evaluation_mode(network):
-        for batch in progress:
+        for batch in progress(loader, "evaluate", len(loader), shown=shown):
             with accelerator.autocast():
                 images = pixels.of_batch(batch["images"], batch["image_sizes"])
                 outputs = tiled(network, images, cfg.TEST.TILE)

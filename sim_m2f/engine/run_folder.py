@@ -19,27 +19,30 @@ FILES = (
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Within the block no other process trains or evaluates in the folder, which is created.
+def locked(folder: Path, option: str = "OUTPUT_DIR", name: str = LOCK) -> Iterator[None]:
+    """Within the block no other process works in the folder, which is created.
 
     The lock is a process's (lockf), not an open file's (flock), and so data workers that outlive a killed run
     for a moment do not hold it.
+
+    Args:
+        folder: where the work is written.
+        option: what the user chose it by.
+        name: of the file that is locked; one for each output where a folder has several.
 
     Raises:
         UserError: another process does, or the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a")
+        file = (folder / name).open("a")
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); choose another OUTPUT_DIR"
-        ) from error
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another {option}") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            advice = "wait for it, end it, or choose another OUTPUT_DIR"
+            advice = f"wait for it, end it, or choose another {option}"
             raise UserError(f"{folder}: another process is at work here; {advice}") from error
         except OSError:  # a file system without locks
             pass

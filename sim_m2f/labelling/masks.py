@@ -89,12 +89,12 @@ def filled(box: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def ellipse(box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) bool: pixels with centres in the ellipse that touches a box's sides, the middle one always."""
+    """(H, W) bool: pixels with centres in the ellipse that touches a box's sides; one at least, amid them."""
     y, x = np.ogrid[:height, :width]
     across, down = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     half = np.maximum((box[2:] - box[:2]) / 2, 1e-6)
     inside = ((x + 0.5 - across) / half[0]) ** 2 + ((y + 0.5 - down) / half[1]) ** 2 < 1
-    inside[min(int(down), height - 1), min(int(across), width - 1)] = True
+    inside[min(max(int(down), 0), height - 1), min(max(int(across), 0), width - 1)] = True
     return inside
 
 

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
@@ -23,6 +22,7 @@ from sim_m2f.files import atomic_write
 from sim_m2f.labelling.journal import Journal
 from sim_m2f.labelling.masks import SIGNS, ellipse, label, overlaps, without_overlaps
 from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, summary
+from sim_m2f.progress import progress
 from sim_m2f.segmenter import Segmenter
 
 MASKS = "masks.json"
@@ -112,8 +112,7 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     with_boxes = [image for image in data.images if len(image.labels)]
     waiting = [image for image in with_boxes if image.id not in journal]
     problems = []
-    progress = tqdm(waiting, "label", len(with_boxes), initial=len(journal), unit="image", disable=None)
-    for image in progress:
+    for image in progress(waiting, "label", len(with_boxes), done=len(journal)):
         try:
             journal.add(image.id, labels(image))
         except UserError as error:
@@ -197,7 +196,7 @@ def compared(model: Segmenter, source: DatasetSource) -> dict[bool, Compared]:
         raise UserError(f"{source.annotations}: no object to compare masks with; give another --val")
     signs: dict[bool, list[np.ndarray]] = {True: [], False: []}
     ious: dict[bool, list[np.ndarray]] = {True: [], False: []}
-    for image in tqdm(images, "calibrate", unit="image", disable=None, leave=False):
+    for image in progress(images, "calibrate", len(images)):
         pixels = data.read_image(image)
         truth = np.stack([read_mask(data, image, index) for index in range(len(image.labels))])
         for colors in (True, False):

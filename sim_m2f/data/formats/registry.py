@@ -17,7 +17,7 @@ from sim_m2f.data.formats.voc import read_voc
 from sim_m2f.data.formats.yolo import read_yolo, write_yolo
 from sim_m2f.data.image import LIMITS
 from sim_m2f.errors import UserError
-from sim_m2f.files import refuse_special, write_file
+from sim_m2f.files import refuse_inputs, refuse_special, write_file
 
 COCO = "coco"
 READERS: dict[str, Callable[[Path, Path, CfgNode], Record]] = {
@@ -36,7 +36,16 @@ WRITERS: dict[str, Callable[[Path, list[Record], Iterable[Labelled]], None]] = {
     "labelstudio": write_labelstudio,
     "png": write_png,
 }
+WRITTEN = {  # below the folder of the output
+    "polygons": "masks_polygons.json",
+    "yolo": "yolo",
+    "labelme": "labelme",
+    "cvat": "cvat.xml",
+    "labelstudio": "labelstudio.json",
+    "png": "png",
+}
 INPUTS = COCO, *READERS
+BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
 
 
 def output_formats(text: str) -> list[str]:
@@ -80,9 +89,10 @@ def as_coco(path: Path, images: Path, name: str, output: Path, limits: CfgNode =
     """The COCO JSON of annotations in any format; written to ``output`` where they are none.
 
     Raises:
-        UserError: see ``read_annotations``.
+        UserError: see ``read_annotations``; or they lie where ``output`` does.
     """
     if name == COCO:
         return path
+    refuse_inputs([output], [path], [images])
     write_file(output, json.dumps(read_annotations(path, images, name, limits)))
     return output
