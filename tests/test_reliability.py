@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -92,13 +93,26 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, sets, number):
     assert f"stopped after step {taken}" in (tmp_path / "log.txt").read_text()
 
 
-def forked(output: Path, *arguments: str) -> multiprocessing.Process:
-    """A run in a process that has what the test has patched, as its data workers have."""
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: os._exit(train(output, *arguments, "DATALOADER.NUM_WORKERS", "1"))
-    )
+@contextlib.contextmanager
+def forked(output: Path, *arguments: str) -> Iterator[multiprocessing.Process]:
+    """A run in a session of its own that has what the test has patched, as its data worker has."""
+
+    def run() -> None:
+        os.setsid()
+        try:
+            status = main(["train", *command(output, *arguments, "DATALOADER.NUM_WORKERS", "1")])
+        except SystemExit as ended:
+            status = ended.code
+        os._exit(status)  # else it would wait for its worker, which ``atexit`` ends in a process of its own
+
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    return process
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
 
 
 @pytest.mark.slow
@@ -112,8 +126,7 @@ def test_a_signal_stops_a_run_that_waits_for_its_data(tmp_path, sets, monkeypatc
 
     counts = []
     monkeypatch.setattr("sim_m2f.data.loader.collate", stalled)
-    process = forked(output, *sets, "SOLVER.LOG_PERIOD", "1", "SOLVER.MAX_ITER", "100")
-    try:
+    with forked(output, *sets, "SOLVER.LOG_PERIOD", "1", "SOLVER.MAX_ITER", "100") as process:
         deadline = time.time() + 120
         while not (output / "metrics.jsonl").exists() or len(train_losses(output)) < 3:
             assert process.is_alive()
@@ -123,8 +136,6 @@ def test_a_signal_stops_a_run_that_waits_for_its_data(tmp_path, sets, monkeypatc
         os.kill(process.pid, signal.SIGTERM)
         process.join(10)
         assert process.exitcode == 128 + signal.SIGTERM
-    finally:
-        process.kill()
     assert last_state(output)["iteration"] == 3
 
 
@@ -138,12 +149,9 @@ class Unshared:
 @pytest.mark.slow
 def test_a_worker_that_cannot_hand_over_a_batch_ends_the_run(tmp_path, sets, monkeypatch, capfd):
     monkeypatch.setattr("sim_m2f.data.loader.collate", lambda *_, **__: Unshared())
-    process = forked(tmp_path / "output", *sets)
-    try:
+    with forked(tmp_path / "output", *sets) as process:
         process.join(60)
         assert process.exitcode == 2
-    finally:
-        process.kill()
     worker, run = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "No space left on device" in worker
     assert "/dev/shm" in worker
