@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 
 def cache_folder() -> Path:
@@ -31,6 +31,18 @@ def refuse_special(path: Path, megabytes: float = math.inf) -> None:
     if size > megabytes:
         fault = f"has {size:,.1f} MB, more than INPUT.LIMITS.FILE_SIZE ({megabytes:,})"
         raise UserError(f"{path}: {fault}; raise it, or take a smaller file")
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    refuse_special(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no text ({first_line(error)}); correct it or remove it") from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

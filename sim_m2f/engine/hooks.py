@@ -56,8 +56,8 @@ class Metrics(Hook):
     def before_train(self, trainer: Trainer) -> None:
         self.average, self.warned = LossAverage(), False
         if trainer.accelerator.is_main_process:
-            write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
             trainer.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
+            write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         self.average.add(losses, trainer.observed)

@@ -11,7 +11,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygon_of
 from sim_m2f.data.image import image_files
 from sim_m2f.errors import UserError, first_line
-from sim_m2f.files import write_file
+from sim_m2f.files import read_text, write_file
 
 
 def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
@@ -30,7 +30,7 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
         raise UserError(f"{lost[0]}: no image of its name in {images}; add it or remove the text")
     for stem, image in files.items():
         data.add_image(image.relative_to(images).as_posix())
-        lines = _text(labels[stem]).splitlines() if stem in labels else []
+        lines = read_text(labels[stem]).splitlines() if stem in labels else []
         size = data.images[-1]["width"], data.images[-1]["height"]
         for number, line in enumerate(lines, start=1):
             try:
@@ -41,26 +41,15 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     return data.content(path)
 
 
-def _text(file: Path) -> str:
-    """
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is no text ({first_line(error)}); correct it or remove it") from error
-
-
 def _names(path: Path) -> list[str]:
     """The names of the classes in data.yaml or classes.txt; none where there is neither."""
     folder = path if path.is_dir() else path.parent
     file = path if path.suffix in (".yaml", ".yml") else folder / "data.yaml"
     if not file.is_file():
         file = folder / "classes.txt"
-        return _text(file).rstrip().splitlines() if file.is_file() else []
+        return read_text(file).rstrip().splitlines() if file.is_file() else []
     try:
-        names: Any = yaml.safe_load(_text(file))["names"]
+        names: Any = yaml.safe_load(read_text(file))["names"]
         found = [names[number] for number in sorted(names)] if isinstance(names, dict) else list(names)
         if not all(isinstance(name, str | int | float) for name in found):
             raise TypeError("one of them is no text")
