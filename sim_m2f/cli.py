@@ -3,7 +3,6 @@
 import argparse
 import ast
 import contextlib
-import errno
 import importlib
 import os
 import signal
@@ -14,7 +13,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
-from sim_m2f.errors import UserError, memory_problem
+from sim_m2f.errors import UserError, file_problem, memory_problem
 
 COMMANDS = (
     *("fit", "label", "propose", "serve", "train", "predict", "export", "check", "convert"),
@@ -71,13 +70,6 @@ def _missing(error: ModuleNotFoundError) -> int:
     return 2
 
 
-def _file_problem(error: OSError) -> str | None:
-    """One line for an error of the system about a file, or a full disk."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error}; free space, or write elsewhere"
-    return f"{error.filename}: {error.strerror}; check the path" if error.filename else None
-
-
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
     """Run a command; a mistake of the user becomes lines on standard error and exit status 2.
 
@@ -105,7 +97,7 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would flush into it
         return 128 + signal.SIGPIPE
     except Exception as error:
-        problem = _file_problem(error) if isinstance(error, OSError) else memory_problem(error)
+        problem = memory_problem(error) or file_problem(error)
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

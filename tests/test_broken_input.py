@@ -19,7 +19,7 @@ from sim_m2f.commands.train import configuration
 from sim_m2f.config import frozen_warning
 from sim_m2f.data.image import read_image
 from sim_m2f.engine.logging import MetricsLogger
-from sim_m2f.errors import UserError, memory_problem
+from sim_m2f.errors import UserError, memory_problem, rank_problem
 from sim_m2f.files import read_json
 from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.weights.weight_files import read_weight_file
@@ -293,7 +293,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "events.out"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "events.out"), MemoryError(), OSError(12, "no memory")]
+)
 def test_full_disk_and_memory_are_one_line_wherever_they_run_out(capsys, error):
     class Command:
         @staticmethod
@@ -318,11 +320,41 @@ def test_metrics_on_a_full_disk(tmp_path):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 4096 bytes from file </torch_7>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        OSError(12, "Cannot allocate memory"),
     ],
 )
 def test_memory_of_gpu_and_workers(error):
     assert "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE" in memory_problem(error)
-    assert memory_problem(RuntimeError("shapes do not fit")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not fit"),
+        FileNotFoundError(2, "No such file or directory", "out of memory/boxes.json"),
+        UserError("MemoryError.json: no such file; check the path"),
+    ],
+)
+def test_other_errors_are_not_of_memory(error):
+    assert memory_problem(error) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
+        "NCCL communicator was aborted on rank 0.",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600000 ms",
+    ],
+)
+def test_a_rank_that_does_not_answer(said):
+    assert "another rank has ended" in rank_problem(RuntimeError(said))
+    assert rank_problem(UserError(f"{said}: no such file")) is None
 
 
 def test_a_step_that_does_not_fit_in_memory_names_the_keys(capsys, tmp_path, data):
