@@ -3,6 +3,7 @@
 ``test_bad_input.py`` runs each kind, ``benchmarks/bad_input.py`` writes what is said into the documents.
 """
 
+import json
 import os
 import pickle
 import struct
@@ -109,6 +110,12 @@ DAMAGED_LOSSES: list[tuple[str, str, str | bytes]] = [
 
 def _one_image(content: dict[str, Any]) -> None:
     del content["images"][1:], content["annotations"][1:]
+
+
+def _third_image(path: Path) -> bytes:
+    """A test set of an image that is not trained on."""
+    content = json.loads((path.parent / "boxes.json").read_bytes())
+    return json.dumps(content | {"images": content["images"][2:], "annotations": []}).encode()
 
 
 ONE_IMAGE = edit("boxes.json", _one_image)
@@ -225,8 +232,10 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
         ("a name from the root", "check", "OUTSIDE", field("file_name", "/etc/passwd", "images", 0)),
         ("a name of 5,000 characters", "check", "is missing", field("file_name", LONG, "images", 0)),
         ("a name with a zero", "check", "one line", field("file_name", "1\0.png", "images", 2)),
-        ("a broken image to train on", "train", "cannot be decoded",
-         many(cut("images/1.png", 0.5), cut("images/2.jpg", 0.5))),
+        ("a broken image to train on", "train DATASETS.TEST_ANNOTATIONS test.json", "cannot be decoded",
+         many(put("test.json", _third_image), cut("images/1.png", 0.5), cut("images/2.jpg", 0.5))),
+        ("a broken image to test on", "train", "3.png: cannot be decoded", cut("images/3.png", 0.5)),
+        ("an image to test on of another size", "train", "pixels, but 60 x", field("width", 60, "images", 2)),
         ("a broken image to fit to", "fit", "cannot be decoded", cut("images/1.png", 0.5)),
         ("a folder without images to predict", "sim-m2f predict boxes --model model", "holds no image",
          lambda folder: (folder / "boxes").mkdir()),

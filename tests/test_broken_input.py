@@ -34,6 +34,7 @@ def data(tmp_path) -> dict:
 
 
 def write_data(folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
     for number in (1, 2):
         Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(folder / f"{number}.png")
     return {
@@ -215,10 +216,12 @@ def test_annotation_file(capsys, tmp_path, content):
 @pytest.mark.parametrize("content", ["truncated", "text", "empty"])
 def test_image(capsys, tmp_path, data, content, workers):
     whole = (tmp_path / "1.png").read_bytes()
+    write_data(tmp_path / "test")
     for number in (1, 2):
         damaged = {"truncated": whole[: len(whole) // 2], "text": b"no image", "empty": b""}[content]
         (tmp_path / f"{number}.png").write_bytes(damaged)
-    train_fails(capsys, tmp_path, [*overrides(tmp_path, data), "DATALOADER.NUM_WORKERS", workers], ".png")
+    changes = [*overrides(tmp_path, data), "DATASETS.TEST_IMAGES", str(tmp_path / "test")]
+    train_fails(capsys, tmp_path, [*changes, "DATALOADER.NUM_WORKERS", workers], ".png")
 
 
 class Payload:

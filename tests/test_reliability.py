@@ -120,13 +120,16 @@ def test_two_ranks_stop_together_whenever_losses_are_logged(tmp_path, sets, numb
 
 
 def test_faults_of_the_test_set_are_told_before_the_first_step(capsys, tmp_path, data, sets):  # noqa: F811
-    """A missing image, other names for the ids, another number of classes, a broken segmentation."""
+    """Missing and broken images, other sizes, names and numbers of classes, a broken segmentation."""
     damages = {
         "none.png is missing": lambda: data["images"][1].update(file_name="none.png"),
         "id 3 'cat', not id 3 'class3'": lambda: data["categories"][2].update(name="cat"),
         "its categories differ": lambda: data["categories"].pop(),
         "annotation id 2: segmentation": lambda: data["annotations"][1].update(segmentation="nonsense"),
     }
+    (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes()[:-30])
+    damages["cut.png: cannot be decoded"] = lambda: data["images"][0].update(file_name="cut.png")
+    damages["pixels, but 63 x"] = lambda: data["images"][0].update(width=63)
     whole = json.dumps(data)
     for number, (said, damage) in enumerate(damages.items()):
         data.update(json.loads(whole))

@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.data.catalog import eval_sources
-from sim_m2f.data.coco import read_coco
+from sim_m2f.data.coco import check_images, read_coco
 from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
 from sim_m2f.distributed import largest_number
@@ -31,6 +31,7 @@ class Notes(Hook):
         test = [read_coco(source, read_masks=False) for source in eval_sources(trainer.cfg)]
         check_classes(trainer.cfg, [*train, *test])
         for data in test:
+            check_images(data)
             if data.has_annotations:
                 coco_metrics.load_truth(data.annotations_file)
         for line in notes(trainer.cfg, train, test):

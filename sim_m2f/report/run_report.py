@@ -174,11 +174,15 @@ def _supervision(path: Path, config: str) -> str | None:
         UserError: the configuration is no YAML mapping of groups.
     """
     try:
-        kind = (yaml.safe_load(config) or {}).get("MODEL", {}).get("SIM", {}).get("SUPERVISION")
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-        fault = f"is no configuration ({first_line(error)})"
-        raise UserError(f"{path}: {fault}; correct it or remove it") from error
-    return kind if isinstance(kind, str) else None
+        group = yaml.safe_load(config) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a YAML file ({first_line(error)}); correct it or remove it") from error
+    for key in ("MODEL", "SIM", "SUPERVISION"):
+        if not isinstance(group, dict):
+            fault = f"is no configuration, {key} is not in a group of keys"
+            raise UserError(f"{path}: {fault}; correct it or remove it")
+        group = group.get(key, {})
+    return group if isinstance(group, str) else None
 
 
 def _subtitle(data: CocoData, detections: int, supervision: str | None) -> str:
