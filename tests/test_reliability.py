@@ -169,6 +169,19 @@ def test_a_new_run_leaves_nothing_to_go_on_with_before_its_first_checkpoint(tmp_
     assert not (output / "last_checkpoint").exists()
 
 
+def test_an_old_network_leaves_nothing_that_the_new_one_is_taken_for(tmp_path, finished, sets, monkeypatch):
+    """But its masks stay where the new one learns from them."""
+    annotations = Path(sets[sets.index("DATASETS.TRAIN_ANNOTATIONS") + 1])
+    made = "classes.json", "quality.json", "reliability.png", "masks.json", "masks.progress.jsonl"
+    monkeypatch.setattr("sim_m2f.engine.trainer.Trainer.step", lambda *_: 1 / 0)
+    for read, left in ((annotations, set()), (finished / "masks.json", {"masks.json"})):
+        for name in made:
+            shutil.copy(annotations, finished / name)
+        with pytest.raises(ZeroDivisionError):
+            train(finished, "--overwrite", *sets, "DATASETS.TRAIN_ANNOTATIONS", str(read))
+        assert {name for name in made if (finished / name).exists()} == left
+
+
 HOLD = """import fcntl, sys
 file = open(sys.argv[1], "a")
 fcntl.lockf(file, fcntl.LOCK_EX)

@@ -1,11 +1,13 @@
 """What happens beside the steps of a run: metrics, checkpoints, evaluation; report/ adds figures and page."""
 
 import sys
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.config import CfgNode
+from sim_m2f.data.catalog import eval_sources, train_sources
 from sim_m2f.data.coco import check_images, read_coco
 from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
@@ -48,7 +50,14 @@ class CleanFolder(Hook):
         if trainer.accelerator.is_main_process:
             remove_leftovers(trainer.output_dir)
             if self.overwrite:
-                remove_run(trainer.output_dir)
+                remove_run(trainer.output_dir, _inputs(trainer.cfg))
+
+
+def _inputs(cfg: CfgNode) -> set[Path]:
+    """The files of annotations and masks that a run reads."""
+    sources = *train_sources(cfg), *eval_sources(cfg)
+    proposals = Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser()
+    return {path.resolve() for path in (proposals, *(source.annotations for source in sources))}
 
 
 class Metrics(Hook):

@@ -151,7 +151,7 @@ def _problem(entry: Any) -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < LARGEST
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _mask(entry: Entry, image: ImageRecord) -> np.ndarray:
