@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sim_m2f.distributed import mean_over_ranks
+from sim_m2f.engine.run_folder import EVENTS
 from sim_m2f.errors import UserError
 from sim_m2f.files import read_text, write_file, writing
 
@@ -44,7 +45,8 @@ class MetricsLogger:
         write_file(self.path, "".join(f"{line}\n" for line in kept))
         self.last = kept[-1] if kept else ""
         self.scored = bool(kept) and "total_loss" not in json.loads(self.last)
-        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
+        purged = start if any(output_dir.glob(EVENTS)) else None  # from step 0 on, too
+        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": purged}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: the step (0 is the first) and its values; not-a-number is written as null."""

@@ -10,10 +10,10 @@ from sim_m2f.errors import UserError
 from sim_m2f.weights.sources import LAST_CHECKPOINT
 
 LOCK = ".lock"
-CHECKPOINTS, METRICS = "model_*.pth", "metrics.jsonl"
+CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
 TEMPORARY = "." + 8 * "?"  # behind the name of a file that ``atomic_write`` has not finished
 FILES = (
-    *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, "config.yaml", "index.html", "events.out.tfevents.*"),
+    *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, EVENTS, "config.yaml", "index.html"),
     *("inference/*.json", "report/*.png"),
     # of ``fit`` and ``label``: a new network must not be scored by the quality of the one before
     *("classes.json", "quality.json", "reliability.png", "masks.json", "masks.progress.jsonl"),
