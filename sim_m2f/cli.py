@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError, file_problem, memory_problem
@@ -22,10 +22,22 @@ COMMANDS = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake as everything else here does, without the whole usage before it."""
+    """Tells a mistake as everything else here does, without the whole usage before it; ~ is the home."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)  # what arguments of type Path are read by
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
+
+
+def _path(text: str) -> Path:
+    """A path; shells leave the tilde of --output=~/x alone."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # of a user who is not there
+        raise argparse.ArgumentTypeError(f"{text}: {error}; write the whole path") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

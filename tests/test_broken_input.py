@@ -365,6 +365,20 @@ def test_a_step_that_does_not_fit_in_memory_names_the_keys(capsys, tmp_path, dat
     train_fails(capsys, tmp_path, [*overrides(tmp_path, data), *huge], "out of memory", "INPUT.IMAGE_SIZE")
 
 
+def test_the_tilde_of_a_flag_is_the_home(capsys, tmp_path, data, monkeypatch):
+    """Shells leave that of --output=~/x alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    overrides(tmp_path, data)
+    given = ["--annotations=~/train.json", "--images=~"]
+    assert main(["convert", *given, "--output=~/converted"]) == 0
+    assert (tmp_path / "converted/annotations.json").exists()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(SystemExit):
+        main(["convert", *given, "--output=~nobody.of.this.name/converted"])
+    assert "write the whole path" in capsys.readouterr().err
+
+
 def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for read in (read_image, read_weight_file, read_json, sim_m2f.get_cfg().merge_from_file):
