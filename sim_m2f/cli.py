@@ -3,7 +3,6 @@
 import argparse
 import ast
 import contextlib
-import errno
 import importlib
 import os
 import signal
@@ -11,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
-from sim_m2f.errors import UserError, memory_problem
+from sim_m2f.errors import UserError, file_problem, memory_problem
 
 COMMANDS = (
     *("fit", "label", "propose", "serve", "train", "predict", "export", "check", "convert"),
@@ -23,10 +22,22 @@ COMMANDS = (
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a mistake as everything else here does, without the whole usage before it."""
+    """Tells a mistake as everything else here does, without the whole usage before it; ~ is the home."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)  # what arguments of type Path are read by
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
+
+
+def _path(text: str) -> Path:
+    """A path; shells leave the tilde of --output=~/x alone."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # of a user who is not there
+        raise argparse.ArgumentTypeError(f"{text}: {error}; write the whole path") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,13 +82,6 @@ def _missing(error: ModuleNotFoundError) -> int:
     return 2
 
 
-def _file_problem(error: OSError) -> str | None:
-    """One line for an error of the system about a file, or a full disk."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{error}; free space, or write elsewhere"
-    return f"{error.filename}: {error.strerror}; check the path" if error.filename else None
-
-
 def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
     """Run a command; a mistake of the user becomes lines on standard error and exit status 2.
 
@@ -105,7 +109,7 @@ def guarded(module: ModuleType, parsed: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit would flush into it
         return 128 + signal.SIGPIPE
     except Exception as error:
-        problem = _file_problem(error) if isinstance(error, OSError) else memory_problem(error)
+        problem = memory_problem(error) or file_problem(error)
         if problem is None:
             raise
         print(f"error: {problem}", file=sys.stderr)

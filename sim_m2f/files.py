@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 
 
 def cache_folder() -> Path:
@@ -56,6 +56,18 @@ def refuse_inputs(
 def _real(path: Path) -> Path:
     """The path without links; of one that links to itself as well."""
     return Path(os.path.realpath(path))
+
+
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
+    refuse_special(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no text ({first_line(error)}); correct it or remove it") from error
 
 
 def read_json(path: Path, kind: type = dict) -> Any:

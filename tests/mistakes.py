@@ -3,6 +3,7 @@
 ``test_bad_input.py`` runs each kind, ``benchmarks/bad_input.py`` writes what is said into the documents.
 """
 
+import json
 import os
 import pickle
 import struct
@@ -96,10 +97,25 @@ ELSEWHERE = (
 )
 ALIASES = ", ".join(["&a0 [0, 0]", *(f"&a{n} [{', '.join(10 * [f'*a{n - 1}'])}]" for n in range(1, 10))])
 LONG = "a" * 5000
+RESULTS = "run/inference/coco_instances_results.json"
+DAMAGED_LOSSES: list[tuple[str, str, str | bytes]] = [
+    ("a number for a line", "metrics.jsonl: line 1 is no", "5\n"),
+    ("null for a line", "metrics.jsonl: line 1 is no", "null\n"),
+    ("a text for an iteration", "metrics.jsonl: line 2 is no", '{"iteration": 0}\n{"iteration": "x"}\n'),
+    ("half a line before a whole one", "metrics.jsonl: line 1 is no", '{"itera\n{"iteration": 0}\n'),
+    ("a line nested 100,000 deep", "metrics.jsonl: line 1 is no", nested(100_000) + "\n"),
+    ("what is not UTF-8", "metrics.jsonl: is no text", b"\xff\xfe\n"),
+]
 
 
 def _one_image(content: dict[str, Any]) -> None:
     del content["images"][1:], content["annotations"][1:]
+
+
+def _third_image(path: Path) -> bytes:
+    """A test set of an image that is not trained on."""
+    content = json.loads((path.parent / "boxes.json").read_bytes())
+    return json.dumps(content | {"images": content["images"][2:], "annotations": []}).encode()
 
 
 ONE_IMAGE = edit("boxes.json", _one_image)
@@ -216,8 +232,10 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
         ("a name from the root", "check", "OUTSIDE", field("file_name", "/etc/passwd", "images", 0)),
         ("a name of 5,000 characters", "check", "is missing", field("file_name", LONG, "images", 0)),
         ("a name with a zero", "check", "one line", field("file_name", "1\0.png", "images", 2)),
-        ("a broken image to train on", "train", "cannot be decoded",
-         many(cut("images/1.png", 0.5), cut("images/2.jpg", 0.5))),
+        ("a broken image to train on", "train DATASETS.TEST_ANNOTATIONS test.json", "cannot be decoded",
+         many(put("test.json", _third_image), cut("images/1.png", 0.5), cut("images/2.jpg", 0.5))),
+        ("a broken image to test on", "train", "3.png: cannot be decoded", cut("images/3.png", 0.5)),
+        ("an image to test on of another size", "train", "pixels, but 60 x", field("width", 60, "images", 2)),
         ("a broken image to fit to", "fit", "cannot be decoded", cut("images/1.png", 0.5)),
         ("a folder without images to predict", "sim-m2f predict boxes --model model", "holds no image",
          lambda folder: (folder / "boxes").mkdir()),
@@ -434,6 +452,9 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
          state("run/model_final.pth", lambda content: content.update(model=[1]))),
         ("a resumed run whose checkpoint is a list", "resume OUTPUT_DIR run", "holds a list",
          tensors("run/model_final.pth", [1])),
+        *((f"a resumed run whose losses have {what}", "resume OUTPUT_DIR run", said,
+           put("run/metrics.jsonl", content))
+          for what, said, content in DAMAGED_LOSSES),
         ("last_checkpoint is no text", "resume OUTPUT_DIR run", "run",
          put("run/last_checkpoint", b"\xff\xfe\0")),
         ("last_checkpoint of 5,000 characters", "resume OUTPUT_DIR run", "run",
@@ -569,6 +590,34 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
          put("run/inference/coco_instances_results.json", "{")),
         ("report: detections that are numbers", "report", "coco_instances_results.json",
          put("run/inference/coco_instances_results.json", "[1, 2]")),
+        *((f"report: a detection with {what}", "report", said, assign(RESULTS, f"0 {key}", value))
+          for what, said, key, value in (
+            ("a score that is a text", "score that is no finite number", "score", "x"),
+            ("a score of NaN", "score that is no finite number", "score", NAN),
+            ("no box", "four finite numbers", "bbox", None),
+            ("a box of two numbers", "four finite numbers", "bbox", [1, 2]),
+            ("a list for the id of its image", "no whole number", "image_id", [1]),
+            ("an object for its category", "no whole number", "category_id", {}),
+            ("no segmentation", "segmentation is missing", "segmentation", None),
+            ("a segmentation of another size", "its image [48, 64]", "segmentation size", [9, 9]),
+          )),
+        ("report: a detection whose segmentation cannot be decoded", "report --min-score 0",
+         "cannot be decoded", assign(RESULTS, "0 segmentation counts", "abc")),
+        ("report: scores that are texts", "report", "holds more than percentages",
+         put("run/inference/metrics.json", '{"segm/AP": "good"}')),
+        ("report: scores that are lists", "report", "holds more than percentages",
+         put("run/inference/metrics.json", '{"segm/AP": [1]}')),
+        *((f"report: a configuration that is {what}", ["report", *ANNOTATIONS], "run/config.yaml",
+           put("run/config.yaml", content))
+          for what, content in (
+            ("a list", "- 1"),
+            ("cut short", "MODEL: ["),
+            ("not UTF-8", b"MODEL: \xff"),
+            ("a group of nothing", "MODEL: null"),
+            ("nested 1,500 deep", "MODEL: " + "[" * 1500),
+          )),
+        *((f"report: losses with {what}", "report", said, put("run/metrics.jsonl", content))
+          for what, said, content in DAMAGED_LOSSES),
         ("report: no image", "report --num-images -1", "--num-images", nothing),
         ("report: a least score of nan", "report --min-score nan", "--min-score", nothing),
         ("explain: no checkpoint", "explain", "holds no checkpoint", nothing),

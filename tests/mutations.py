@@ -89,6 +89,11 @@ FILES = {
         "trained",
     ),
     "weights of a model folder": ("model/model.safetensors", mutated_bytes, "export"),
+    "detections of a run": (
+        "run/inference/coco_instances_results.json",
+        mutated_json,
+        "report --min-score 0",
+    ),
     "class names of a model folder": ("model/classes.json", mutated_json, "export"),
     "VOC XML": ("voc/1.xml", mutated_bytes, "voc"),
     "CVAT XML": ("cvat.xml", mutated_bytes, "cvat"),

@@ -26,6 +26,8 @@ from sim_m2f.segmenter import Segmenter
 
 NAMES = ["cat", "dog house", "bird"]
 SIZE = 64, 48
+OUTPUTS = "out/", "run/index.html", "run/report/"
+NOTES = "note: ", "warning: ", "goes on after step "
 VOC = """<annotation><filename>{}</filename><size><width>64</width><height>48</height></size>
 <object><name>cat</name><bndbox><xmin>8</xmin><ymin>8</ymin><xmax>38</xmax><ymax>28</ymax></bndbox></object>
 </annotation>"""
@@ -140,7 +142,8 @@ class Outcome:
     Attributes:
         status: its exit status.
         lines: its errors: standard error, and what ``check`` finds; notes and summaries aside.
-        touched: files of the user's that it changed, or that it left outside of its output or half-written.
+        touched: files of the user's that it changed, or that it left outside of its output (``out``, and the
+            report of a run) or half-written.
     """
 
     status: int
@@ -169,11 +172,11 @@ def run(arguments: list[str], folder: Path) -> Outcome:
     lines = stderr.getvalue().splitlines()
     if "check" in arguments[:1] and status == 2 and not lines:
         lines = stdout.getvalue().splitlines()[:-1]
-    told = [line.removeprefix("error: ") for line in lines if not line.startswith(("note: ", "warning: "))]
+    told = [line.removeprefix("error: ") for line in lines if not line.startswith(NOTES)]
     after = contents(folder)
     new = [name for name in after if name not in before]
-    touched = [name for name in before if after.get(name) != before[name]]
-    touched += [name for name in new if not name.startswith("out/") and Path(name).name != ".lock"]
+    touched = [name for name in before if after.get(name) != before[name] and not name.startswith(OUTPUTS)]
+    touched += [name for name in new if not name.startswith(OUTPUTS) and Path(name).name != ".lock"]
     touched += [name for name in new if Path(name).name.startswith(".") and Path(name).name != ".lock"]
     return Outcome(status, told if status else [], touched)
 

@@ -19,7 +19,7 @@ from sim_m2f.commands.train import configuration
 from sim_m2f.config import frozen_warning
 from sim_m2f.data.image import read_image
 from sim_m2f.engine.logging import MetricsLogger
-from sim_m2f.errors import UserError, memory_problem
+from sim_m2f.errors import UserError, memory_problem, rank_problem
 from sim_m2f.files import read_json
 from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.weights.weight_files import read_weight_file
@@ -34,6 +34,7 @@ def data(tmp_path) -> dict:
 
 
 def write_data(folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
     for number in (1, 2):
         Image.new("RGB", (64, 48), (number * 90, 80, 40)).save(folder / f"{number}.png")
     return {
@@ -215,10 +216,12 @@ def test_annotation_file(capsys, tmp_path, content):
 @pytest.mark.parametrize("content", ["truncated", "text", "empty"])
 def test_image(capsys, tmp_path, data, content, workers):
     whole = (tmp_path / "1.png").read_bytes()
+    write_data(tmp_path / "test")
     for number in (1, 2):
         damaged = {"truncated": whole[: len(whole) // 2], "text": b"no image", "empty": b""}[content]
         (tmp_path / f"{number}.png").write_bytes(damaged)
-    train_fails(capsys, tmp_path, [*overrides(tmp_path, data), "DATALOADER.NUM_WORKERS", workers], ".png")
+    changes = [*overrides(tmp_path, data), "DATASETS.TEST_IMAGES", str(tmp_path / "test")]
+    train_fails(capsys, tmp_path, [*changes, "DATALOADER.NUM_WORKERS", workers], ".png")
 
 
 class Payload:
@@ -293,7 +296,9 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device", "events.out"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device", "events.out"), MemoryError(), OSError(12, "no memory")]
+)
 def test_full_disk_and_memory_are_one_line_wherever_they_run_out(capsys, error):
     class Command:
         @staticmethod
@@ -318,16 +323,60 @@ def test_metrics_on_a_full_disk(tmp_path):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("unable to mmap 4096 bytes from file </torch_7>: Cannot allocate memory (12)"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        OSError(12, "Cannot allocate memory"),
     ],
 )
 def test_memory_of_gpu_and_workers(error):
     assert "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE" in memory_problem(error)
-    assert memory_problem(RuntimeError("shapes do not fit")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not fit"),
+        FileNotFoundError(2, "No such file or directory", "out of memory/boxes.json"),
+        UserError("MemoryError.json: no such file; check the path"),
+    ],
+)
+def test_other_errors_are_not_of_memory(error):
+    assert memory_problem(error) is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer",
+        "NCCL communicator was aborted on rank 0.",
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600000 ms",
+    ],
+)
+def test_a_rank_that_does_not_answer(said):
+    assert "another rank has ended" in rank_problem(RuntimeError(said))
+    assert rank_problem(UserError(f"{said}: no such file")) is None
 
 
 def test_a_step_that_does_not_fit_in_memory_names_the_keys(capsys, tmp_path, data):
     huge = ["INPUT.IMAGE_SIZE", "10000000"]
     train_fails(capsys, tmp_path, [*overrides(tmp_path, data), *huge], "out of memory", "INPUT.IMAGE_SIZE")
+
+
+def test_the_tilde_of_a_flag_is_the_home(capsys, tmp_path, data, monkeypatch):
+    """Shells leave that of --output=~/x alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    overrides(tmp_path, data)
+    given = ["--annotations=~/train.json", "--images=~"]
+    assert main(["convert", *given, "--output=~/converted"]) == 0
+    assert (tmp_path / "converted/annotations.json").exists()
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(SystemExit):
+        main(["convert", *given, "--output=~nobody.of.this.name/converted"])
+    assert "write the whole path" in capsys.readouterr().err
 
 
 def test_pipes_are_not_waited_for(tmp_path):

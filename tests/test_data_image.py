@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from sim_m2f.data.image import read_image
+from sim_m2f.data.image import LIMITS, check_header, read_image
 from sim_m2f.errors import UserError
 
 HEIGHT, WIDTH = 24, 36
@@ -39,6 +39,33 @@ def test_grey_and_black_and_white(tmp_path, pixels):
     np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([grey] * 3, axis=2))
     path = save(tmp_path, Image.fromarray(grey > 127))
     np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (WIDTH, HEIGHT), (HEIGHT, HEIGHT)])
+def test_a_header_is_accepted_when_the_image_is(tmp_path, pixels, name, orientation, size):
+    exif = Image.Exif()
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    path = save(tmp_path, Image.fromarray(pixels), name, exif=exif)
+    said = []
+    for check in (read_image, check_header):
+        try:
+            check(path, *size, LIMITS)
+            said.append(None)
+        except UserError as error:
+            said.append(str(error))
+    assert said[0] == said[1]
+
+
+def test_a_header_is_read_without_the_pixels(tmp_path, pixels):
+    path = save(tmp_path, Image.fromarray(pixels))
+    path.write_bytes(path.read_bytes()[:-100])
+    check_header(path, HEIGHT, WIDTH, LIMITS)
+    path.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a\.png: cannot be decoded \(not an image\)"):
+        check_header(path, HEIGHT, WIDTH, LIMITS)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])

@@ -1,6 +1,7 @@
 """Ranks are started, restarted and ended together, on one machine and on two; each parses a file once."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, SMALL
 from test_broken_input import CONFIG, data, overrides  # noqa: F401 (a fixture)
@@ -102,6 +104,28 @@ def test_a_rank_records_its_error_for_the_launcher(capsys, tmp_path, data, monke
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     assert train(tmp_path / "output", *sets, "DATASETS.TEST_IMAGES", str(tmp_path / "none")) == 2
     recorded = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert f"error: {recorded.removeprefix('UserError: ')}" == errors(capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "lower SOLVER.IMS_PER_BATCH",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), "free space, or write elsewhere"),
+    ],
+)
+def test_a_rank_without_memory_or_space_records_what_to_do(capsys, tmp_path, data, monkeypatch, error, said):  # noqa: F811
+    def step(*_):
+        raise error
+
+    monkeypatch.setattr("sim_m2f.engine.trainer.Trainer.step", step)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert train(tmp_path / "output", *overrides(tmp_path, data)) == 2
+    recorded = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert said in recorded
     assert f"error: {recorded.removeprefix('UserError: ')}" == errors(capsys)
 
 

@@ -18,6 +18,7 @@ from sim_m2f.cli import main
 from sim_m2f.data.class_names import class_names, coco_names
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
+from sim_m2f.report.drawing import draw
 from sim_m2f.weights.checkpoint import save_checkpoint
 
 NAMES = ["crescent", "ring", "star"]
@@ -262,6 +263,19 @@ def test_the_command_writes_a_coco_json_and_overlays(model, image, tmp_path, cap
         assert item["area"] == mask.sum()
     assert Image.open(tmp_path / "out/overlays/a.jpg.png").size[0] >= 70
     assert str(tmp_path / "out") in capsys.readouterr().out
+
+
+def test_an_overlay_of_16_bits_shows_what_the_network_saw(model, tmp_path):
+    """A ramp over all values; Pillow alone would make all but the darkest 255 of them white."""
+    model.save_pretrained(tmp_path / "model")
+    ramp = np.linspace(0, 65535, 50 * 70).round().astype(np.uint16).reshape(50, 70)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, "--threshold", "1", str(tmp_path / "a.png")]) == 0
+    overlay = np.asarray(Image.open(tmp_path / "out/overlays/a.png.png").convert("L").resize((70, 50)))
+    np.testing.assert_allclose(overlay, ramp / 65535 * 255, atol=8)
+    shown = np.asarray(draw(Image.open(tmp_path / "a.png"), [], 70).convert("L"))
+    np.testing.assert_allclose(shown, ramp / 65535 * 255, atol=8)
 
 
 def test_images_of_the_same_name_stay_apart(model, image, tmp_path):

@@ -13,6 +13,7 @@ from pycocotools import mask as coco_mask
 import sim_m2f
 from sim_m2f.cli import main
 from sim_m2f.config import validate
+from sim_m2f.data import loader
 from sim_m2f.data.catalog import DatasetSource, find_source
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.image import read_image
@@ -401,6 +402,17 @@ def test_proposals_that_nothing_learns_from_are_refused(training_cfg):
     cfg.DATASETS.TRAIN = ("shapes_train", "shapes_val")
     with pytest.raises(UserError, match="TRAIN_PROPOSALS: has the ids of one data set"):
         train_loader(cfg)
+
+
+def test_proposals_are_parsed_once_per_node(training_cfg, monkeypatch):
+    """A rank that is given what the first one of its node has read needs no file."""
+    read: list = []
+    monkeypatch.setattr(loader, "once_per_node", lambda work: read.append(work()) or read[0])
+    train_loader(training_cfg, rank=0, world_size=2)
+    Path(training_cfg.DATASETS.TRAIN_PROPOSALS).unlink()
+    monkeypatch.setattr(loader, "once_per_node", lambda _: read[0])
+    batch = next(iter(train_loader(training_cfg, rank=1, world_size=2)))
+    assert all("proposals" in target for target in batch["targets"])
 
 
 def _first(key, value):

@@ -187,13 +187,16 @@ def test_two_ranks_stop_together_whenever_losses_are_logged(tmp_path, sets, numb
 
 
 def test_faults_of_the_test_set_are_told_before_the_first_step(capsys, tmp_path, data, sets):  # noqa: F811
-    """A missing image, other names for the ids, another number of classes, a broken segmentation."""
+    """Missing and broken images, other sizes, names and numbers of classes, a broken segmentation."""
     damages = {
         "none.png is missing": lambda: data["images"][1].update(file_name="none.png"),
         "id 3 'cat', not id 3 'class3'": lambda: data["categories"][2].update(name="cat"),
         "its categories differ": lambda: data["categories"].pop(),
         "annotation id 2: segmentation": lambda: data["annotations"][1].update(segmentation="nonsense"),
     }
+    (tmp_path / "cut.png").write_bytes((tmp_path / "1.png").read_bytes()[:-30])
+    damages["cut.png: cannot be decoded"] = lambda: data["images"][0].update(file_name="cut.png")
+    damages["pixels, but 63 x"] = lambda: data["images"][0].update(width=63)
     whole = json.dumps(data)
     for number, (said, damage) in enumerate(damages.items()):
         data.update(json.loads(whole))
@@ -231,6 +234,27 @@ def test_a_new_run_leaves_nothing_to_go_on_with_before_its_first_checkpoint(tmp_
         train(output, "--overwrite", *sets)
     assert not list(output.glob("*.pth"))
     assert not (output / "last_checkpoint").exists()
+
+
+def test_an_old_network_leaves_nothing_that_the_new_one_is_taken_for(tmp_path, finished, sets, monkeypatch):
+    """But its masks stay where the new one learns from them."""
+    annotations = Path(sets[sets.index("DATASETS.TRAIN_ANNOTATIONS") + 1])
+    made = "classes.json", "quality.json", "reliability.png", "masks.json", "masks.progress.jsonl"
+    monkeypatch.setattr("sim_m2f.engine.trainer.Trainer.step", lambda *_: 1 / 0)
+    for read, left in ((annotations, set()), (finished / "masks.json", {"masks.json"})):
+        for name in made:
+            shutil.copy(annotations, finished / name)
+        with pytest.raises(ZeroDivisionError):
+            train(finished, "--overwrite", *sets, "DATASETS.TRAIN_ANNOTATIONS", str(read))
+        assert {name for name in made if (finished / name).exists()} == left
+
+
+HOLD = """import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.mark.slow

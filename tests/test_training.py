@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, SMALL
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sim_m2f.cli import main
 from sim_m2f.commands.train import build_trainer
@@ -152,6 +153,25 @@ def test_copy_paste_may_begin_in_a_resumed_run(few):
     started = ("MODEL.SIM.COPY_PASTE.ENABLED", True, "MODEL.SIM.COPY_PASTE.START", 0)
     train(few, *settings, *teacher, *started, resume=True)
     assert "loss_copy_paste" in train_losses(output)[-1]
+
+
+def test_a_run_that_begins_again_has_one_curve(tmp_path):
+    """Killed before its first checkpoint, it goes on from step 0."""
+    for steps in (5, 2):
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+        logger = MetricsLogger(tmp_path, 0, accelerator)
+        for step in range(steps):
+            logger.write(step, {"total_loss": float(steps)})
+        accelerator.end_training()
+        assert events(tmp_path, "total_loss") == [(step, float(steps)) for step in range(steps)]
+        time.sleep(1.1)  # the name of an event file holds the second
+
+
+def events(folder: Path, name: str) -> list[tuple[int, float]]:
+    """What TensorBoard shows: steps and values."""
+    accumulator = EventAccumulator(str(folder)).Reload()
+    found = accumulator.Scalars(name) if name in accumulator.Tags()["scalars"] else []
+    return [(event.step, event.value) for event in found]
 
 
 def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):

@@ -23,6 +23,7 @@ from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
+from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.engine.trial import OutOfMemoryError, Trial, trial
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
@@ -109,8 +110,8 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
         cfg = settings(args, sets)
         plan(cfg, sets, args)
     cfg.freeze()
-    write_file(args.output / CLASSES, json.dumps({"class_names": sets.data.class_names}))
-    build_trainer(cfg, args.resume, args.overwrite, [FirstLook(sets.val)]).train()
+    beside = ClassNames(sets.data.class_names), FirstLook(sets.val)
+    build_trainer(cfg, args.resume, args.overwrite, beside).train()
     model = from_pretrained(args.output)
     quality = Quality(colors=model.colors_by_default)
     if sets.masks and sets.val != sets.train:
@@ -124,6 +125,16 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     print(f"masks of the boxes: {masks.annotations}")
     print(f"network:            {args.output} (sim-m2f predict --model {args.output} IMAGE)")
     print(f"page:               {page}")
+
+
+class ClassNames(Hook):
+    """Writes classes.json, once the folder holds no other run."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def before_train(self, trainer: Trainer) -> None:
+        write_file(trainer.output_dir / CLASSES, json.dumps({"class_names": self.names}))
 
 
 def stopped_run(args: argparse.Namespace) -> CfgNode | None:

@@ -63,7 +63,7 @@ def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
     elif args.val_images:
         raise UserError("--val-images: give --val, the JSON of these images, too")
     else:
-        quality = read_quality(Path(args.model), model.colors_by_default)
+        quality = read_quality(Path(args.model).expanduser(), model.colors_by_default)
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
     label_set(labeller, source, masks, formats)

@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from sim_m2f.commands.check import add_limits, limits
-from sim_m2f.data.image import image_files
+from sim_m2f.data.image import image_files, read_image
 from sim_m2f.engine.evaluator import encode
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     named = zip(progress(files, "predict", len(files)), _names(files, given), strict=True)
     for number, (file, name) in enumerate(named, start=1):
         try:
-            detected = model.predict(file, args.threshold, colors=colors)
+            pixels = read_image(file, limits=model.cfg.INPUT.LIMITS)
+            detected = model.predict(pixels, args.threshold, colors=colors)
         except UserError as error:
             problems.append(str(error))
             continue
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         annotations += encode(number, cast(Detections, vars(detected)), category_ids)
         try:
-            _draw(file, detected, args.output / OVERLAYS / f"{name}.png")
+            _draw(pixels, detected, args.output / OVERLAYS / f"{name}.png")
         except UserError as error:
             problems.append(str(error))
     for number, annotation in enumerate(annotations, start=1):
@@ -103,10 +105,9 @@ def _names(files: list[Path], given: list[Path]) -> list[str]:
     return names
 
 
-def _draw(file: Path, detected: Instances, path: Path) -> None:
+def _draw(pixels: np.ndarray, detected: Instances, path: Path) -> None:
     masks = detected.masks.cpu().numpy()
     texts = [f"{name} {score:.2f}" for name, score in zip(detected.names, detected.scores, strict=True)]
     worn = colours(detected.labels.tolist())
     shapes = [Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)]
-    with Image.open(file) as stored:
-        write_png(path, draw(ImageOps.exif_transpose(stored), shapes, SIDE))
+    write_png(path, draw(Image.fromarray(pixels), shapes, SIDE))

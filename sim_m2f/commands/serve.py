@@ -83,6 +83,6 @@ def open_review(model: Segmenter, name: str, folder: Path, images: Path | None) 
     if images is None or not images.is_dir():
         fault = f"{images} is no folder" if images else "it is not known where they are"
         raise UserError(f"--images: {fault}; give the folder of the images of {folder / MASKS}")
-    quality = read_quality(Path(name), model.colors_by_default)
+    quality = read_quality(Path(name).expanduser(), model.colors_by_default)
     labeller = Labeller(model, quality, quality.colors, keep_overlaps=True)
     return Review(labeller, DatasetSource("labelled", folder / MASKS, images))

@@ -16,7 +16,7 @@ from sim_m2f.engine.launch import end_with_launcher, launch
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.engine.trainer import Hook, Trainer
-from sim_m2f.errors import UserError, rank_problem
+from sim_m2f.errors import UserError, file_problem, memory_problem, rank_problem
 from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
@@ -73,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         if problem := rank_problem(error):
             print(f"error: {problem}", file=sys.stderr, flush=True)
             os._exit(2)  # an orderly exit might wait for the other rank
-        get_error_handler().record_exception(error)  # for the launcher
+        problem = memory_problem(error) or file_problem(error)
+        get_error_handler().record_exception(UserError(problem) if problem else error)  # for the launcher
         raise
     return 0
 

@@ -1,5 +1,6 @@
 """The configurations that come with the package, found by their paths in the repository."""
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -17,7 +18,7 @@ def find_config(name: str | Path) -> Path:
     Returns:
         the path as it is where there is no such one either.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.parts[:1] != ("configs",) or len(path.parts) == 1 or path.exists():
         return path
     shipped = shipped_configs().joinpath(*path.parts[1:])

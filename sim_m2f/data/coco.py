@@ -8,6 +8,7 @@ import contextlib
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ import numpy as np
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.image import LIMITS, is_outside, read_image
+from sim_m2f.data.image import LIMITS, check_header, is_outside, read_image
 from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json, refuse_special
 
 WHERE_FROM = "check DATASETS.* and $DETECTRON2_DATASETS"
 MAX_LINES = 20  # problems that one error tells one by one
+DECODED = 300  # images of a set that are decoded to check it; of a larger one, headers are read
 TOLERANCE = 1.0  # a box may reach this many pixels beyond its image; it is clipped
 
 
@@ -60,6 +62,35 @@ class CocoData:
         return read_image(self.image_root / image.file_name, image.height, image.width, self.limits)
 
 
+def check_images(data: CocoData) -> None:
+    """Decode the images of a set of at most ``DECODED``; of a larger one, read their headers.
+
+    Raises:
+        UserError: one line for each that cannot be decoded or has another size, 20 lines at the most.
+    """
+    decode = len(data.images) <= DECODED
+
+    def problem(image: ImageRecord) -> str | None:
+        try:
+            if decode:
+                data.read_image(image)
+            else:
+                check_header(data.image_root / image.file_name, image.height, image.width, data.limits)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _refuse(list(filter(None, pool.map(problem, data.images))))
+
+
+def _refuse(problems: list[str]) -> None:
+    """Raises UserError where there are problems, with as many of them as can be read."""
+    if problems:
+        more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+        raise UserError("\n".join(problems[:MAX_LINES] + more))
+
+
 def read_coco(
     source: DatasetSource,
     read_masks: bool,
@@ -78,9 +109,7 @@ def read_coco(
         UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
     data, problems = inspect_coco(source, read_masks, some_masks, content)
-    if problems:
-        more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
-        raise UserError("\n".join(problems[:MAX_LINES] + more))
+    _refuse(problems)
     return data
 
 

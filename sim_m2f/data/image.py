@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import refuse_special
 
 LIMITS = get_cfg().INPUT.LIMITS  # the defaults
-ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the tag of EXIF, and its values that swap width and height
+LYING = 5, 6, 7, 8  # orientations in the EXIF data that swap width and height
 DARK = 4095  # 16 bits without a larger value are 12 or fewer, and would be nearly black
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``opened`` says it
@@ -65,9 +65,24 @@ def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
         UserError: see ``opened``.
     """
     with opened(path, limits) as stored:
-        width, height = stored.size
-        exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
-        return (height, width) if exif.get(ORIENTATION) in LYING else (width, height)
+        return _upright_size(stored)
+
+
+def _upright_size(stored: Image.Image) -> tuple[int, int]:
+    width, height = stored.size
+    exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
+    return (height, width) if exif.get(ExifTags.Base.Orientation) in LYING else (width, height)
+
+
+def check_header(path: Path, height: int, width: int, limits: CfgNode) -> None:
+    """Look at an image as ``read_image`` would, without decoding it.
+
+    Raises:
+        UserError: it has no header of an image, is too large, or has another size than its record.
+    """
+    with opened(path, limits) as stored:
+        size = stored.size if stored.size == (width, height) else _upright_size(stored)
+    _refuse_other_size(path, size, height, width)
 
 
 def read_image(
@@ -96,10 +111,15 @@ def read_image(
         upright = ImageOps.exif_transpose(image)
         image = image if upright.size != (width, height) == image.size else upright
         size, pixels = image.size, to_rgb(image)
-    if height and size != (width, height):
+    if height and width:
+        _refuse_other_size(path, size, height, width)
+    return pixels
+
+
+def _refuse_other_size(path: Path, size: tuple[int, int], height: int, width: int) -> None:
+    if size != (width, height):
         sizes = f"is {size[0]} x {size[1]} pixels, but {width} x {height} in the JSON"
         raise UserError(f"{path}: {sizes}; correct the record or the file")
-    return pixels
 
 
 def _has_16_bits(stored: Image.Image) -> bool:

@@ -157,19 +157,24 @@ def train_loader(
     if batch_size % world_size and cfg.SOLVER.IMAGES_AT_ONCE and cfg.MODEL.RESNETS.NORM == "SyncBN":
         fault = f"SOLVER.IMS_PER_BATCH is {batch_size}: with SyncBN and SOLVER.IMAGES_AT_ONCE, all ranks"
         raise UserError(f"{fault} need as many images; use a multiple of {world_size}")
-    kind = cfg.MODEL.SIM.SUPERVISION
-    sources = train_sources(cfg)
-    data = once_per_node(lambda: [read_coco(source, kind != "box", kind == "mixed") for source in sources])
-    check_classes(cfg, data)
-    if cfg.DATASETS.TRAIN_PROPOSALS:
-        if len(data) > 1:
-            fault = f"has the ids of one data set, but DATASETS.TRAIN names {len(data)}"
-            raise UserError(f"DATASETS.TRAIN_PROPOSALS: {fault}; train on one")
-        data = [with_proposals(data[0], Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser())]
+    data = once_per_node(lambda: _train_data(cfg))
     if rank == 0:
         print_notes(data)
     batches = GlobalBatches(batch_size, start_iteration, rank, world_size)
     return Batches(cfg, TrainDataset(cfg, data), cfg.INPUT.IMAGE_SIZE, batch_sampler=batches)
+
+
+def _train_data(cfg: CfgNode) -> list[CocoData]:
+    """The data sets that are trained on, with their proposals where there are some."""
+    kind = cfg.MODEL.SIM.SUPERVISION
+    data = [read_coco(source, kind != "box", kind == "mixed") for source in train_sources(cfg)]
+    check_classes(cfg, data)
+    if not cfg.DATASETS.TRAIN_PROPOSALS:
+        return data
+    if len(data) > 1:
+        fault = f"has the ids of one data set, but DATASETS.TRAIN names {len(data)}"
+        raise UserError(f"DATASETS.TRAIN_PROPOSALS: {fault}; train on one")
+    return [with_proposals(data[0], Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser())]
 
 
 def eval_loader(

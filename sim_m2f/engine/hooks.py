@@ -1,12 +1,14 @@
 """What happens beside the steps of a run: metrics, checkpoints, evaluation; report/ adds figures and page."""
 
 import sys
+from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from sim_m2f.data.catalog import eval_sources
-from sim_m2f.data.coco import read_coco
+from sim_m2f.config import CfgNode
+from sim_m2f.data.catalog import eval_sources, train_sources
+from sim_m2f.data.coco import check_images, read_coco
 from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
 from sim_m2f.distributed import largest_number
@@ -31,6 +33,7 @@ class Notes(Hook):
         test = [read_coco(source, read_masks=False) for source in eval_sources(trainer.cfg)]
         check_classes(trainer.cfg, [*train, *test])
         for data in test:
+            check_images(data)
             if data.has_annotations:
                 coco_metrics.load_truth(data.annotations_file)
         for line in notes(trainer.cfg, train, test):
@@ -47,7 +50,14 @@ class CleanFolder(Hook):
         if trainer.accelerator.is_main_process:
             remove_leftovers(trainer.output_dir)
             if self.overwrite:
-                remove_run(trainer.output_dir)
+                remove_run(trainer.output_dir, _inputs(trainer.cfg))
+
+
+def _inputs(cfg: CfgNode) -> set[Path]:
+    """The files of annotations and masks that a run reads."""
+    sources = *train_sources(cfg), *eval_sources(cfg)
+    proposals = Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser()
+    return {path.resolve() for path in (proposals, *(source.annotations for source in sources))}
 
 
 class Metrics(Hook):
@@ -56,8 +66,8 @@ class Metrics(Hook):
     def before_train(self, trainer: Trainer) -> None:
         self.average, self.warned = LossAverage(), False
         if trainer.accelerator.is_main_process:
-            write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
             trainer.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
+            write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
         self.average.add(losses, trainer.observed)

@@ -1,10 +1,8 @@
 """What a run tells while it goes: a progress bar, ``metrics.jsonl`` and accelerate's trackers."""
 
-import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.files import write_file, writing
+from sim_m2f.engine.run_folder import EVENTS
+from sim_m2f.errors import UserError
+from sim_m2f.files import read_text, write_file, writing
 
 Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
+LARGEST = torch.finfo(torch.float32).max  # of what is logged
 
 
 class MetricsLogger:
@@ -32,6 +33,9 @@ class MetricsLogger:
 
     Attributes:
         scored: whether the previous run wrote scores after the last losses that are kept.
+
+    Raises:
+        UserError: what a previous run wrote is damaged.
     """
 
     def __init__(self, output_dir: Path, start: int, accelerator: Accelerator) -> None:
@@ -41,7 +45,8 @@ class MetricsLogger:
         write_file(self.path, "".join(f"{line}\n" for line in kept))
         self.last = kept[-1] if kept else ""
         self.scored = bool(kept) and "total_loss" not in json.loads(self.last)
-        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": start or None}})
+        purged = start if any(output_dir.glob(EVENTS)) else None  # from step 0 on, too
+        accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": purged}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: the step (0 is the first) and its values; not-a-number is written as null."""
@@ -66,21 +71,42 @@ def read_series(metrics_file: Path) -> Series:
 
     Of an iteration that was logged twice the later value holds; a line that a killed process left unfinished
     is passed over.
+
+    Raises:
+        UserError: another line is damaged.
     """
     series: Series = {}
     for _, record in _records(metrics_file):
         for key, value in record.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if isinstance(value, (int, float)) and abs(value) <= LARGEST:
                 series.setdefault(key, {})[record["iteration"]] = value
     return {key: dict(sorted(values.items())) for key, values in series.items()}
 
 
-def _records(metrics_file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every finished line of a metrics.jsonl that has an iteration, and what it says."""
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if "iteration" in (record := json.loads(line)):
-                yield line, record
+def _records(metrics_file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Every line of a metrics.jsonl and what it says, but for a last one that a killed run left unfinished.
+
+    Raises:
+        UserError: the file is no text, or another line is not what ``MetricsLogger`` writes.
+    """
+    lines = read_text(metrics_file).split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):  # what ends with the file and not with its line
+                break
+            record = None
+        if not isinstance(record, dict) or not _is_step(record.get("iteration")):
+            fault = "is no JSON object with the number of an iteration"
+            raise UserError(f"{metrics_file}: line {number} {fault}; remove the line")
+        records.append((line, record))
+    return records
+
+
+def _is_step(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def add_to(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

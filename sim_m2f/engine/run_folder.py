@@ -3,18 +3,20 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sim_m2f.errors import UserError
 from sim_m2f.weights.sources import LAST_CHECKPOINT
 
 LOCK = ".lock"
-CHECKPOINTS, METRICS = "model_*.pth", "metrics.jsonl"
+CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
 TEMPORARY = "." + 8 * "?"  # behind the name of a file that ``atomic_write`` has not finished
 FILES = (
-    *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, "config.yaml", "index.html", "events.out.tfevents.*"),
+    *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, EVENTS, "config.yaml", "index.html"),
     *("inference/*.json", "report/*.png"),
+    # of ``fit`` and ``label``: a new network must not be scored by the quality of the one before
+    *("classes.json", "quality.json", "reliability.png", "masks.json", "masks.progress.jsonl"),
 )
 
 
@@ -58,10 +60,14 @@ def refuse_used(folder: Path) -> None:
         raise UserError(f"{folder}: holds a run already ({found[0].name}); {advice}")
 
 
-def remove_run(folder: Path) -> None:
-    """Remove what a run wrote, and nothing else; the name of its checkpoint goes first."""
+def remove_run(folder: Path, inputs: Collection[Path] = ()) -> None:
+    """Remove what a run wrote, and what was made of it; the name of its checkpoint goes first.
+
+    Nothing else goes, and no file that the next run reads (``inputs``, resolved).
+    """
     for file in _written(folder):
-        file.unlink(missing_ok=True)
+        if file.resolve() not in inputs:
+            file.unlink(missing_ok=True)
     shutil.rmtree(folder / "method", ignore_errors=True)
 
 

@@ -10,7 +10,7 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.loader import train_loader
 from sim_m2f.engine.logging import memory_gib
 from sim_m2f.engine.trainer import Trainer
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, memory_problem
 
 STEPS = 3  # the first one is not counted
 KEYS = ("SOLVER.IMS_PER_BATCH", "INPUT.IMAGE_SIZE", "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES")
@@ -49,13 +49,8 @@ def trial(cfg: CfgNode) -> Trial:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / (STEPS - 1)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except Exception as error:
+        if not memory_problem(error):
             raise
         raise OutOfMemoryError(f"out of memory in a step on trial; lower {', '.join(KEYS)}") from error
     return Trial(seconds, memory_gib(trainer.accelerator.device), trainer)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    known = (MemoryError, torch.cuda.OutOfMemoryError)
-    return isinstance(error, known) or "can't allocate memory" in str(error)

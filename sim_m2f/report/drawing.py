@@ -19,6 +19,7 @@ from matplotlib.patheffects import AbstractPathEffect, withStroke
 from matplotlib.transforms import Bbox, IdentityTransform
 from PIL import Image
 
+from sim_m2f.data.image import to_rgb
 from sim_m2f.files import atomic_write
 from sim_m2f.geometry import mask_extents
 
@@ -60,7 +61,7 @@ def draw(image: Image.Image, shapes: Sequence[Shape], side: int) -> Image.Image:
     """The image, enlarged or reduced to ``side`` pixels on its longer side, with the shapes on it."""
     width, height = (max(1, round(length * side / max(image.size))) for length in image.size)
     figure, ((axes,),) = panel_grid([width], [height])
-    pixels = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    pixels = Image.fromarray(to_rgb(image)).resize((width, height), Image.Resampling.BICUBIC)
     axes.imshow(pixels, extent=(0, image.width, image.height, 0), aspect="auto")
     draw_shapes(axes, shapes)
     return rendered(figure)

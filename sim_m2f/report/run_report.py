@@ -3,26 +3,28 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from PIL import Image
-from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 from torchvision.ops import box_convert, box_iou
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord
+from sim_m2f.data.segmentation import decode_segmentation, segmentation_problem
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
-from sim_m2f.errors import UserError
-from sim_m2f.files import read_json, write_file
+from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import read_json, read_text, write_file
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import Shape, colours, contact_sheet, draw, write_png
 from sim_m2f.report.labelled import PANEL_SIDE, labelled_examples
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
+from sim_m2f.weights.folder import read_metrics
 
 RELIABILITY = "reliability.png"
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object
@@ -34,6 +36,7 @@ SUPERVISION = {
 
 Entry = dict[str, Any]  # of COCO's results
 ENTRY = {"image_id", "category_id", "bbox", "segmentation", "score"}
+LARGEST = 1e9  # pixels of a box, and more than any score or percentage
 
 
 def write_report(
@@ -62,8 +65,8 @@ def write_report(
         the path of index.html.
 
     Raises:
-        UserError: there are no results, they belong to another test set, an image cannot be read, or a file
-            cannot be written.
+        UserError: there are no results, they belong to another test set, a file of the run is damaged, an
+            image cannot be read, or a file cannot be written.
     """
     output_dir = Path(output_dir)
     detections = _read_results(output_dir / RESULTS_FILE, data)
@@ -71,7 +74,9 @@ def write_report(
     images = choose_images(data.images, num_images)
     examples = [_example(image, detections[image.id], truth, data, min_score) for image in images]
     metrics_file, config_file = output_dir / METRICS_FILE, output_dir / "config.yaml"
-    config = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
+    config = read_text(config_file) if config_file.exists() else ""
+    supervision = _supervision(config_file, config)
+    metrics = read_metrics(metrics_file) if metrics_file.exists() else {}
     series_file = output_dir / "metrics.jsonl"
     curves = draw_curves(read_series(series_file)) if series_file.exists() else None
     plot = output_dir / RELIABILITY
@@ -82,8 +87,8 @@ def write_report(
         write_png(output_dir / "report" / "loss_curves.png", curves[0])
     page = Page(
         title=f"Instance masks on {data.name}",
-        subtitle=_subtitle(data, sum(map(len, detections.values())), config),
-        metrics=read_json(metrics_file) if metrics_file.exists() else {},
+        subtitle=_subtitle(data, sum(map(len, detections.values())), supervision),
+        metrics=metrics,
         class_names=data.class_names,
         labelled=labelled_examples(labelled, num_images) if labelled else (),
         reliability=Image.open(plot) if labelled and plot.exists() else None,
@@ -112,23 +117,78 @@ def _read_results(path: Path, data: CocoData) -> dict[int, list[Entry]]:
     """The detections of each image, best first."""
     if not path.exists():
         raise UserError(f"{path}: no such file; evaluate first (train_net.py --eval-only)")
-    detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
+    images = {image.id: image for image in data.images}
     categories = set(data.category_ids)
     entries = read_json(path, list)
-    if not all(isinstance(entry, dict) and entry.keys() >= ENTRY for entry in entries):
-        raise UserError(f"{path}: holds more than detections ({', '.join(sorted(ENTRY))}); evaluate again")
-    for entry in sorted(entries, key=lambda entry: -entry["score"]):
-        if entry["image_id"] not in detections or entry["category_id"] not in categories:
+    for number, entry in enumerate(entries):
+        if fault := _problem(entry):
+            raise UserError(f"{path}: entry {number} {fault}; evaluate again")
+        if entry["image_id"] not in images or entry["category_id"] not in categories:
             fault = f"was not made from {data.annotations_file}"
             raise UserError(f"{path}: {fault}; give the test set that was evaluated")
+        image = images[entry["image_id"]]
+        if problem := segmentation_problem(entry["segmentation"], image.height, image.width):
+            fault = f"segmentation {problem.partition(';')[0]}"
+            raise UserError(f"{path}: entry {number}: {fault}; evaluate again")
+    detections: dict[int, list[Entry]] = {image.id: [] for image in data.images}
+    for entry in sorted(entries, key=lambda entry: -entry["score"]):
         detections[entry["image_id"]].append(entry)
     return detections
 
 
-def _subtitle(data: CocoData, detections: int, config: str) -> str:
-    supervision = (yaml.safe_load(config) or {}).get("MODEL", {}).get("SIM", {}).get("SUPERVISION")
+def _problem(entry: Any) -> str | None:
+    """Why something is no detection, if it is none; its mask aside."""
+    if not isinstance(entry, dict) or not entry.keys() >= ENTRY:
+        return f"is no detection ({', '.join(sorted(ENTRY))})"
+    if not all(type(entry[key]) is int for key in ("image_id", "category_id")):
+        return "has an image_id or a category_id that is no whole number"
+    if not _is_number(entry["score"]):
+        return "has a score that is no finite number"
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        return "has a bbox that is not four finite numbers"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _mask(entry: Entry, image: ImageRecord) -> np.ndarray:
+    """The mask (H, W) bool of a detection.
+
+    Raises:
+        UserError: its segmentation cannot be decoded.
+    """
+    try:
+        return decode_segmentation(entry["segmentation"], image.height, image.width).astype(bool)
+    except ValueError as error:
+        where = f"{RESULTS_FILE}: a detection on {image.file_name}"
+        raise UserError(f"{where}: segmentation cannot be decoded ({error}); evaluate again") from error
+
+
+def _supervision(path: Path, config: str) -> str | None:
+    """What a run was trained from, as its configuration says; None where it does not.
+
+    Raises:
+        UserError: the configuration is no YAML mapping of groups.
+    """
+    try:
+        group = yaml.safe_load(config) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a YAML file ({first_line(error)}); correct it or remove it") from error
+    for key in ("MODEL", "SIM", "SUPERVISION"):
+        if not isinstance(group, dict):
+            fault = f"is no configuration, {key} is not in a group of keys"
+            raise UserError(f"{path}: {fault}; correct it or remove it")
+        group = group.get(key, {})
+    return group if isinstance(group, str) else None
+
+
+def _subtitle(data: CocoData, detections: int, supervision: str | None) -> str:
+    kind = SUPERVISION.get(supervision or "", "")
     unscored = "" if data.has_annotations else " No annotations, so no scores."
-    return f"{SUPERVISION.get(supervision, '')}{len(data.images)} images, {detections} detections.{unscored}"
+    return f"{kind}{len(data.images)} images, {detections} detections.{unscored}"
 
 
 def _example(
@@ -147,7 +207,7 @@ def _example(
         boxes = _xyxy([item["bbox"] for item in objects]).tolist()
         labels = [names.get(item["category_id"], "") for item in objects]
         shapes["annotated boxes"] = list(map(Shape, own, labels, boxes))
-    masks = [mask_utils.decode(entry["segmentation"]).astype(bool) for entry in predictions]
+    masks = [_mask(entry, image) for entry in predictions]
     shapes[f"predicted masks (score ≥ {min_score:g})"] = [
         Shape(colour, text, mask=mask) for colour, text, mask in zip(worn, texts, masks, strict=True)
     ]

@@ -63,15 +63,26 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
         if (folder / CLASSES).exists():
             names = read_class_names(folder / CLASSES)
         if (folder / METRICS).exists():
-            metrics = read_json(folder / METRICS)
-            if not all(value is None or type(value) in (int, float) for value in metrics.values()):
-                raise UserError(f"{folder / METRICS}: holds more than numbers; remove it")
+            metrics = read_metrics(folder / METRICS)
     if names and len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
         fault = f"has {len(names)} names, the network {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} classes"
         raise UserError(f"{folder / CLASSES}: {fault}; correct it")
     network = build_model(cfg)
     load_checkpoint(network, weights, complete=True)
     return TrainedNetwork(network, cfg, names or class_names(cfg), metrics)
+
+
+def read_metrics(path: Path) -> Metrics:
+    """What an evaluation gave.
+
+    Raises:
+        UserError: the file cannot be read, or holds more than percentages and null.
+    """
+    metrics = read_json(path)
+    known = [value for value in metrics.values() if value is not None]
+    if not all(type(value) in (int, float) and abs(value) <= 100 for value in known):
+        raise UserError(f"{path}: holds more than percentages; remove it")
+    return metrics
 
 
 def _from_transformers(folder: Path) -> tuple[CfgNode, list[str]]:

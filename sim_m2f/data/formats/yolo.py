@@ -12,7 +12,7 @@ from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, obj
 from sim_m2f.data.formats.yolo_labels import names_file, texts_of_images
 from sim_m2f.data.image import image_files
 from sim_m2f.errors import UserError, first_line
-from sim_m2f.files import write_file
+from sim_m2f.files import read_text, write_file
 
 
 def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
@@ -29,7 +29,7 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     for image in files:
         data.add_image(image.relative_to(images).as_posix())
         size = data.images[-1]["width"], data.images[-1]["height"]
-        lines = _text(labels[image]).splitlines() if image in labels else []
+        lines = read_text(labels[image]).splitlines() if image in labels else []
         for number, line in enumerate(lines, start=1):
             try:
                 _add(data, names, line.split(), *size)
@@ -39,17 +39,6 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     return data.content(path)
 
 
-def _text(file: Path) -> str:
-    """
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: is no text ({first_line(error)}); correct it or remove it") from error
-
-
 def _names(file: Path) -> list[str]:
     """The names of the classes in data.yaml or classes.txt.
 
@@ -57,9 +46,9 @@ def _names(file: Path) -> list[str]:
         UserError: it has none.
     """
     if file.suffix == ".txt":
-        return _text(file).rstrip().splitlines()
+        return read_text(file).rstrip().splitlines()
     try:
-        names: Any = yaml.safe_load(_text(file))["names"]
+        names: Any = yaml.safe_load(read_text(file))["names"]
         found = [names[number] for number in sorted(names)] if isinstance(names, dict) else list(names)
         if not all(isinstance(name, str | int | float) for name in found):
             raise TypeError("one of them is no text")
