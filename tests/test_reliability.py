@@ -249,14 +249,6 @@ def test_an_old_network_leaves_nothing_that_the_new_one_is_taken_for(tmp_path, f
         assert {name for name in made if (finished / name).exists()} == left
 
 
-HOLD = """import fcntl, sys
-file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
-print("held", flush=True)
-sys.stdin.read()
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_do_not_train_in_one_folder(capsys, tmp_path, sets):
     output = tmp_path / "output"

@@ -7,6 +7,7 @@ import multiprocessing.queues
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,19 @@ class BatchIterator(Iterator[Batch]):
             if not str(error).startswith("DataLoader timed out"):
                 raise
             return None
+
+    def end(self) -> None:
+        """End the workers; those that do not end by themselves within a second are killed.
+
+        PyTorch would wait for ten, and asks with SIGTERM, which they block.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))  # of which it makes an error
+        killing = threading.Timer(1.0, end_workers)
+        killing.daemon = True
+        killing.start()
+        self._batches = iter(())
+        killing.cancel()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

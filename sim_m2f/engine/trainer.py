@@ -156,6 +156,7 @@ class Trainer:
             batch = self._next(batches, total)
         if received:
             self.save()
+            batches.end()
             raise SystemExit(128 + received)
 
     def _next(self, batches: BatchIterator, total: int) -> Batch | None:
