@@ -69,6 +69,19 @@ def test_one_rank_ends_the_others_and_its_error_is_told_last(capsys, tmp_path, n
     assert launch([str(script)], "run", 2, 1, 0, ADDRESS, 1) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_signals")
+def test_a_rank_that_waits_for_a_dead_one_is_ended_within_15_seconds(tmp_path):
+    """It has noted the signal, as runs do, and comes to no end by itself."""
+    script = tmp_path / "rank.py"
+    wait = "signal.signal(signal.SIGTERM, lambda *_: None); [time.sleep(0.1) for _ in range(600)]"
+    die = "pathlib.Path('died').touch(); os._exit(3)"
+    choice = f"exec({wait!r} if os.environ['RANK'] == '0' else {('time.sleep(1); ' + die)!r})"
+    script.write_text(f"import os, pathlib, signal, time\nos.chdir({str(tmp_path)!r})\n{choice}\n")
+    assert launch([str(script)], "run", 2, 1, 0, ADDRESS, 0) == 3
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 15
+
+
 LAUNCHER = """import sys
 from sim_m2f.engine.launch import launch
 launch(sys.argv[1:], "run", 2, 1, 0, "tcp://127.0.0.1:29500", 0)

@@ -10,13 +10,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from sim_m2f.errors import UserError, first_line
 
 PATIENCE = 120  # seconds that ranks have for the checkpoint of an ordered stop, where torchrun can be told
+ALONE = 10  # seconds that ranks have to end when another one has failed: they may wait for it
 WAIT = 600  # seconds that machines wait for the first one
 PR_SET_PDEATHSIG = 1  # Linux's name, from sys/prctl.h
 
@@ -50,6 +51,7 @@ def launch(
     options = [f"--nproc-per-node={ranks}", f"--nnodes={machines}", f"--max-restarts={restarts}"]
     options += _meeting(name, machines, machine, address)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE))
+    PContext.close.__defaults__ = (None, ALONE)  # torchrun has no option for its 30 seconds
     # in one store for all starts, restarted ranks find addresses of those before them and wait for ever
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     try:
@@ -101,8 +103,11 @@ def _told(error: ChildFailedError) -> int:
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
 
-def _consequence(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int]:
-    """Orders failures: one that said why, a killed rank, one left alone, one that torchrun has ended."""
+def _consequence(item: tuple[int, ProcessFailure]) -> tuple[int, int]:
+    """Orders failures: a rank that said why, one that ended by itself, a killed one (perhaps by torchrun, for
+    not ending), one left alone (its status is 2, and it has said so), one that torchrun has asked to end.
+    """
     failure = item[1]
-    unsaid, stopped = not isinstance(failure.message, dict), failure.exitcode == -signal.SIGTERM
-    return unsaid, stopped, failure.exitcode > 0, failure.timestamp
+    code, said = failure.exitcode, isinstance(failure.message, dict)
+    signs = said, code > 0 and code != 2, code < 0 and code != -signal.SIGTERM, code == 2
+    return (signs.index(True) if any(signs) else len(signs)), failure.timestamp
