@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from sim_m2f.report import method_figures, run_report
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.hooks import MethodFigures, RunPage
 
+OUTPUT = "output"  # of a run, in the folder where it is started
 START = "start"
 PHASES: dict[str, tuple[Any, str]] = {
     "data": (dataloader._BaseDataLoaderIter, "__next__"),
@@ -46,9 +48,12 @@ Durations = dict[str, list[float]]  # seconds of every time that a run is in a p
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal to one rank, ``delay`` seconds after it enters a phase for the ``count``-th time, from 0."""
+    """A signal to one rank, ``delay`` seconds after it enters a phase for the ``count``-th time, from 0.
 
-    number: signal.Signals
+    Without a signal the disk that the run writes to is full from that moment on.
+    """
+
+    number: signal.Signals | None
     phase: str
     count: int
     delay: float
@@ -57,12 +62,20 @@ class Fault:
 
     @classmethod
     def drawn(
-        cls, number: signal.Signals, phase: str, usual: list[float], draw: random.Random, ranks: int
+        cls, number: signal.Signals | None, phase: str, usual: list[float], draw: random.Random, ranks: int
     ) -> "Fault":
         """A random moment of the times that a run is in a phase, which take ``usual`` seconds each."""
         count = draw.choices(range(len(usual)), usual)[0]
         delay = draw.uniform(0, usual[count])
         return cls(number, phase, count, delay, draw.randrange(ranks), draw.random() < 0.5)
+
+
+def resize_disk(folder: Path, size: str = "") -> None:
+    """Give a mounted tmpfs another size, by default what it holds."""
+    disk = os.statvfs(folder)
+    used = max(disk.f_blocks - disk.f_bfree, 1) * disk.f_frsize  # 0 would stand for no limit
+    options = f"remount,size={size or used}"
+    subprocess.run(["mount", "-t", "tmpfs", "faults", str(folder), "-o", options], check=True)
 
 
 class Phases:
@@ -95,7 +108,10 @@ class Phases:
     def _strike(self) -> None:
         assert self.fault
         self.told[:] = time.process_time(), self.now
-        (os.killpg if self.fault.group else os.kill)(os.getpid(), self.fault.number)
+        if self.fault.number is None:
+            resize_disk(Path(OUTPUT))
+        else:
+            (os.killpg if self.fault.group else os.kill)(os.getpid(), self.fault.number)
 
     def watch(self) -> None:
         """From now on; the start ends with the first batch."""

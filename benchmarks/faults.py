@@ -41,7 +41,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "ops")]
 
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from fault_runs import NAMES, Durations, Ended, Fault, run  # noqa: E402
+from fault_runs import NAMES, OUTPUT, Durations, Ended, Fault, resize_disk, run  # noqa: E402
 
 from sim_m2f.config import value_of  # noqa: E402
 from sim_m2f.config.node import leaf_keys  # noqa: E402
@@ -50,7 +50,6 @@ from sim_m2f.engine.run_folder import LOCK  # noqa: E402
 from sim_m2f.files import write_file  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/faults.json"
-OUTPUT = "output"
 SETTINGS = {
     "OUTPUT_DIR": OUTPUT,  # below the folder of the trial, where the run is started
     "MODEL.BACKBONE.NAME": "test_resnet",
@@ -165,7 +164,7 @@ def trial(bench: Bench, row: Row, folder: Path, number: int, resize: Sequence[in
     draw = random.Random(f"{row.fault} {row.seed} {number}")
     phase = PHASES[number % len(PHASES)]
     if row.fault == "disk full":
-        return disk_full(bench, row, folder, draw)
+        return disk_full(bench, row, folder, Fault.drawn(None, phase, bench.usual(1)[1][phase], draw, 1))
     if row.fault == "resized":
         return resized(bench, row, folder, draw, resize)
     if row.fault == "rank killed":
@@ -192,33 +191,29 @@ def check_stop(ended: Ended, sent: signal.Signals) -> None:
         raise TrialError(f"a traceback in {ended.hit}: {last_line(ended)}")
 
 
-def disk_full(bench: Bench, row: Row, folder: Path, draw: random.Random) -> bool:
-    """The folder of the run is full at some write; it goes on when there is space again."""
-    finished = bench.usual(1)[0]
-    size = sum(file.stat().st_size for file in finished.rglob("*") if file.is_file())
-    largest = int(1.8 * size)  # with a checkpoint beside the previous one
-    with small_disk(folder / OUTPUT, draw.randrange(4096, largest)) as grow:
-        ended = run(folder, bench.arguments, 1)
+def disk_full(bench: Bench, row: Row, folder: Path, fault: Fault) -> bool:
+    """The disk of the run is full from some moment on; it goes on when there is space again."""
+    with mounted(folder / OUTPUT):
+        ended = run(folder, bench.arguments, 1, fault)
         full, told = ended.statuses != [0], last_line(ended)
         if full and (ended.statuses != [2] or "Traceback" in ended.said or not told.startswith("error: ")):
             raise TrialError(f"full disk: status {ended.statuses}: {told}")
         if full:
             file = re.sub(r"\d+", "*", Path(told.split(": ")[1]).name)
             row.met(dataclasses.replace(ended, seconds=0.0, hit=file))
-        grow()
+        resize_disk(folder / OUTPUT, "1g")
         bench.resumed(folder, 1)
-        compare(folder / OUTPUT, finished, 1)
+        compare(folder / OUTPUT, bench.usual(1)[0], 1)
     return full
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Any]:
-    """A file system of so many bytes; what is yielded makes it large."""
+def mounted(folder: Path) -> Iterator[None]:
+    """A file system of its own."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "faults", str(folder), "-o"]
-    subprocess.run([*mount, f"size={size}"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "faults", str(folder), "-o", "size=1g"], check=True)
     try:
-        yield lambda: subprocess.run([*mount, "remount,size=1g"], check=True)
+        yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
