@@ -1,10 +1,12 @@
 """What a user can get wrong: one clear line that names the place, exit status 2, and no traceback."""
 
+import functools
 import json
 import os
 import pickle
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -308,6 +310,22 @@ def test_full_disk_and_memory_are_one_line_wherever_they_run_out(capsys, error):
     assert guarded(Command, None) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line or "SOLVER.IMS_PER_BATCH, INPUT.IMAGE_SIZE" in line
+
+
+def test_threads_of_trackers_leave_a_full_disk_to_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # to be put back
+    MetricsLogger(tmp_path, 0, Accelerator(cpu=True))
+    for error in (OSError(28, "No space left on device"), ValueError("another")):
+        thread = threading.Thread(target=functools.partial(failing, error))
+        thread.start()
+        thread.join()
+    said = capsys.readouterr().err
+    assert "No space left" not in said
+    assert "ValueError: another" in said
+
+
+def failing(error: Exception) -> None:
+    raise error
 
 
 def test_metrics_on_a_full_disk(tmp_path):

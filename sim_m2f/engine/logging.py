@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.engine.run_folder import EVENTS
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, file_problem
 from sim_m2f.files import read_text, write_file, writing
 
 Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
@@ -46,6 +47,7 @@ class MetricsLogger:
         self.last = kept[-1] if kept else ""
         self.scored = bool(kept) and "total_loss" not in json.loads(self.last)
         purged = start if any(output_dir.glob(EVENTS)) else None  # from step 0 on, too
+        threading.excepthook = _left_to_the_run
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": purged}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
@@ -139,6 +141,12 @@ class LossAverage:
         self.sums, self.steps = {}, 0
         total = sum(mean for name, mean in means.items() if name not in self.observed)
         return {"total_loss": total, **means}
+
+
+def _left_to_the_run(args: threading.ExceptHookArgs) -> None:
+    """Silence for a tracker's thread that cannot write its file: the run's next write to it raises that."""
+    if args.exc_value is None or file_problem(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def memory_gib(device: torch.device) -> float:
