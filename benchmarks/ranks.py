@@ -152,15 +152,15 @@ def difference(a: float, b: float) -> float:
 def measure(
     part: str, runs: dict[str, list[int]], images: int, steps: int, dtype: str, *overrides: str
 ) -> None:
-    """Compare runs with one process, and put a row each into the file, in place of those of the same part."""
-    alone, rows = train([1], images, steps, dtype, *overrides), []
+    """Compare runs with one process, and put a row each into the file, in place of that of the same run."""
+    alone = train([1], images, steps, dtype, *overrides)
     for name, ranks in runs.items():
         row = {"part": part, "images": images, "steps": steps, "type": dtype, "overrides": overrides}
-        rows.append({**row, "run": name, **compared(alone, train(ranks, images, steps, dtype, *overrides))})
-        print(json.dumps(rows[-1]), flush=True)
-    before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
-    kept = [row for row in before if row["part"] != part]
-    RESULTS.write_text(json.dumps({**describe(), "runs": [*kept, *rows]}, indent=1) + "\n")
+        row |= {"run": name, **compared(alone, train(ranks, images, steps, dtype, *overrides))}
+        print(json.dumps(row), flush=True)
+        before = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+        kept = [each for each in before if (each["part"], each["run"]) != (part, name)]
+        RESULTS.write_text(json.dumps({**describe(), "runs": [*kept, row]}, indent=1) + "\n")
 
 
 LONG = {"2 ranks": [2], "4 ranks": [4], "1, 2, then 1 rank": [1, 2, 1]}
