@@ -18,7 +18,7 @@ from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import MAX_LINES, CocoData, load_json, read_coco
+from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.data.survey import survey
@@ -201,9 +201,7 @@ def checked(source: DatasetSource) -> CocoData:
         UserError: it has problems: one line each, 20 at most.
     """
     data, problems = inspect_set(source)
-    if problems:
-        more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
-        raise UserError("\n".join(problems[:MAX_LINES] + more))
+    refuse(problems)
     return data
 
 

@@ -81,11 +81,11 @@ def check_images(data: CocoData) -> None:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        _refuse(list(filter(None, pool.map(problem, data.images))))
+        refuse(list(filter(None, pool.map(problem, data.images))))
 
 
-def _refuse(problems: list[str]) -> None:
-    """Raises UserError where there are problems, with as many of them as can be read."""
+def refuse(problems: list[str]) -> None:
+    """Raises UserError where there are problems: one line each, 20 at most."""
     if problems:
         more = [f"... and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
         raise UserError("\n".join(problems[:MAX_LINES] + more))
@@ -109,7 +109,7 @@ def read_coco(
         UserError: one line for each problem of the JSON or missing image, 20 lines at the most.
     """
     data, problems = inspect_coco(source, read_masks, some_masks, content)
-    _refuse(problems)
+    refuse(problems)
     return data
 
 
