@@ -17,7 +17,7 @@ from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
-from real import RESULTS, cell
+from real import RESULTS, cell, read_rows
 from real_runs import Job, add_run_arguments, configuration, run_all
 
 from sim_m2f.config import CfgNode
@@ -46,11 +46,6 @@ def with_some_masks(cfg: CfgNode, share: float, folder: Path) -> CfgNode:
 
 def settings(share: float) -> str:
     return f"{share:g} % of the masks"
-
-
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a results file, none where it is not there."""
-    return json.loads(file.read_text()) if file.exists() else []
 
 
 def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:

@@ -127,11 +127,15 @@ def measure(row: str, run: Path, settings: str, opts: Sequence[str] = ()) -> dic
     }
 
 
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a results file, none where it is not there."""
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def store(path: Path, row: dict[str, str | float]) -> None:
     """Put a row into a results file, in place of one of the same row, settings, seed and steps."""
     key = ("row", "settings", "seed", "steps")
-    rows = json.loads(path.read_text()) if path.exists() else []
-    rows = [old for old in rows if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
+    rows = [old for old in read_rows(path) if [old.get(k) for k in key] != [row.get(k) for k in key]] + [row]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(f" {json.dumps(entry)}" for entry in rows) + "\n]\n")
 

@@ -4,19 +4,21 @@
 
 A row is configs/real/rows/*_<row>.yaml, or a YAML file of one's own, on configs/<set>/base.yaml. What real.py
 measures of every finished run goes into benchmarks/results/real_<set>.json, or into --results. Folders, logs
-and checkpoints are below --output. KEY VALUE pairs after --opts change all runs. Processes share their
-imports and run with one thread each, on the GPU where there is one.
+and checkpoints are below --output. KEY VALUE pairs after --opts change all runs. Each of --jobs processes
+takes one run after the other, with one thread, on the GPU where there is one: it starts, and loads its
+kernels, once. For many processes on one GPU start nvidia-cuda-mps-control -d before: their kernels then run
+side by side.
 """
 
 import argparse
 import gc
-import multiprocessing
 import os
 import sys
-import time
 import traceback
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,10 +49,11 @@ class Job:
         return Path(self.cfg.OUTPUT_DIR)
 
 
-def configuration(name: str, row: str, seed: int, args: argparse.Namespace) -> CfgNode:
-    """The base of the set, changed by the row, then by the command line."""
+def configuration(name: str, row: str, seed: int, args: argparse.Namespace, *changes: Path) -> CfgNode:
+    """The base of the set, changed by files, by the row, then by the command line."""
     cfg = get_cfg()
-    cfg.merge_from_file(shipped_configs() / name / "base.yaml")
+    for file in (shipped_configs() / name / "base.yaml", *changes):
+        cfg.merge_from_file(file)
     cfg.merge_from_file(row if row.endswith(".yaml") else next(REAL.glob(f"*_{row}.yaml"), row))
     if args.weights:  # a file of timm's names that was converted for pixels of -1 to 1
         half = [127.5] * 3
@@ -65,44 +68,54 @@ def configuration(name: str, row: str, seed: int, args: argparse.Namespace) -> C
     return cfg
 
 
-def run_job(job: Job, queue: "multiprocessing.SimpleQueue[tuple[Path, dict]]") -> None:
-    """Train and measure, in a process of its own, which writes to the log in the run's folder."""
+def run_job(job: Job) -> dict[str, str | float] | None:
+    """Train and measure in this process, which from now on writes to the log in the run's folder.
+
+    Returns the row of the results, or nothing if the run failed; the log says why.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    log = (job.folder / "log.txt").open("a", buffering=1)
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+    with (job.folder / "log.txt").open("a", buffering=1) as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     try:
         build_trainer(job.cfg, overwrite=True).train()
-        queue.put((job.results, measure(job.row, job.folder, job.settings)))
+        return measure(job.row, job.folder, job.settings)
     except (Exception, SystemExit):
         traceback.print_exc()
-        sys.exit(1)
+        return None
+    finally:
+        gc.collect()  # the network of this run, before the next needs its memory
 
 
 def run_all(jobs: list[Job], at_a_time: int) -> int:
     """Run all, several at a time; returns how many failed."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.SimpleQueue()
-    waiting, running, failed = list(reversed(jobs)), dict[BaseProcess, Job](), 0
+    if not jobs:
+        return 0
+    failed = 0
     gc.freeze()
-    with tqdm(total=len(jobs), unit="run", mininterval=0) as bar:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                job = waiting.pop()
-                process = fork.Process(target=run_job, args=(job, queue))
-                process.start()
-                running[process] = job
-            time.sleep(0.2)
-            for process in [process for process in running if not process.is_alive()]:
-                job = running.pop(process)
-                while not queue.empty():
-                    store(*queue.get())
-                if process.exitcode:
-                    failed += 1
-                    bar.write(f"{job.folder}: failed, see log.txt there")
-                bar.update()
+    with ProcessPoolExecutor(max(1, at_a_time), get_context("fork")) as pool:
+        running = {pool.submit(run_job, job): job for job in jobs}
+        try:
+            for future in tqdm(as_completed(running), total=len(jobs), unit="run", mininterval=0):
+                failed += not stored(running[future], future)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
     return failed
+
+
+def stored(job: Job, future: Future[dict[str, str | float] | None]) -> bool:
+    """Whether a run that has ended has a row, which then is in its results file."""
+    try:
+        row = future.result()
+    except BrokenProcessPool:  # killed, for lack of memory perhaps; it takes the others along
+        row = None
+    if row is None:
+        tqdm.write(f"{job.folder}: failed, see log.txt there", file=sys.stderr)
+        return False
+    store(job.results, row)
+    return True
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

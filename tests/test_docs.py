@@ -86,7 +86,8 @@ def measured() -> dict[tuple[str, str], float]:
         for row, config in configs.items():
             usual = [entry for entry in rows if entry["row"] == row and "settings" not in entry]
             lengths = [entry["steps"] for entry in usual]
-            most = max(lengths, key=lengths.count, default=0)  # the length with the most seeds
+            # the length with the most seeds, the shortest of several
+            most = max(lengths, key=lambda steps: (lengths.count(steps), -steps), default=0)
             scores = [entry["segm/AP"] for entry in usual if entry["steps"] == most]
             found |= {(f"real_{name}.json", config): statistics.mean(scores)} if scores else {}
     return found
