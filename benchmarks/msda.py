@@ -370,6 +370,26 @@ def summary(cases: list[dict]) -> str:
 COLUMNS = {"speedup": ".1f", "bandwidth_share": ".0%", "extra_mib": ".0f", "memory": ".1%"}  # with formats
 
 
+def beside_peers(cases: list[dict], peers: Sequence[str]) -> str:
+    """How much faster the operator is than each peer, which in lower types is taken in float32, as Markdown.
+
+    The original computes in float32 under autocast, too.
+    """
+    of_case = {(case["case"], case["local"], case["dtype"]): case["results"] for case in cases}
+    lines = []
+    for peer in peers:
+        for (case, local, dtype), results in of_case.items():
+            other = results.get(peer, {})
+            if "error" in other:
+                other = of_case.get((case, local, "float32"), {}).get(peer, {})
+            own, where = results[FUSED], "near the query" if local else "anywhere"
+            if "error" not in own and "forward_ms" in other:
+                factors = [other[key] / own[key] for key in ("forward_ms", "backward_ms")]
+                lines.append(f"| {peer} | {case} | {dtype} | {where} | {factors[0]:.1f} | {factors[1]:.1f} |")
+    head = ["| beside | case | type | locations | times as fast forward | backward |"]
+    return "\n".join([*head, "|---|---|---|---|---|---|", *lines]) if lines else ""
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -438,6 +458,7 @@ def main() -> None:
                 report["cases"].append(entry)
                 print(table(entry), flush=True)
                 write(report, output)
+    print("\n" + beside_peers(report["cases"], args.peer))
     print("\n" + summary(report["cases"]))
 
 
