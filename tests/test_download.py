@@ -1,13 +1,17 @@
 """Downloads against a server on this machine: resumed where they broke off, checked, cached."""
 
+import contextlib
 import hashlib
 import http.server
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import huggingface_hub
 import numpy as np
@@ -18,9 +22,10 @@ from safetensors.torch import save, save_file
 
 from sim_m2f.errors import UserError
 from sim_m2f.weights import download as downloads
-from sim_m2f.weights import sources
+from sim_m2f.weights import sources, weight_files
 from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.download import download
+from sim_m2f.weights.weight_files import read_weight_file
 
 CONTENT = save({"weight": torch.arange(2500.0)})  # 10,072 bytes or so
 OTHER = save({"weight": -torch.arange(2500.0)})
@@ -253,6 +258,41 @@ def test_a_server_that_drips_is_given_up(server, tmp_path, monkeypatch):
     assert "bytes came in" in refused(server.address("weights.bin"))
     assert time.monotonic() - begun < 5
     assert not cached(tmp_path)
+
+
+def test_a_file_that_no_memory_and_no_disk_can_hold_is_refused_before_it_comes(server, tmp_path):
+    def announces(size):
+        return lambda handler, content: handler.answer(200, content, {"Content-Length": str(size)})
+
+    server.faults = [announces(10**15), announces(shutil.disk_usage(tmp_path).free + 10**9)]
+    assert "has 1,000,000.0 GB, more than this machine's memory (" in refused(server.address("weights.bin"))
+    second = refused(server.address("weights.bin"))
+    assert "no space left: " in second or "more than this machine's memory" in second
+    assert not list(tmp_path.rglob("*.part"))
+    assert download(server.address("weights.bin")).read_bytes() == CONTENT
+
+
+def test_an_endless_file_leaves_nothing(server, tmp_path, monkeypatch):
+    memory = types.SimpleNamespace(total=5 << 20)
+    monkeypatch.setattr(weight_files.psutil, "virtual_memory", lambda: memory)
+
+    def endless(handler, content):
+        handler.answer(200, b"", {"Content-Length": None, "Transfer-Encoding": "chunked"})
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(content), content))
+
+    server.faults = [endless]
+    assert "more than this machine's memory (0.0 GB)" in refused(server.address("weights.bin"))
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
+    path = tmp_path / "large.safetensors"
+    path.write_bytes(CONTENT)
+    os.truncate(path, 10**13)
+    with pytest.raises(UserError, match=r"has 10,000.0 GB, more than this machine's memory \("):
+        read_weight_file(path)
 
 
 def test_hashes(server, tmp_path):

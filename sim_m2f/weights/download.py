@@ -4,8 +4,10 @@ By requests, and resumed here: huggingface_hub's http_get appends what any 206 b
 torch.hub do not resume; none of them gives up a transfer that only drips.
 """
 
+import errno
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import cache_folder
-from sim_m2f.weights.weight_files import HEAD, weights_problem
+from sim_m2f.weights.weight_files import HEAD, size_problem, weights_problem
 
 BLOCK = 1 << 20
 SLOWEST, STALL = 1 << 14, 60.0  # bytes that have to arrive within so many seconds
@@ -33,8 +35,8 @@ def download(address: str) -> Path:
     has this hash enters the cache.
 
     Raises:
-        UserError: the address cannot be reached or broke off, the disk is full, what came is no file of
-            weights or of another hash, or the expected hash is none.
+        UserError: the address cannot be reached or broke off, the disk is full or too small, what came is no
+            file of weights, larger than the memory, or of another hash, or the expected hash is none.
     """
     url, has_hash, _ = address.partition("#")
     path = cache_folder() / "weights" / _cached_name(url)
@@ -123,11 +125,30 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
             if length and has.get("ETag", "").startswith('"'):  # another one may stay when the file changes
                 known.write_text(f"{length} {has['ETag']}")
         whole = None if length is None else held + length
+        _refuse_size(url, whole or 0)
+        _refuse_full_disk(part.parent, (whole or 0) - held)
         bar = tqdm(desc=part.stem, initial=held, total=whole, unit="B", unit_scale=True, disable=None)
-        with part.open("ab" if held else "wb") as file, bar:
-            for block in _blocks(response):
-                bar.update(file.write(block))
+        try:
+            with part.open("ab" if held else "wb") as file, bar:
+                for block in _blocks(response):
+                    bar.update(file.write(block))
+                    _refuse_size(url, file.tell())
+        except BaseException:
+            if not known.exists():  # nothing can go on with it
+                part.unlink()
+            raise
     known.unlink(missing_ok=True)
+
+
+def _refuse_size(url: str, size: int) -> None:
+    if problem := size_problem(size):
+        raise UserError(f"{url}: {problem}; take a smaller file")
+
+
+def _refuse_full_disk(folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise OSError(errno.ENOSPC, f"no space left: {missing:,} bytes of it are missing, {free:,} are free")
 
 
 def _blocks(response: requests.Response) -> Iterator[bytes]:

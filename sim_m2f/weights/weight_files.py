@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from safetensors import safe_open
 
@@ -54,6 +55,14 @@ def read_weight_file(path: Path) -> Any:
         raise UserError(f"{path}: {problem}") from error
 
 
+def size_problem(size: int) -> str | None:
+    """What is wrong with weights of so many bytes: the memory cannot hold them."""
+    memory = psutil.virtual_memory().total
+    if size <= memory:
+        return None
+    return f"has {size / 1e9:,.1f} GB, more than this machine's memory ({memory / 1e9:,.1f} GB)"
+
+
 def weights_problem(head: bytes) -> str | None:
     """What a file that begins with ``head`` seems to be, unless it looks like weights."""
     if WEIGHTS.match(head):
@@ -63,6 +72,8 @@ def weights_problem(head: bytes) -> str | None:
 
 def _read(path: Path) -> Any:
     refuse_special(path)
+    if problem := size_problem(path.stat().st_size):
+        raise UserError(f"{path}: {problem}; take a smaller file")
     with path.open("rb") as file:
         kind = WEIGHTS.match(head := file.read(HEAD))
     if not kind:
