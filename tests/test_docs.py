@@ -79,17 +79,16 @@ def measured() -> dict[tuple[str, str], float]:
     }
     for file in ("ablation_shapes.json", "ablation_nuclei.json"):
         rows = json.loads((RESULTS / file).read_text())
-        found |= {(file, row["row"]): statistics.mean(row["segm/AP"]) for row in rows}
+        found |= {(file, row["row"]): statistics.fmean(row["segm/AP"]) for row in rows}
     for name in ("people", "pennfudan", "nuclei"):
         rows = json.loads((RESULTS / f"real_{name}.json").read_text())
         configs = {"boxinst": "boxinst", "sim": "sim", "best": "boxes", "mask": "mask"}
         for row, config in configs.items():
             usual = [entry for entry in rows if entry["row"] == row and "settings" not in entry]
             lengths = [entry["steps"] for entry in usual]
-            # the length with the most seeds, the shortest of several
-            most = max(lengths, key=lambda steps: (lengths.count(steps), -steps), default=0)
+            most = max(lengths, key=lambda steps: (lengths.count(steps), steps), default=0)  # has most seeds
             scores = [entry["segm/AP"] for entry in usual if entry["steps"] == most]
-            found |= {(f"real_{name}.json", config): statistics.mean(scores)} if scores else {}
+            found |= {(f"real_{name}.json", config): statistics.fmean(scores)} if scores else {}
     return found
 
 
