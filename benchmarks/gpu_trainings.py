@@ -52,7 +52,7 @@ class Training:
         """The scores of every seed."""
         rows = json.loads((RESULTS / self.results).read_text())
         usual = [row for row in rows if row["row"] == self.row and row["steps"] == self.steps]
-        seeds = [row for row in usual if not row.get("settings")]
+        seeds = [row for row in usual if not row.get("settings") and row.get("device", "CPU") == "CPU"]
         found: dict[str, list[float]] = {}
         for name in SCORES:
             values = [row[name] for row in seeds if name in row]
@@ -106,7 +106,7 @@ def outcome(
 
 def line(result: dict[str, Any]) -> str:
     """The AP of a run beside the CPU's."""
-    cpu = ", ".join(f"{score:.1f}" for score in result["on_cpu"]["segm/AP"])
+    cpu = ", ".join(f"{score:.1f}" for score in result["on_cpu"].get("segm/AP", [])) or "none"
     return f"{result['training']}: AP {result.get('segm/AP', 'none')} (on the CPU {cpu})"
 
 

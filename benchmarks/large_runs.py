@@ -38,7 +38,7 @@ def jobs_of(args: argparse.Namespace) -> list[Job]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
-    parser.add_argument("--rows", nargs="+", default=ROWS, metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     add_run_arguments(parser)
     parser.set_defaults(seeds=[0], steps=2000, jobs=len(SETS) * len(ROWS))
     args = parser.parse_args()

@@ -17,7 +17,7 @@ from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
-from real import RESULTS, cell, read_rows
+from real import RESULTS, cell, read_rows, share_of
 from real_runs import Job, add_run_arguments, configuration, run_all
 
 from sim_m2f.config import CfgNode
@@ -50,7 +50,7 @@ def settings(share: float) -> str:
 
 def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:
     """The table, and the curve with a dot per seed."""
-    whole = fmean(row["segm/AP"] for row in masks) if masks else float("nan")
+    whole = [row["segm/AP"] for row in masks]
     print("| masks of | seeds | AP | AP75 | AP / mask supervision's |\n|---|---|---|---|---|")
     figure = Figure(figsize=(5, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(xlabel="objects with a mask, %", ylabel="mask AP")
@@ -59,10 +59,11 @@ def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) 
         own = [row for row in rows if row["settings"] == settings(share)]
         scores, strict = ([row[key] for row in own] for key in ("segm/AP", "segm/AP75"))
         means.append(fmean(scores))
-        print(f"| {share:g} % | {len(own)} | {cell(scores)} | {cell(strict)} | {means[-1] / whole:.2f} |")
+        print(f"| {share:g} % | {len(own)} | {cell(scores)} | {cell(strict)} | {share_of(scores, whole)} |")
         axes.plot([share] * len(scores), scores, "o", color="#d55e00", markersize=4)
     axes.plot(shares, means, color="#0072b2", label="boxes of all, masks of some")
-    axes.axhline(whole, color="#000000", linestyle="--", label="supervision by masks")
+    if whole:
+        axes.axhline(fmean(whole), color="#000000", linestyle="--", label="supervision by masks")
     axes.set_xscale("symlog", linthresh=5)
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
     axes.spines[["top", "right"]].set_visible(False)
@@ -85,7 +86,8 @@ def main() -> int:
             jobs.append(Job("mixed", own, path, settings(share)))
     failed = run_all(jobs, args.jobs)
     rows, real = (read_rows(file) for file in (path, args.results / f"real_{args.set}.json"))
-    plain = [row for row in real if "settings" not in row and row["steps"] == args.steps]
+    rows, real = ([row for row in each if row["steps"] == args.steps] for each in (rows, real))
+    plain = [row for row in real if "settings" not in row]
     boxes, masks = ([row for row in plain if row["row"] == name] for name in ("best", "mask"))
     own = {row["seed"] for row in rows if row["settings"] == settings(0)}
     rows += [{**row, "settings": settings(0)} for row in boxes if row["seed"] not in own]

@@ -146,6 +146,11 @@ def cell(values: Sequence[float]) -> str:
     return f"{fmean(values):.1f}{spread}"
 
 
+def share_of(values: Sequence[float], whole: Sequence[float]) -> str:
+    """Of the mean of ``whole``, that of ``values``; nothing where there is no such mean, or it is 0."""
+    return f"{fmean(values) / fmean(whole):.2f}" if any(whole) else ""
+
+
 def groups(rows: Sequence[dict]) -> dict[tuple[str, str, int], list[dict]]:
     """The rows of each kind, with its name, settings and steps, the shortest and worst first."""
     found: dict[tuple[str, str, int], list[dict]] = {}
@@ -172,10 +177,7 @@ def print_table(rows: Sequence[dict]) -> None:
     for (name, settings, steps), group in found.items():
         columns = {key: [row[key] for row in group if key in row] for key in (*SCORES, *LABELS)}
         masks = found.get(("mask", "", steps), [])
-        shares = [
-            f"{fmean(columns[key]) / fmean(row[key] for row in masks):.2f}" if masks else ""
-            for key in ("segm/AP", "segm/AP75")
-        ]
+        shares = [share_of(columns[key], [row[key] for row in masks]) for key in ("segm/AP", "segm/AP75")]
         labels = [cell(columns[key]) if columns[key] else "" for key in LABELS]
         scores = cell(columns["segm/AP"]), cell(columns["segm/AP75"])
         title = f"{name}, {settings}" if settings else name

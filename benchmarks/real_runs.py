@@ -11,8 +11,10 @@ side by side.
 """
 
 import argparse
+import ctypes
 import gc
 import os
+import signal
 import sys
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -33,6 +35,7 @@ from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.errors import UserError
 
 REAL = shipped_configs() / "real" / "rows"
+PR_SET_PDEATHSIG = 1  # of prctl(2), Linux
 
 
 @dataclass(frozen=True)
@@ -68,40 +71,45 @@ def configuration(name: str, row: str, seed: int, args: argparse.Namespace, *cha
     return cfg
 
 
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_job(job: Job) -> dict[str, str | float] | None:
     """Train and measure in this process, which from now on writes to the log in the run's folder.
 
     Returns the row of the results, or nothing if the run failed; the log says why.
     """
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / "log.txt").open("a", buffering=1) as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with (job.folder / "log.txt").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         build_trainer(job.cfg, overwrite=True).train()
         return measure(job.row, job.folder, job.settings)
     except (Exception, SystemExit):
         traceback.print_exc()
         return None
     finally:
-        gc.collect()  # the network of this run, before the next needs its memory
+        sys.stdout.flush()  # before the log is that of the next run
+        gc.collect()  # and the network of this one gives back its memory
 
 
 def run_all(jobs: list[Job], at_a_time: int) -> int:
-    """Run all, several at a time; returns how many failed."""
+    """Run all, several at a time; returns how many failed. An interrupt ends all at once."""
     if not jobs:
         return 0
     failed = 0
     gc.freeze()
-    with ProcessPoolExecutor(max(1, at_a_time), get_context("fork")) as pool:
+    with ProcessPoolExecutor(max(1, at_a_time), get_context("fork"), end_with_parent) as pool:
         running = {pool.submit(run_job, job): job for job in jobs}
         try:
             for future in tqdm(as_completed(running), total=len(jobs), unit="run", mininterval=0):
                 failed += not stored(running[future], future)
         except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+            os._exit(128 + signal.SIGINT)  # the pool would begin the runs that wait
     return failed
 
 

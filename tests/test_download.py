@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import json
 import os
 import pickle
 import re
@@ -295,6 +296,42 @@ def test_a_file_larger_than_the_memory_is_not_read(tmp_path):
         read_weight_file(path)
 
 
+def test_shards_that_are_together_larger_than_the_memory_are_not_read(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(CONTENT)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    memory = types.SimpleNamespace(total=int(1.5 * len(CONTENT)))
+    monkeypatch.setattr(weight_files.psutil, "virtual_memory", lambda: memory)
+    assert read_weight_file(tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match="more than this machine's memory"):
+        read_weight_file(index)
+
+
+def test_weights_for_which_memory_does_not_suffice_are_not_called_damaged(tmp_path, monkeypatch):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pth")
+
+    def load(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError):
+        read_weight_file(tmp_path / "model.pth")
+
+
+def test_a_part_of_an_older_file_does_not_take_the_place_of_the_new_one(server, tmp_path, monkeypatch):
+    server.faults = [breaks_off]
+    refused(server.address("weights.bin"))
+    (part,) = tmp_path.rglob("*.part")
+    server.etag = '"v2"'
+
+    def room_without_the_part(_):
+        return types.SimpleNamespace(free=0 if part.exists() else len(CONTENT))
+
+    monkeypatch.setattr(downloads.shutil, "disk_usage", room_without_the_part)
+    assert download(server.address("weights.bin")).read_bytes() == CONTENT
+
+
 def test_hashes(server, tmp_path):
     digest = hashlib.sha256(CONTENT).hexdigest()
     good, bad = f"good-{digest[:8]}.pth", "bad-abcdef12.pth"
@@ -355,7 +392,14 @@ def test_the_cache_may_lie_above_the_working_directory(server, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    "address", ["https://[abc/x.pth", "https://host", "https://host/../x.pth", "https://host/%2e%2e/x.pth"]
+    "address",
+    [
+        "https://[abc/x.pth",
+        "https://host",
+        "https://host/../x.pth",
+        "https://host/%2e%2e/x.pth",
+        "https://host/a%00b",
+    ],
 )
 def test_what_is_no_address_of_a_file_is_refused_in_one_line(server, address):
     assert "not the address of a file" in refused(address)

@@ -25,7 +25,7 @@ def color_bins(lab: Tensor, counts: Tensor, target: Tensor, objects: int) -> Ten
     mean = empty.index_add(0, target, lab * weight) / number
     away = lab - mean[target]
     deviation = (empty.index_add(0, target, away**2 * weight) / number).sqrt().clamp(min=LEAST_DEVIATION)
-    bins = torch.tensor(BINS, device=lab.device)
+    bins = torch.tensor(BINS).to(lab.device, non_blocking=True)
     place = ((away / deviation[target] / SPAN + 0.5) * bins).long().clamp(min=0).minimum(bins - 1)
     return (place[:, 0] * BINS[1] + place[:, 1]) * BINS[2] + place[:, 2]
 

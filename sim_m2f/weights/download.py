@@ -69,7 +69,7 @@ def _cached_name(url: str) -> Path:
     try:
         parts = urlsplit(url)
         file = Path(unquote(parts.path).lstrip("/"))
-        if ".." in file.parts or not file.name:
+        if ".." in file.parts or not file.name or "\0" in str(file):
             raise ValueError("no name of a file, or '..'")
     except ValueError as error:
         raise UserError(f"{url}: not the address of a file ({error})") from error
@@ -109,10 +109,11 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={held}-"} if held else {})}
     with requests.get(url, headers=headers, stream=True, timeout=STALL) as response:
         has, length = response.headers, response.raw.length_remaining
+        etag = has.get("ETag", "")
         if held and response.status_code in (206, 416):
-            total, _, etag = known.read_text().partition(" ")
-            rest = f"bytes {held}-{int(total) - 1}/{total}", etag, int(total) - held
-            if (has.get("Content-Range"), has.get("ETag"), length) != rest:
+            total, _, tag = known.read_text().partition(" ")
+            rest = f"bytes {held}-{int(total) - 1}/{total}", tag, int(total) - held
+            if (has.get("Content-Range"), etag, length) != rest:
                 known.unlink()
                 return _fetch(url, part, hashed)
         elif response.status_code != 200:
@@ -121,12 +122,13 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
             raise ConnectionError("the server does not say how long it is; add #sha256=DIGITS")
         else:
             held = 0
-            known.unlink(missing_ok=True)
-            if length and has.get("ETag", "").startswith('"'):  # another one may stay when the file changes
-                known.write_text(f"{length} {has['ETag']}")
+            for old in (known, part):
+                old.unlink(missing_ok=True)
         whole = None if length is None else held + length
         _refuse_size(url, whole or 0)
         _refuse_full_disk(part.parent, (whole or 0) - held)
+        if length and not held and etag.startswith('"'):  # others may stay when the file changes
+            known.write_text(f"{length} {etag}")
         bar = tqdm(desc=part.stem, initial=held, total=whole, unit="B", unit_scale=True, disable=None)
         try:
             with part.open("ab" if held else "wb") as file, bar:
@@ -135,7 +137,7 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
                     _refuse_size(url, file.tell())
         except BaseException:
             if not known.exists():  # nothing can go on with it
-                part.unlink()
+                part.unlink(missing_ok=True)
             raise
     known.unlink(missing_ok=True)
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 from safetensors import safe_open
 
-from sim_m2f.errors import UserError, first_line
+from sim_m2f.errors import UserError, first_line, memory_problem
 from sim_m2f.files import refuse_special
 from sim_m2f.weights.pickles import ALLOWED, NUMBERS, TORCH_MAGIC, ForbiddenPickleError, read_pickle
 
@@ -45,6 +45,8 @@ def read_weight_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
     except Exception as error:  # damaged files raise errors of every kind
+        if memory_problem(error):
+            raise
         forbidden = re.search(r"(?s)Weights only.*?(?:GLOBAL|class|function)\s+([\w.]+)", str(error))
         if forbidden or isinstance(error, ForbiddenPickleError):
             name = forbidden[1] if forbidden else error
@@ -72,8 +74,7 @@ def weights_problem(head: bytes) -> str | None:
 
 def _read(path: Path) -> Any:
     refuse_special(path)
-    if problem := size_problem(path.stat().st_size):
-        raise UserError(f"{path}: {problem}; take a smaller file")
+    _refuse_size(path, path.stat().st_size)
     with path.open("rb") as file:
         kind = WEIGHTS.match(head := file.read(HEAD))
     if not kind:
@@ -97,7 +98,14 @@ def _read(path: Path) -> Any:
 
 def _read_shards(index: Path) -> dict[str, Any]:
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = [index.parent / Path(name).name for name in sorted(set(names))]
+    _refuse_size(index, sum(shard.stat().st_size for shard in shards if shard.is_file()))
     weights: dict[str, Any] = {}
-    for name in sorted(set(names)):
-        weights.update(read_weight_file(index.parent / Path(name).name))
+    for shard in shards:
+        weights.update(read_weight_file(shard))
     return weights
+
+
+def _refuse_size(path: Path, size: int) -> None:
+    if problem := size_problem(size):
+        raise UserError(f"{path}: {problem}; take a smaller file")
