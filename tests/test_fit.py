@@ -79,7 +79,7 @@ def chosen(folder: Path, *more: str):
     fit.add_arguments(parser)
     args = parser.parse_args(arguments(folder, folder / "out", *more)[1:])
     assert fit.stopped_run(args) is None
-    sets = fit.find_sets(args)
+    sets = fit.find_sets(args, None)
     return fit.settings(args, sets), sets
 
 
@@ -170,6 +170,68 @@ def test_a_batch_that_memory_does_not_hold_is_taken_in_parts(data, monkeypatch):
     cfg.SOLVER.IMAGES_AT_ONCE = 0
     with pytest.raises(UserError, match=r"out of memory.*SOLVER\.IMS_PER_BATCH"):
         fit.affordable_trial(cfg, fixed=True)
+
+
+@pytest.fixture
+def begin(data, monkeypatch):
+    """A function that runs ``fit`` up to its training, and returns the configuration of that."""
+    begun = []
+
+    def stop(cfg, *more):
+        (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+        begun.append(cfg)
+        raise UserError("training would begin")
+
+    def configuration(output: Path, *more: str):
+        begun.clear()
+        assert main(arguments(data, output, *more)) == 2
+        (cfg,) = begun
+        return cfg
+
+    monkeypatch.setattr(fit, "build_trainer", stop)
+    monkeypatch.setattr(fit, "plan", lambda cfg, sets, args: None)
+    return configuration
+
+
+def test_a_folder_that_was_moved_is_the_one_that_goes_on(tmp_path, begin):
+    begin(tmp_path / "out")
+    parts = (tmp_path / "out/fit.train.json").read_text()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    cfg = begin(tmp_path / "moved", "--resume", "SOLVER.BASE_LR", "0.5")
+    assert Path(cfg.OUTPUT_DIR) == tmp_path / "moved"
+    assert Path(cfg.DATASETS.TRAIN_ANNOTATIONS) == tmp_path / "moved/fit.train.json"
+    assert Path(cfg.DATASETS.TEST_ANNOTATIONS) == tmp_path / "moved/fit.val.json"
+    assert cfg.SOLVER.BASE_LR == 0.5
+    assert (tmp_path / "moved/fit.train.json").read_text() == parts
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_folder_goes_on_from_elsewhere(tmp_path, begin, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin(Path("out"))
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    cfg = begin(Path("../out"), "--resume")
+    assert cfg.OUTPUT_DIR == "../out"
+    assert cfg.DATASETS.TRAIN_ANNOTATIONS == "../out/fit.train.json"
+
+
+def test_a_run_with_a_validation_set_does_not_go_on_without(data, tmp_path, begin, capsys):
+    val = "--val", str(data / "set.json")
+    begin(tmp_path / "out", *val)
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert "give its --annotations and --val again" in capsys.readouterr().err
+    begin(tmp_path / "out", "--resume", *val)
+
+
+def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
+    content = json.loads((data / "boxes.json").read_text())
+    for image in content["images"]:
+        (data / image["file_name"]).rename(tmp_path / image["file_name"])
+        image["file_name"] = f"../{image['file_name']}"
+    (data / "boxes.json").write_text(json.dumps(content))
+    begin(tmp_path / "out", "INPUT.LIMITS.OUTSIDE", "True")
+    assert begin(tmp_path / "out", "--resume").INPUT.LIMITS.OUTSIDE
 
 
 def test_tests_see_images_of_the_size_of_training(data):

@@ -103,9 +103,10 @@ def run(args: argparse.Namespace) -> int:
 def fit(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it all, in a folder that nobody else writes to."""
     previous = stopped_run(args)
-    sets = find_sets(args)
+    sets = find_sets(args, previous)
     if previous:
         cfg = previous
+        go_on(cfg, args, sets)
     else:
         cfg = settings(args, sets)
         plan(cfg, sets, args)
@@ -160,14 +161,40 @@ def stopped_run(args: argparse.Namespace) -> CfgNode | None:
     return cfg
 
 
-def find_sets(args: argparse.Namespace) -> Sets:
-    """Read, check and, without --val, split the annotations.
+def go_on(cfg: CfgNode, args: argparse.Namespace, sets: Sets) -> None:
+    """Take the folder and the data of the command line: those of a stopped run may have been moved.
 
     Raises:
-        UserError: whatever is wrong with the data, one line each, 20 at most.
+        UserError: the run has learned from images that would now be held back.
     """
-    cfg = get_cfg()
-    cfg.merge_from_list(overrides(args))
+    if Path(cfg.DATASETS.TRAIN_ANNOTATIONS).name != OWN[1] == sets.train.annotations.name:
+        fault = "has learned from all of its images, and would now be validated with some of them"
+        raise UserError(f"--resume: the run in {args.output} {fault}; give its --annotations and --val again")
+    set_paths(cfg, args, sets)
+    validate(cfg)
+
+
+def set_paths(cfg: CfgNode, args: argparse.Namespace, sets: Sets) -> None:
+    """Say where the run and its data are."""
+    data, cfg.OUTPUT_DIR = cfg.DATASETS, str(args.output)
+    data.TRAIN_ANNOTATIONS, data.TRAIN_IMAGES = str(sets.train.annotations), str(sets.train.image_root)
+    data.TEST_ANNOTATIONS, data.TEST_IMAGES = str(sets.val.annotations), str(sets.val.image_root)
+
+
+def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
+    """Read, check and, without --val, split the annotations.
+
+    Args:
+        args: the command line.
+        previous: the settings of the run that goes on, whose INPUT.LIMITS hold.
+
+    Raises:
+        UserError: an override has a fault; or whatever is wrong with the data, one line each, 20 at most.
+    """
+    cfg = previous
+    if cfg is None:
+        cfg = get_cfg()
+        cfg.merge_from_list(overrides(args))
     limits = cfg.INPUT.LIMITS
     own_boxes, own_train, own_val = (args.output / name for name in OWN)
     path = as_coco(args.annotations, args.images, args.input, own_boxes, limits)
@@ -222,10 +249,8 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     cfg = get_cfg()
     for name in RECIPE if not counts.many_small else (*RECIPE, "tiles.yaml"):
         cfg.merge_from_file(shipped_configs() / "real" / name)
-    data, network = cfg.DATASETS, cfg.MODEL.MASK_FORMER
-    data.TRAIN_ANNOTATIONS, data.TRAIN_IMAGES = str(sets.train.annotations), str(sets.train.image_root)
-    data.TEST_ANNOTATIONS, data.TEST_IMAGES = str(sets.val.annotations), str(sets.val.image_root)
-    cfg.OUTPUT_DIR, cfg.SEED = str(args.output), args.seed
+    set_paths(cfg, args, sets)
+    network, cfg.SEED = cfg.MODEL.MASK_FORMER, args.seed
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(sets.data.category_ids)
     most = counts.most
     if counts.many_small:
