@@ -234,6 +234,17 @@ def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
     assert begin(tmp_path / "out", "--resume").INPUT.LIMITS.OUTSIDE
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+@pytest.mark.parametrize("key", fit.FLAGS)
+def test_keys_that_follow_from_flags_are_refused(data, tmp_path, begin, capsys, key, more):
+    if more:
+        begin(tmp_path / "out")
+    assert main(arguments(data, tmp_path / "out", *more, "SOLVER.BASE_LR", "0.5", key, "5")) == 2
+    flag = fit.FLAGS[key]
+    assert f"error: command line: {key}: follows from {flag}" in capsys.readouterr().err
+    assert more or not (tmp_path / "out/fit.train.json").exists()
+
+
 def test_tests_see_images_of_the_size_of_training(data):
     cfg, _ = chosen(data, "INPUT.IMAGE_SIZE", "128")
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (128, 128)

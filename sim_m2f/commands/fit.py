@@ -39,6 +39,14 @@ from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM
 
 OWN = "fit.boxes.json", "fit.train.json", "fit.val.json"  # what it makes of the annotations
+FLAGS = {  # of keys that more than the run depends on
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "DATASETS.TRAIN_ANNOTATIONS": "--annotations",
+    "DATASETS.TRAIN_IMAGES": "--images",
+    "DATASETS.TEST_ANNOTATIONS": "--val",
+    "DATASETS.TEST_IMAGES": "--val-images",
+}
 RECIPE = "base.yaml", "boxes.yaml"
 VALIDATION = 0.2  # share of the objects, where no validation set is given
 FEWEST = 5  # images that are split
@@ -77,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the split and the run (0)")
     parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
     parser.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of any key")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of other keys")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -272,8 +280,16 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """KEY VALUE pairs of the command line."""
-    return [item for item in args.opts if item != "--"]
+    """KEY VALUE pairs of the command line.
+
+    Raises:
+        UserError: one of the keys has a flag that says more.
+    """
+    pairs = [item for item in args.opts if item != "--"]
+    for key in pairs[::2]:
+        if key in FLAGS:
+            raise UserError(f"command line: {key}: follows from {FLAGS[key]} in fit; give that instead")
+    return pairs
 
 
 def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
