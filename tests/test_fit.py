@@ -245,6 +245,13 @@ def test_keys_that_follow_from_flags_are_refused(data, tmp_path, begin, capsys, 
     assert more or not (tmp_path / "out/fit.train.json").exists()
 
 
+def test_a_run_that_goes_on_is_not_removed(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(data, tmp_path / "out", "--resume", "--overwrite"))
+    assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
+
+
 def test_tests_see_images_of_the_size_of_training(data):
     cfg, _ = chosen(data, "INPUT.IMAGE_SIZE", "128")
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (128, 128)

@@ -83,8 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = f"of the masks, beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
     parser.add_argument("--format", default="", metavar="NAMES", help=formats)
     parser.add_argument("--seed", type=int, help="of the split and the run (0)")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--resume", action="store_true", help="go on with a run that stopped")
+    folder.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of other keys")
 
 
