@@ -8,6 +8,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,6 +251,20 @@ def test_a_run_that_goes_on_is_not_removed(data, tmp_path, begin, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments(data, tmp_path / "out", "--resume", "--overwrite"))
     assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
+
+
+def test_masks_are_made_on_the_device_of_the_run(data, tmp_path, monkeypatch):
+    devices = []
+
+    def load(folder, config="", device="auto"):
+        devices.append(device)
+        raise UserError("masks would be made")
+
+    monkeypatch.setattr(fit, "plan", lambda cfg, sets, args: None)
+    monkeypatch.setattr(fit, "build_trainer", lambda *_: SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(fit, "from_pretrained", load)
+    assert main(arguments(data, tmp_path / "out", "MODEL.DEVICE", "cpu")) == 2
+    assert devices == ["cpu"]
 
 
 def test_tests_see_images_of_the_size_of_training(data):

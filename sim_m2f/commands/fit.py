@@ -122,7 +122,7 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     cfg.freeze()
     beside = ClassNames(sets.data.class_names), FirstLook(sets.val)
     build_trainer(cfg, args.resume, args.overwrite, beside).train()
-    model = from_pretrained(args.output)
+    model = from_pretrained(args.output, device=cfg.MODEL.DEVICE)
     quality = Quality(colors=model.colors_by_default)
     if sets.masks and sets.val != sets.train:
         quality = calibrate(model, sets.val, args.output)
