@@ -24,7 +24,10 @@ from sim_m2f.commands import fit
 from sim_m2f.config import get_cfg
 from sim_m2f.data.image import read_image
 from sim_m2f.data.notes import notes
+from sim_m2f.engine.hooks import Metrics
+from sim_m2f.engine.logging import forget_peak
 from sim_m2f.engine.trainer import Trainer
+from sim_m2f.engine.trial import trial
 from sim_m2f.errors import UserError
 
 QUICK = [*SMALL, "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_NORMS", "False", "SOLVER.MAX_ITER", "2"]
@@ -265,6 +268,28 @@ def test_masks_are_made_on_the_device_of_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "from_pretrained", load)
     assert main(arguments(data, tmp_path / "out", "MODEL.DEVICE", "cpu")) == 2
     assert devices == ["cpu"]
+
+
+def test_each_trial_and_run_has_its_own_peak_of_memory(data, monkeypatch):
+    """Without a GPU, by the calls alone: before a trial's first step, and before a run's."""
+    device, calls, step = torch.device("cuda", 0), [], Trainer.step
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    forget_peak(device)
+    forget_peak(torch.device("cpu"))
+    assert calls == [device]
+
+    def forgotten(self, batch):
+        calls.append("step")
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", forgotten)
+    for module in ("trial", "hooks"):
+        monkeypatch.setattr(f"sim_m2f.engine.{module}.forget_peak", calls.append)
+    cfg, _ = chosen(data, *QUICK, "INPUT.IMAGE_SIZE", "64", "MODEL.DEVICE", "cpu")
+    trial(cfg)
+    assert calls[1:3] == [torch.device("cpu"), "step"]
+    Metrics().before_train(SimpleNamespace(accelerator=SimpleNamespace(device=device, is_main_process=False)))
+    assert calls[-1] == device
 
 
 def test_tests_see_images_of_the_size_of_training(data):
