@@ -8,6 +8,7 @@ import struct
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,10 @@ from sim_m2f.commands import fit
 from sim_m2f.config import get_cfg
 from sim_m2f.data.image import read_image
 from sim_m2f.data.notes import notes
+from sim_m2f.engine.hooks import Metrics
+from sim_m2f.engine.logging import forget_peak
 from sim_m2f.engine.trainer import Trainer
+from sim_m2f.engine.trial import trial
 from sim_m2f.errors import UserError
 
 QUICK = [*SMALL, "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_NORMS", "False", "SOLVER.MAX_ITER", "2"]
@@ -79,7 +83,7 @@ def chosen(folder: Path, *more: str):
     fit.add_arguments(parser)
     args = parser.parse_args(arguments(folder, folder / "out", *more)[1:])
     assert fit.stopped_run(args) is None
-    sets = fit.find_sets(args)
+    sets = fit.find_sets(args, None)
     return fit.settings(args, sets), sets
 
 
@@ -170,6 +174,122 @@ def test_a_batch_that_memory_does_not_hold_is_taken_in_parts(data, monkeypatch):
     cfg.SOLVER.IMAGES_AT_ONCE = 0
     with pytest.raises(UserError, match=r"out of memory.*SOLVER\.IMS_PER_BATCH"):
         fit.affordable_trial(cfg, fixed=True)
+
+
+@pytest.fixture
+def begin(data, monkeypatch):
+    """A function that runs ``fit`` up to its training, and returns the configuration of that."""
+    begun = []
+
+    def stop(cfg, *more):
+        (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(cfg.dump())
+        begun.append(cfg)
+        raise UserError("training would begin")
+
+    def configuration(output: Path, *more: str):
+        begun.clear()
+        assert main(arguments(data, output, *more)) == 2
+        (cfg,) = begun
+        return cfg
+
+    monkeypatch.setattr(fit, "build_trainer", stop)
+    monkeypatch.setattr(fit, "plan", lambda cfg, sets, args: None)
+    return configuration
+
+
+def test_a_folder_that_was_moved_is_the_one_that_goes_on(tmp_path, begin):
+    begin(tmp_path / "out")
+    parts = (tmp_path / "out/fit.train.json").read_text()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    cfg = begin(tmp_path / "moved", "--resume", "SOLVER.BASE_LR", "0.5")
+    assert Path(cfg.OUTPUT_DIR) == tmp_path / "moved"
+    assert Path(cfg.DATASETS.TRAIN_ANNOTATIONS) == tmp_path / "moved/fit.train.json"
+    assert Path(cfg.DATASETS.TEST_ANNOTATIONS) == tmp_path / "moved/fit.val.json"
+    assert cfg.SOLVER.BASE_LR == 0.5
+    assert (tmp_path / "moved/fit.train.json").read_text() == parts
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_relative_folder_goes_on_from_elsewhere(tmp_path, begin, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begin(Path("out"))
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    cfg = begin(Path("../out"), "--resume")
+    assert cfg.OUTPUT_DIR == "../out"
+    assert cfg.DATASETS.TRAIN_ANNOTATIONS == "../out/fit.train.json"
+
+
+def test_a_run_with_a_validation_set_does_not_go_on_without(data, tmp_path, begin, capsys):
+    val = "--val", str(data / "set.json")
+    begin(tmp_path / "out", *val)
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert "give its --annotations and --val again" in capsys.readouterr().err
+    begin(tmp_path / "out", "--resume", *val)
+
+
+def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
+    content = json.loads((data / "boxes.json").read_text())
+    for image in content["images"]:
+        (data / image["file_name"]).rename(tmp_path / image["file_name"])
+        image["file_name"] = f"../{image['file_name']}"
+    (data / "boxes.json").write_text(json.dumps(content))
+    begin(tmp_path / "out", "INPUT.LIMITS.OUTSIDE", "True")
+    assert begin(tmp_path / "out", "--resume").INPUT.LIMITS.OUTSIDE
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+@pytest.mark.parametrize("key", fit.FLAGS)
+def test_keys_that_follow_from_flags_are_refused(data, tmp_path, begin, capsys, key, more):
+    if more:
+        begin(tmp_path / "out")
+    assert main(arguments(data, tmp_path / "out", *more, "SOLVER.BASE_LR", "0.5", key, "5")) == 2
+    flag = fit.FLAGS[key]
+    assert f"error: command line: {key}: follows from {flag}" in capsys.readouterr().err
+    assert more or not (tmp_path / "out/fit.train.json").exists()
+
+
+def test_a_run_that_goes_on_is_not_removed(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(data, tmp_path / "out", "--resume", "--overwrite"))
+    assert "--overwrite: not allowed with argument --resume" in capsys.readouterr().err
+
+
+def test_masks_are_made_on_the_device_of_the_run(data, tmp_path, monkeypatch):
+    devices = []
+
+    def load(folder, config="", device="auto"):
+        devices.append(device)
+        raise UserError("masks would be made")
+
+    monkeypatch.setattr(fit, "plan", lambda cfg, sets, args: None)
+    monkeypatch.setattr(fit, "build_trainer", lambda *_: SimpleNamespace(train=lambda: None))
+    monkeypatch.setattr(fit, "from_pretrained", load)
+    assert main(arguments(data, tmp_path / "out", "MODEL.DEVICE", "cpu")) == 2
+    assert devices == ["cpu"]
+
+
+def test_each_trial_and_run_has_its_own_peak_of_memory(data, monkeypatch):
+    """Without a GPU, by the calls alone: before a trial's first step, and before a run's."""
+    device, calls, step = torch.device("cuda", 0), [], Trainer.step
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", calls.append)
+    forget_peak(device)
+    forget_peak(torch.device("cpu"))
+    assert calls == [device]
+
+    def forgotten(self, batch):
+        calls.append("step")
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "step", forgotten)
+    for module in ("trial", "hooks"):
+        monkeypatch.setattr(f"sim_m2f.engine.{module}.forget_peak", calls.append)
+    cfg, _ = chosen(data, *QUICK, "INPUT.IMAGE_SIZE", "64", "MODEL.DEVICE", "cpu")
+    trial(cfg)
+    assert calls[1:3] == [torch.device("cpu"), "step"]
+    Metrics().before_train(SimpleNamespace(accelerator=SimpleNamespace(device=device, is_main_process=False)))
+    assert calls[-1] == device
 
 
 def test_tests_see_images_of_the_size_of_training(data):

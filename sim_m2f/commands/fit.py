@@ -39,6 +39,14 @@ from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM
 
 OWN = "fit.boxes.json", "fit.train.json", "fit.val.json"  # what it makes of the annotations
+FLAGS = {  # of keys that more than the run depends on
+    "OUTPUT_DIR": "--output",
+    "SEED": "--seed",
+    "DATASETS.TRAIN_ANNOTATIONS": "--annotations",
+    "DATASETS.TRAIN_IMAGES": "--images",
+    "DATASETS.TEST_ANNOTATIONS": "--val",
+    "DATASETS.TEST_IMAGES": "--val-images",
+}
 RECIPE = "base.yaml", "boxes.yaml"
 VALIDATION = 0.2  # share of the objects, where no validation set is given
 FEWEST = 5  # images that are split
@@ -75,9 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     formats = f"of the masks, beside COCO's masks.json, with commas between: {', '.join(WRITERS)}"
     parser.add_argument("--format", default="", metavar="NAMES", help=formats)
     parser.add_argument("--seed", type=int, help="of the split and the run (0)")
-    parser.add_argument("--resume", action="store_true", help="go on with a run that stopped")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of any key")
+    folder = parser.add_mutually_exclusive_group()
+    folder.add_argument("--resume", action="store_true", help="go on with a run that stopped")
+    folder.add_argument("--overwrite", action="store_true", help="remove the run that --output holds")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of other keys")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,16 +112,17 @@ def run(args: argparse.Namespace) -> int:
 def fit(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it all, in a folder that nobody else writes to."""
     previous = stopped_run(args)
-    sets = find_sets(args)
+    sets = find_sets(args, previous)
     if previous:
         cfg = previous
+        go_on(cfg, args, sets)
     else:
         cfg = settings(args, sets)
         plan(cfg, sets, args)
     cfg.freeze()
     beside = ClassNames(sets.data.class_names), FirstLook(sets.val)
     build_trainer(cfg, args.resume, args.overwrite, beside).train()
-    model = from_pretrained(args.output)
+    model = from_pretrained(args.output, device=cfg.MODEL.DEVICE)
     quality = Quality(colors=model.colors_by_default)
     if sets.masks and sets.val != sets.train:
         quality = calibrate(model, sets.val, args.output)
@@ -160,14 +170,40 @@ def stopped_run(args: argparse.Namespace) -> CfgNode | None:
     return cfg
 
 
-def find_sets(args: argparse.Namespace) -> Sets:
-    """Read, check and, without --val, split the annotations.
+def go_on(cfg: CfgNode, args: argparse.Namespace, sets: Sets) -> None:
+    """Take the folder and the data of the command line: those of a stopped run may have been moved.
 
     Raises:
-        UserError: whatever is wrong with the data, one line each, 20 at most.
+        UserError: the run has learned from images that would now be held back.
     """
-    cfg = get_cfg()
-    cfg.merge_from_list(overrides(args))
+    if Path(cfg.DATASETS.TRAIN_ANNOTATIONS).name != OWN[1] == sets.train.annotations.name:
+        fault = "has learned from all of its images, and would now be validated with some of them"
+        raise UserError(f"--resume: the run in {args.output} {fault}; give its --annotations and --val again")
+    set_paths(cfg, args, sets)
+    validate(cfg)
+
+
+def set_paths(cfg: CfgNode, args: argparse.Namespace, sets: Sets) -> None:
+    """Say where the run and its data are."""
+    data, cfg.OUTPUT_DIR = cfg.DATASETS, str(args.output)
+    data.TRAIN_ANNOTATIONS, data.TRAIN_IMAGES = str(sets.train.annotations), str(sets.train.image_root)
+    data.TEST_ANNOTATIONS, data.TEST_IMAGES = str(sets.val.annotations), str(sets.val.image_root)
+
+
+def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
+    """Read, check and, without --val, split the annotations.
+
+    Args:
+        args: the command line.
+        previous: the settings of the run that goes on, whose INPUT.LIMITS hold.
+
+    Raises:
+        UserError: an override has a fault; or whatever is wrong with the data, one line each, 20 at most.
+    """
+    cfg = previous
+    if cfg is None:
+        cfg = get_cfg()
+        cfg.merge_from_list(overrides(args))
     limits = cfg.INPUT.LIMITS
     own_boxes, own_train, own_val = (args.output / name for name in OWN)
     path = as_coco(args.annotations, args.images, args.input, own_boxes, limits)
@@ -222,10 +258,8 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     cfg = get_cfg()
     for name in RECIPE if not counts.many_small else (*RECIPE, "tiles.yaml"):
         cfg.merge_from_file(shipped_configs() / "real" / name)
-    data, network = cfg.DATASETS, cfg.MODEL.MASK_FORMER
-    data.TRAIN_ANNOTATIONS, data.TRAIN_IMAGES = str(sets.train.annotations), str(sets.train.image_root)
-    data.TEST_ANNOTATIONS, data.TEST_IMAGES = str(sets.val.annotations), str(sets.val.image_root)
-    cfg.OUTPUT_DIR, cfg.SEED = str(args.output), args.seed
+    set_paths(cfg, args, sets)
+    network, cfg.SEED = cfg.MODEL.MASK_FORMER, args.seed
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(sets.data.category_ids)
     most = counts.most
     if counts.many_small:
@@ -247,8 +281,16 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
-    """KEY VALUE pairs of the command line."""
-    return [item for item in args.opts if item != "--"]
+    """KEY VALUE pairs of the command line.
+
+    Raises:
+        UserError: one of the keys has a flag that says more.
+    """
+    pairs = [item for item in args.opts if item != "--"]
+    for key in pairs[::2]:
+        if key in FLAGS:
+            raise UserError(f"command line: {key}: follows from {FLAGS[key]} in fit; give that instead")
+    return pairs
 
 
 def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:

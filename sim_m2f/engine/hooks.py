@@ -13,7 +13,7 @@ from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
 from sim_m2f.distributed import largest_number
 from sim_m2f.engine import coco_metrics
-from sim_m2f.engine.logging import LossAverage, MetricsLogger, memory_gib
+from sim_m2f.engine.logging import LossAverage, MetricsLogger, forget_peak, memory_gib
 from sim_m2f.engine.run_folder import remove_leftovers, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import write_file
@@ -65,6 +65,7 @@ class Metrics(Hook):
 
     def before_train(self, trainer: Trainer) -> None:
         self.average, self.warned = LossAverage(), False
+        forget_peak(trainer.accelerator.device)
         if trainer.accelerator.is_main_process:
             trainer.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
             write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())

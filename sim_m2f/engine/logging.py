@@ -149,8 +149,14 @@ def _left_to_the_run(args: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(args)
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let ``memory_gib`` tell of a GPU what is allocated from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory_gib(device: torch.device) -> float:
-    """GiB in use: the most that was allocated on a GPU, or the process's resident memory."""
+    """GiB in use: the most on a GPU since ``forget_peak``, or the resident memory of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process(os.getpid()).memory_info().rss / 2**30

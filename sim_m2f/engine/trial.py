@@ -8,7 +8,7 @@ import torch
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.loader import train_loader
-from sim_m2f.engine.logging import memory_gib
+from sim_m2f.engine.logging import forget_peak, memory_gib
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.errors import UserError, memory_problem
 
@@ -41,6 +41,7 @@ def trial(cfg: CfgNode) -> Trial:
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):  # the run itself will say it
         trainer = Trainer(cfg)
         batches = iter(train_loader(cfg))
+    forget_peak(trainer.accelerator.device)
     try:
         trainer.step(next(batches))
         start = time.perf_counter()
