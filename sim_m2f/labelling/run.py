@@ -103,8 +103,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
         formats: of ``WRITERS``, written beside it.
 
     Raises:
-        UserError: the data have a fault, the network has no such class or knows no boxes, or images cannot be
-            decoded: one line each, after all others are done and noted.
+        UserError: the data have a fault, the network has no such class or knows no boxes, a file cannot be
+            written, or images cannot be decoded: one line each, after all others are done and noted.
     """
     data = read_coco(source, read_masks=False)
     labels = masker.labelling(data)
@@ -114,9 +114,11 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     problems = []
     for image in progress(waiting, "label", len(with_boxes), done=len(journal)):
         try:
-            journal.add(image.id, labels(image))
+            found = labels(image)
         except UserError as error:
             problems.append(str(error))
+        else:
+            journal.add(image.id, found)
     if problems:
         raise UserError("\n".join([*problems, "all other images are labelled; the same command goes on"]))
     content = load_json(source.annotations, source.limits)
