@@ -428,6 +428,22 @@ def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
     assert not [file for file in (tmp_path / "a").rglob("*5*") if "out" not in file.parts]
 
 
+@pytest.mark.parametrize("other", ["5.jpg", "../5.png"])
+@pytest.mark.parametrize("name", ["yolo", "labelme", "png"])
+def test_two_images_do_not_share_a_file(data, tmp_path, capsys, name, other):
+    folder, content = data
+    shutil.copy(folder / "2.png", folder / other)
+    content["images"][1]["file_name"] = other
+    (folder / "set.json").write_text(json.dumps(content))
+    paths = ["--annotations", str(folder / "set.json"), "--images", str(folder), "--output"]
+    arguments = ["convert", *paths, str(tmp_path / "out"), "--set", "INPUT.LIMITS.OUTSIDE", "True"]
+    assert main([*arguments, "--format", f"cvat,{name}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"set.json: images '5.png' and {other!r} would share a file in the format {name}; rename" in line
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--format", "cvat,labelstudio,polygons"]) == 0
+
+
 def test_a_split_keeps_classes_balanced(tmp_path):
     generator = np.random.default_rng(0)
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]

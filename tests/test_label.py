@@ -205,6 +205,16 @@ def test_a_full_disk_ends_the_command_and_loses_nothing(tmp_path):
     assert [len(each["segmentation"]) for each in found] == [LargeMasks.size] * 6
 
 
+def test_two_images_that_would_share_a_file_are_told_before_any_is_labelled(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source = write_many(tmp_path / "set", tmp_path / "0.png", 2)
+    (tmp_path / "set/1.png").rename(tmp_path / "set/0.jpg")
+    source.annotations.write_text(source.annotations.read_text().replace("1.png", "0.jpg"))
+    with pytest.raises(UserError, match=r"images '0.png' and '0.jpg' would share .* yolo,png out of"):
+        run.label_set(LargeMasks(0), source, tmp_path / "masks.json", ["yolo", "polygons", "png"])
+    assert {file.name for file in tmp_path.iterdir()} == {"0.png", "set"}
+
+
 @pytest.mark.slow
 def test_memory_holds_no_masks(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
