@@ -99,6 +99,48 @@ def test_an_export_holds_every_decision(tmp_path):
     assert coco.anns[4]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
 
 
+def with_a_broken_mask(folder: Path) -> dict:
+    """The annotation with the lowest score, whose compressed runs do not add up."""
+    content = write_labelled(folder)
+    broken = next(each for each in content["annotations"] if each["id"] == 4)
+    broken["segmentation"]["counts"] = "abc"
+    (folder / "masks.json").write_text(json.dumps(content))
+    return broken
+
+
+def test_a_mask_that_cannot_be_decoded_is_one_line(tmp_path):
+    broken = with_a_broken_mask(tmp_path)
+    review = open_set(tmp_path)
+    with pytest.raises(
+        UserError, match=r"masks\.json: annotation id 4: segmentation cannot be decoded .* add up"
+    ):
+        review.mask(4)
+    assert review.mask(5).any()
+    review.redraw(4, review.box(4))
+    assert review.mask(4).any()
+    review.decide(4, REJECTED)
+    assert review.mask(4).any()
+    assert review.record(4)["bbox"] == broken["bbox"]
+
+
+def test_an_object_without_its_mask_or_image_is_shown(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the extra serve is not installed")
+    reviewer = pytest.importorskip("sim_m2f.serving.reviewer", reason="the extra serve is not installed")
+    with_a_broken_mask(tmp_path)
+    shown, warnings = reviewer.Reviewer(open_set(tmp_path)), []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    number, drawn, picture, _ = shown.shown(4)
+    assert number == 4
+    assert len(drawn["boxes"]) == 1
+    assert np.asarray(picture).any()
+    (warning,) = warnings
+    assert "annotation id 4: segmentation cannot be decoded" in warning
+    (tmp_path / "2.png").write_bytes(b"")
+    shown.shown(4)
+    assert "2.png: cannot be decoded" in warnings[1]
+    assert warnings[2:] == [warning]
+
+
 def test_an_export_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     write_labelled(tmp_path)
     review = open_set(tmp_path)
