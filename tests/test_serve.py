@@ -26,7 +26,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.serving.review import ACCEPTED, OPEN, REJECTED
-from sim_m2f.serving.uploads import MOST_MEGAPIXELS, read_upload
+from sim_m2f.serving.uploads import KINDS, MOST_MEGAPIXELS, read_upload
 from sim_m2f.serving.window import SIDE, around, whole
 
 
@@ -177,6 +177,19 @@ def test_an_upload_is_turned_upright(tmp_path):
     exif[274] = 6  # lies on its side
     image.save(tmp_path / "phone.jpg", exif=exif)
     assert read_upload(tmp_path / "phone.jpg").shape == (40, 20, 3)
+
+
+def test_no_other_decoder_sees_an_upload(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    allowed, original = [], Image.open
+
+    def noted(file, mode="r", formats=None):
+        allowed.append(formats)
+        return original(file, mode, formats)
+
+    monkeypatch.setattr(Image, "open", noted)
+    read_upload(tmp_path / "a.png")
+    assert allowed == [KINDS, KINDS]
 
 
 def png(width: int, height: int, data: bytes) -> bytes:
