@@ -353,6 +353,17 @@ def test_a_fault_is_one_line_before_anything_is_loaded(data, tmp_path, capsys, m
     assert not (tmp_path / "out/config.yaml").exists()
 
 
+def test_images_that_would_share_a_file_are_told_before_anything_is_loaded(data, tmp_path, capsys):
+    content = json.loads((data / "boxes.json").read_text())
+    first, second = content["images"][:2]
+    old, second["file_name"] = second["file_name"], str(Path(first["file_name"]).with_suffix(".webp"))
+    (data / old).rename(data / second["file_name"])
+    (data / "boxes.json").write_text(json.dumps(content))
+    assert main(arguments(data, tmp_path / "out", "--format", "yolo")) == 2
+    assert f"{second['file_name']!r} would share a file in the format yolo" in capsys.readouterr().err
+    assert not (tmp_path / "out/config.yaml").exists()
+
+
 def test_validation_needs_an_object(data, tmp_path, capsys):
     content = json.loads((data / "boxes.json").read_text())
     (data / "empty.json").write_text(json.dumps({**content, "annotations": []}))

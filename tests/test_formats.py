@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
@@ -18,6 +19,7 @@ from sim_m2f.cli import main
 from sim_m2f.data.formats.registry import WRITERS, WRITTEN
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.data.split import split_images
 
 
 def rasterised(polygons: list, height: int, width: int) -> np.ndarray:
@@ -428,6 +430,22 @@ def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
     assert not [file for file in (tmp_path / "a").rglob("*5*") if "out" not in file.parts]
 
 
+@pytest.mark.parametrize("other", ["5.jpg", "../5.png"])
+@pytest.mark.parametrize("name", ["yolo", "labelme", "png"])
+def test_two_images_do_not_share_a_file(data, tmp_path, capsys, name, other):
+    folder, content = data
+    shutil.copy(folder / "2.png", folder / other)
+    content["images"][1]["file_name"] = other
+    (folder / "set.json").write_text(json.dumps(content))
+    paths = ["--annotations", str(folder / "set.json"), "--images", str(folder), "--output"]
+    arguments = ["convert", *paths, str(tmp_path / "out"), "--set", "INPUT.LIMITS.OUTSIDE", "True"]
+    assert main([*arguments, "--format", f"cvat,{name}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"set.json: images '5.png' and {other!r} would share a file in the format {name}; rename" in line
+    assert not (tmp_path / "out").exists()
+    assert main([*arguments, "--format", "cvat,labelstudio,polygons"]) == 0
+
+
 def test_a_split_keeps_classes_balanced(tmp_path):
     generator = np.random.default_rng(0)
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]
@@ -458,3 +476,53 @@ def test_a_split_keeps_classes_balanced(tmp_path):
         assert abs(held / total - 0.2) <= max(0.05, 1.5 / total)
     empty = ids[1] - {each["image_id"] for each in annotations}
     assert len(empty) == pytest.approx(0.2 * (200 - len({each["image_id"] for each in annotations})), abs=1)
+
+
+def random_boxes(seed: int, images: int, classes: int) -> dict:
+    """A set whose images have 0 to 5 objects each, of classes of which some are rare, and a few crowds."""
+    generator = np.random.default_rng(seed)
+    owners = np.repeat(np.arange(images), generator.integers(0, 6, images))
+    chances = generator.dirichlet(np.full(classes, 0.5))
+    labels, crowds = generator.choice(classes, len(owners), p=chances), generator.random(len(owners)) < 0.05
+    annotations = [
+        {"image_id": 7 * int(owner), "category_id": 3 + int(label), "iscrowd": int(crowd)}
+        for owner, label, crowd in zip(owners, labels, crowds, strict=True)
+    ]
+    categories = [{"id": 3 + label, "name": str(label)} for label in range(classes)]
+    ids = generator.permutation(images).tolist()
+    return {"images": [{"id": 7 * n} for n in ids], "annotations": annotations, "categories": categories}
+
+
+def split_by_definition(content: dict, share: float, seed: int) -> set[int]:
+    """An image with a class is taken where more than half of its objects of it are lacking still and each of
+    its classes keeps an object elsewhere; everything is counted anew for each image.
+    """
+    ids = [image["id"] for image in content["images"]]
+    counts = np.zeros((len(ids), len(content["categories"]) + 1), int)
+    for each in content["annotations"]:
+        if not each["iscrowd"]:
+            counts[ids.index(each["image_id"]), each["category_id"] - 3] += 1
+    counts[:, -1] = counts.sum(1) == 0
+    order, taken = np.random.default_rng(seed).permutation(len(ids)), []
+    for label in np.argsort(counts.sum(0), kind="stable"):
+        for place in order[counts[order, label] > 0]:
+            lacking = share * counts[:, label].sum() - counts[taken, label].sum()
+            rest = np.delete(counts, [*taken, place], axis=0).sum(0)
+            keeps = (rest[counts[place] > 0] > 0).all()
+            if place not in taken and keeps and counts[place, label] < 2 * lacking:
+                taken.append(place)
+    return {ids[place] for place in taken}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_split_is_its_definition(seed):
+    content = random_boxes(seed, 120, 9)
+    for share in (0.05, 0.2, 0.6):
+        assert split_images(content, share, seed) == split_by_definition(content, share, seed)
+
+
+def test_a_large_set_is_split_at_once():
+    content = random_boxes(0, 30_000, 20)
+    start = time.process_time()
+    split_images(content, 0.2, 0)
+    assert time.process_time() - start < 10  # seconds

@@ -81,6 +81,46 @@ def test_names_of_yolo_lie_above_the_labels(tmp_path, monkeypatch, names, labels
     assert {each["id"]: each["name"] for each in back["categories"]}[annotation["category_id"]] == "dog"
 
 
+def read_names(tmp_path: Path, names: str, label: int) -> str:
+    """The name that an object of a class gets where data.yaml has these names."""
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "labels/1.txt").write_text(f"{label} 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "data.yaml").write_text(f"names: {names}")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo")
+    (annotation,) = back["annotations"]
+    return {each["id"]: each["name"] for each in back["categories"]}[annotation["category_id"]]
+
+
+@pytest.mark.parametrize("label", [1, 2, 3, 10, 11])
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_names_of_yolo_count_by_their_numbers(tmp_path, quote, label):
+    numbers = [*range(11, -1, -1)]
+    names = ", ".join(f"{quote}{number}{quote}: class{number}" for number in numbers)
+    assert read_names(tmp_path, f"{{{names}}}", label) == f"class{label}"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("{0: person, 2: car}", "2 names of classes have the numbers 0, 2; number them from 0 on"),
+        ("{1: person, 2: car}", "2 names of classes have the numbers 1, 2;"),
+        ("{0: person, '0': car}", "2 names of classes have the numbers 0, '0';"),
+        ("{person: 0, car: 1}", "2 names of classes have the numbers 'person', 'car';"),
+        ("person", "has no names of classes (they are no list); add them"),
+        ("[2001-99-99]", "has no names of classes (month must be in 1..12); add them"),
+        ("[person, 2001-02-03]", "has no names of classes (one of them is no text); add them"),
+    ],
+)
+def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "data.yaml").write_text(f"names: {names}")
+    paths = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"data.yaml: {said}" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_readme_of_an_export_is_no_label_of_yolo(tmp_path, capsys):
     write_yolo_set(tmp_path, {"train/labels/1.txt": 2}, ("train/images/1.jpg",))
     (tmp_path / "data.yaml").write_text("names: [cat, dog]")

@@ -1,9 +1,11 @@
 """Every annotated box gets a mask: ids and order stay, none is empty, a stopped run goes on, scores sort."""
 
+import contextlib
 import json
 import os
+import resource
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,33 @@ def test_a_journal_of_something_else_is_not_used(tmp_path):
     assert len(Journal(path, "one")) == 0
 
 
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files get no more bytes than that, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [10, 20_000])
+def test_a_record_for_which_there_is_no_space_costs_no_other(tmp_path, size):
+    path = tmp_path / "progress.jsonl"
+    journal = Journal(path, "one")
+    journal.add(1, {1: "mask"})
+    whole = path.read_bytes()
+    with largest_file(len(whole) + 5), pytest.raises(UserError, match=r"progress\.jsonl: cannot be written"):
+        journal.add(2, {2: "x" * size})
+    assert path.read_bytes() == whole
+    assert 2 not in journal
+    journal.add(3, {3: "x" * size})
+    again = Journal(path, "one")
+    assert list(again.places) == [1, 3]
+    assert [again.labels(image) for image in (1, 3)] == [{"1": "mask"}, {"3": "x" * size}]
+
+
 class LargeMasks:
     """Gives objects labels that take far more memory than their annotations, until it has seen enough."""
 
@@ -160,6 +189,30 @@ class LargeMasks:
             raise KeyboardInterrupt
         self.images -= 1
         return {number: {"segmentation": "x" * self.size} for number in image.annotation_ids}
+
+
+def test_a_full_disk_ends_the_command_and_loses_nothing(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source, masker = write_many(tmp_path / "set", tmp_path / "0.png", 6), LargeMasks(9)
+    with largest_file(int(2.5 * LargeMasks.size)), pytest.raises(UserError) as caught:
+        run.label_set(masker, source, tmp_path / "masks.json")
+    (line,) = str(caught.value).splitlines()
+    assert "masks.progress.jsonl: cannot be written" in line
+    assert masker.images == 6  # the third was the last to be labelled
+    run.label_set(masker, source, tmp_path / "masks.json")
+    assert masker.images == 2
+    found = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    assert [len(each["segmentation"]) for each in found] == [LargeMasks.size] * 6
+
+
+def test_two_images_that_would_share_a_file_are_told_before_any_is_labelled(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source = write_many(tmp_path / "set", tmp_path / "0.png", 2)
+    (tmp_path / "set/1.png").rename(tmp_path / "set/0.jpg")
+    source.annotations.write_text(source.annotations.read_text().replace("1.png", "0.jpg"))
+    with pytest.raises(UserError, match=r"images '0.png' and '0.jpg' would share .* yolo,png out of"):
+        run.label_set(LargeMasks(0), source, tmp_path / "masks.json", ["yolo", "polygons", "png"])
+    assert {file.name for file in tmp_path.iterdir()} == {"0.png", "set"}
 
 
 @pytest.mark.slow

@@ -266,6 +266,21 @@ def test_sam_answers_boxes(data, tmp_path, monkeypatch, version):
             assert other["score"] == 0
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_sam_saved_in_half_precision_answers_in_float32(data, tmp_path, version, kind):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = data
+    path = small_sam(tmp_path / "sam", version)
+    network = (transformers.SamModel if version == 1 else transformers.Sam2Model).from_pretrained(path)
+    found = {}
+    for name, weights in ("half", kind), ("whole", torch.float32):  # the same numbers
+        network.to(kind).to(weights).save_pretrained(path)
+        assert main(arguments(folder, tmp_path / f"{name}.json", f"sam:{path}")) == 0
+        found[name] = (tmp_path / f"{name}.json").read_bytes()
+    assert found["half"] == found["whole"]
+
+
 def test_a_blend_with_proposals_pixel_by_pixel():
     generator = torch.Generator().manual_seed(0)
     target = torch.repeat_interleave(torch.arange(3), torch.tensor([20, 7, 13]))

@@ -26,7 +26,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.serving.review import ACCEPTED, OPEN, REJECTED
-from sim_m2f.serving.uploads import MOST_MEGAPIXELS, read_upload
+from sim_m2f.serving.uploads import KINDS, MOST_MEGAPIXELS, read_upload
 from sim_m2f.serving.window import SIDE, around, whole
 
 
@@ -99,6 +99,48 @@ def test_an_export_holds_every_decision(tmp_path):
     assert coco.anns[4]["bbox"] == [x0, y0, x1 - x0, y1 - y0]
 
 
+def with_a_broken_mask(folder: Path) -> dict:
+    """The annotation with the lowest score, whose compressed runs do not add up."""
+    content = write_labelled(folder)
+    broken = next(each for each in content["annotations"] if each["id"] == 4)
+    broken["segmentation"]["counts"] = "abc"
+    (folder / "masks.json").write_text(json.dumps(content))
+    return broken
+
+
+def test_a_mask_that_cannot_be_decoded_is_one_line(tmp_path):
+    broken = with_a_broken_mask(tmp_path)
+    review = open_set(tmp_path)
+    with pytest.raises(
+        UserError, match=r"masks\.json: annotation id 4: segmentation cannot be decoded .* add up"
+    ):
+        review.mask(4)
+    assert review.mask(5).any()
+    review.redraw(4, review.box(4))
+    assert review.mask(4).any()
+    review.decide(4, REJECTED)
+    assert review.mask(4).any()
+    assert review.record(4)["bbox"] == broken["bbox"]
+
+
+def test_an_object_without_its_mask_or_image_is_shown(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the extra serve is not installed")
+    reviewer = pytest.importorskip("sim_m2f.serving.reviewer", reason="the extra serve is not installed")
+    with_a_broken_mask(tmp_path)
+    shown, warnings = reviewer.Reviewer(open_set(tmp_path)), []
+    monkeypatch.setattr(gradio, "Warning", warnings.append)
+    number, drawn, picture, _ = shown.shown(4)
+    assert number == 4
+    assert len(drawn["boxes"]) == 1
+    assert np.asarray(picture).any()
+    (warning,) = warnings
+    assert "annotation id 4: segmentation cannot be decoded" in warning
+    (tmp_path / "2.png").write_bytes(b"")
+    shown.shown(4)
+    assert "2.png: cannot be decoded" in warnings[1]
+    assert warnings[2:] == [warning]
+
+
 def test_an_export_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     write_labelled(tmp_path)
     review = open_set(tmp_path)
@@ -135,6 +177,19 @@ def test_an_upload_is_turned_upright(tmp_path):
     exif[274] = 6  # lies on its side
     image.save(tmp_path / "phone.jpg", exif=exif)
     assert read_upload(tmp_path / "phone.jpg").shape == (40, 20, 3)
+
+
+def test_no_other_decoder_sees_an_upload(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "a.png")
+    allowed, original = [], Image.open
+
+    def noted(file, mode="r", formats=None):
+        allowed.append(formats)
+        return original(file, mode, formats)
+
+    monkeypatch.setattr(Image, "open", noted)
+    read_upload(tmp_path / "a.png")
+    assert allowed == [KINDS, KINDS]
 
 
 def png(width: int, height: int, data: bytes) -> bytes:

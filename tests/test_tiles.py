@@ -111,6 +111,28 @@ def test_an_image_of_one_tile_and_an_empty_one(small_cfg) -> None:
     assert not (empty["pred_masks"] > 0).any()
 
 
+class HalfShared(torch.nn.Module):
+    """Sees two masks of 4096 pixels each in the first tile, as many of them shared as it is told."""
+
+    def __init__(self, shared: int) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, images: Tensor, auxiliary: bool = True) -> dict:
+        masks = torch.full((len(images), 2, 96 * 96), -8.0)
+        masks[0, 0, :4096] = masks[0, 1, 4096 - self.shared : 8192 - self.shared] = 8.0
+        logits = torch.tensor([4.0, -4.0]).expand(len(images), 2, 2)
+        return {"pred_logits": logits, "pred_masks": masks.view(-1, 2, 96, 96)}
+
+
+@pytest.mark.parametrize(("shared", "count"), [(2048, 2), (2049, 1)])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, None])
+def test_duplicates_are_counted_to_the_pixel(shared: int, count: int, kind: torch.dtype | None) -> None:
+    with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
+        found = tiled(HalfShared(shared), torch.zeros(1, 3, 384, 416), 384)
+    assert found["pred_masks"].shape == (1, count, 96, 104)
+
+
 def test_configuration(small_cfg) -> None:
     cfg = small_cfg
     cfg.TEST.TILE = 100

@@ -9,7 +9,15 @@ from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.formats.base import images_of, mask_of, objects
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, output_formats, read_annotations
+from sim_m2f.data.formats.registry import (
+    COCO,
+    INPUTS,
+    WRITERS,
+    WRITTEN,
+    output_formats,
+    read_annotations,
+    refuse_shared_files,
+)
 from sim_m2f.data.split import part, split_images
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
@@ -45,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
+    refuse_shared_files(args.annotations, (image["file_name"] for image in content["images"]), formats)
     try:
         for image, annotations in images_of(content):
             for annotation in objects(annotations):

@@ -20,7 +20,15 @@ from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
 from sim_m2f.data.formats.base import Record, with_categories
-from sim_m2f.data.formats.registry import COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
+from sim_m2f.data.formats.registry import (
+    COCO,
+    INPUTS,
+    WRITERS,
+    WRITTEN,
+    as_coco,
+    output_formats,
+    refuse_shared_files,
+)
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -113,6 +121,7 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it all, in a folder that nobody else writes to."""
     previous = stopped_run(args)
     sets = find_sets(args, previous)
+    refuse_shared_files(sets.boxes.annotations, (image.file_name for image in sets.data.images), formats)
     if previous:
         cfg = previous
         go_on(cfg, args, sets)

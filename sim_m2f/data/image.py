@@ -28,8 +28,8 @@ def is_outside(folder: Path, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Path, limits: CfgNode) -> Iterator[Image.Image]:
-    """An image whose pixels are not decoded yet.
+def opened(path: Path, limits: CfgNode, kinds: tuple[str, ...] | None = None) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; of ``kinds``, as Pillow calls them, where these are given.
 
     Raises:
         UserError: it is larger than ``limits`` (INPUT.LIMITS) allow; it, or the block, cannot decode it.
@@ -38,7 +38,7 @@ def opened(path: Path, limits: CfgNode) -> Iterator[Image.Image]:
     if Image.MAX_IMAGE_PIXELS is not None:  # Pillow's own limit, which fails at twice as many
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, limits.PIXELS)
     try:
-        with Image.open(path) as stored:
+        with Image.open(path, formats=kinds) as stored:
             if stored.width * stored.height > limits.PIXELS:
                 raise Image.DecompressionBombError
             yield stored
@@ -86,7 +86,11 @@ def check_header(path: Path, height: int, width: int, limits: CfgNode) -> None:
 
 
 def read_image(
-    path: Path, height: int | None = None, width: int | None = None, limits: CfgNode = LIMITS
+    path: Path,
+    height: int | None = None,
+    width: int | None = None,
+    limits: CfgNode = LIMITS,
+    kinds: tuple[str, ...] | None = None,
 ) -> np.ndarray:
     """Decode an image.
 
@@ -97,6 +101,7 @@ def read_image(
         path: the file.
         height, width: its size in the JSON, pixels; None for an image without a record.
         limits: INPUT.LIMITS.
+        kinds: formats as Pillow calls them, whose decoders alone see the file; None for all.
 
     Returns:
         (height, width, 3) uint8 RGB. Alpha is dropped, 16-bit grey and colours of PNG files are scaled to 8
@@ -105,7 +110,7 @@ def read_image(
     Raises:
         UserError: the file cannot be decoded, is too large, or has another size.
     """
-    with opened(path, limits) as stored:
+    with opened(path, limits, kinds) as stored:
         image = _of_16_bits(path, stored) if _has_16_bits(stored) else stored
         image.load()
         upright = ImageOps.exif_transpose(image)

@@ -27,16 +27,18 @@ def split_images(content: Mapping[str, Any], share: float, seed: int) -> set[int
     counts = np.column_stack([counts, counts.sum(1) == 0])  # images without objects as one more class
     order = np.random.default_rng(seed).permutation(len(places))
     total = counts.sum(0)
+    taken = np.zeros_like(total)  # objects of each class on the chosen images
     chosen = np.zeros(len(places), bool)
     for label in np.argsort(total, kind="stable"):
         wanted = share * total[label]
         for place in order[counts[order, label] > 0]:
-            taken = counts[chosen].sum(0)
-            lacking = wanted - taken[label]
-            rest = total - taken - counts[place]
-            leaves = (rest[counts[place] > 0] > 0).all()
-            if not chosen[place] and leaves and counts[place, label] < 2 * lacking:
+            own, lacking = counts[place], wanted - taken[label]
+            if chosen[place] or own[label] >= 2 * lacking:
+                continue
+            rest = total - taken - own
+            if (rest[own > 0] > 0).all():
                 chosen[place] = True
+                taken += own
     ids = [image["id"] for image in content["images"]]
     return {ids[place] for place in np.flatnonzero(chosen)}
 

@@ -25,9 +25,9 @@ class Journal:
         self.last: tuple[int, dict[str, Any]] = (-1, {})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("a+b")
+            path.touch()
             end = self._read(identity)
-            self.file.truncate(end)
+            os.truncate(path, end)
             if not end:
                 self._append({"of": identity})
         except OSError as error:
@@ -35,18 +35,18 @@ class Journal:
 
     def _read(self, identity: str) -> int:
         """Note the finished lines; returns the offset behind them, 0 where they are of something else."""
-        self.file.seek(0)
         end = 0
-        for line in self.file:
-            try:
-                record = json.loads(line)
-            except ValueError:  # a killed process left it unfinished
-                break
-            if not line.endswith(b"\n") or (not end and record != {"of": identity}):
-                break
-            if end:
-                self.places[record["image"]] = end
-            end += len(line)
+        with self.path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:  # a killed process left it unfinished
+                    break
+                if not line.endswith(b"\n") or (not end and record != {"of": identity}):
+                    break
+                if end:
+                    self.places[record["image"]] = end
+                end += len(line)
         return end
 
     def __contains__(self, image: int) -> bool:
@@ -59,7 +59,7 @@ class Journal:
         """Note an image's labels by annotation id.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full; what was noted before stays, and more can be noted when it is not.
         """
         try:
             self.places[image] = self._append({"image": image, "labels": labels})
@@ -69,18 +69,23 @@ class Journal:
     def labels(self, image: int) -> dict[str, Any]:
         """An image's labels by annotation id as text; the last image's are kept for its next annotation."""
         if self.last[0] != image:
-            self.file.seek(self.places[image])
-            self.last = image, json.loads(self.file.readline())["labels"]
+            with self.path.open("rb") as file:
+                file.seek(self.places[image])
+                self.last = image, json.loads(file.readline())["labels"]
         return self.last[1]
 
     def remove(self) -> None:
-        self.file.close()
         self.path.unlink()
 
     def _append(self, record: dict[str, Any]) -> int:
-        place = self.file.seek(0, os.SEEK_END)
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        """Returns the offset of the new line; where it cannot be written whole, no part of it stays."""
+        place = self.path.stat().st_size
+        try:
+            with self.path.open("ab") as file:
+                file.write(json.dumps(record).encode() + b"\n")
+        except OSError:
+            os.truncate(self.path, place)
+            raise
         return place
 
     def _fault(self, error: OSError) -> UserError:

@@ -97,7 +97,7 @@ def grabcut_mask(pixels: np.ndarray, box: np.ndarray) -> tuple[np.ndarray, float
 
 
 def load_sam(name: str, device: str) -> Proposer:
-    """SAM or SAM 2 by its name after "sam:", from safetensors alone; boxes are its prompts.
+    """SAM or SAM 2 by its name after "sam:", from safetensors alone, in float32; boxes are its prompts.
 
     Of its three masks for a box the one counts whose predicted IoU is the highest, which is its confidence.
 
@@ -111,7 +111,8 @@ def load_sam(name: str, device: str) -> Proposer:
     path = name.removeprefix(SAM)
     try:
         processor = AutoProcessor.from_pretrained(path)
-        network = AutoModelForMaskGeneration.from_pretrained(path, use_safetensors=True).to(device).eval()
+        network = AutoModelForMaskGeneration.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        network = network.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, AssertionError) as error:
         fault = f"cannot be loaded ({first_line(error)})"
         raise UserError(f"--with {name}: {fault}; give a folder or name of SAM or SAM 2") from error

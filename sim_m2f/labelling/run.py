@@ -15,7 +15,7 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
-from sim_m2f.data.formats.registry import WRITERS
+from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
@@ -103,10 +103,12 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
         formats: of ``WRITERS``, written beside it.
 
     Raises:
-        UserError: the data have a fault, the network has no such class or knows no boxes, or images cannot be
-            decoded: one line each, after all others are done and noted.
+        UserError: the data have a fault, the network has no such class or knows no boxes, two images would
+            share a file of a format, a file cannot be written, or images cannot be decoded: one line each,
+            after all others are done and noted.
     """
     data = read_coco(source, read_masks=False)
+    refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
     labels = masker.labelling(data)
     journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source))
     with_boxes = [image for image in data.images if len(image.labels)]
@@ -114,9 +116,11 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     problems = []
     for image in progress(waiting, "label", len(with_boxes), done=len(journal)):
         try:
-            journal.add(image.id, labels(image))
+            found = labels(image)
         except UserError as error:
             problems.append(str(error))
+        else:
+            journal.add(image.id, found)
     if problems:
         raise UserError("\n".join([*problems, "all other images are labelled; the same command goes on"]))
     content = load_json(source.annotations, source.limits)

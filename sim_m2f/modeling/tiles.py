@@ -118,7 +118,8 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
     full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
     flat, areas = (full > 0).flatten(1).float(), area[tiles, queries]
     smaller = torch.minimum(areas[:, None], areas)
-    same = flat @ flat.T > DUPLICATE * smaller
+    with torch.autocast(flat.device.type, enabled=False):  # counts of pixels: 16 bits would round them
+        same = flat @ flat.T > DUPLICATE * smaller
     kept = torch.ones(len(order), dtype=torch.bool)
     for index, duplicates in enumerate(same.cpu()):
         if kept[index]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import load_json, read_coco
+from sim_m2f.data.dataset import decoded
 from sim_m2f.data.formats.base import Record
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -80,6 +81,17 @@ class Review:
         """(4,) xyxy as it stands."""
         x, y, width, height = self.record(number)["bbox"]
         return np.array([x, y, x + width, y + height])
+
+    def mask(self, number: int) -> np.ndarray | None:
+        """(H, W) bool as it stands; None for an object without one.
+
+        Raises:
+            UserError: it cannot be decoded.
+        """
+        image, segmentation = self.image_of[number], self.record(number).get("segmentation")
+        if not segmentation:
+            return None
+        return decoded(self.data, image, image.annotation_ids.index(number), segmentation).astype(bool)
 
     def counts(self) -> Counter[str]:
         """How many objects are accepted, rejected and open."""

@@ -1,13 +1,14 @@
 """The tab of the review: one object at a time, the worst first, to be accepted, rejected or redrawn."""
 
 import html
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from sim_m2f.data.segmentation import decode_segmentation
 from sim_m2f.errors import UserError
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.serving.parts import LEAST, Canvas, Updates, canvas, picture, told
@@ -17,6 +18,7 @@ from sim_m2f.serving.window import SIDE, Window, around
 SAME = 2.5  # pixels of the canvas: boxes that differ less are one, since the canvas rounds them
 BUTTONS = ("Previous", "secondary"), ("Accept", "primary"), ("Reject", "stop"), ("Next", "secondary")
 COLOUR = 255, 90, 95  # of the box
+T = TypeVar("T")
 
 
 class Reviewer:
@@ -79,15 +81,10 @@ class Reviewer:
         """An object: its id, its box to be changed, its mask, and what is known of it."""
         record, counts, title = self.review.record(number), self.review.counts(), self.review.title(number)
         image, window = self.review.image_of[number], self.window(number)
-        try:
-            pixels = self.review.data.read_image(image)
-        except UserError as error:  # its objects can be rejected or passed over
-            gr.Warning(html.escape(str(error)))
-            pixels = np.zeros((image.height, image.width, 3), np.uint8)
-        shapes = []
-        if record.get("segmentation"):
-            mask = decode_segmentation(record["segmentation"], image.height, image.width).astype(bool)
-            shapes = [Shape(colours([0])[0], mask=window.part(mask))]
+        black = np.zeros((image.height, image.width, 3), np.uint8)
+        pixels = _warned(partial(self.review.data.read_image, image), black)
+        mask = _warned(partial(self.review.mask, number), None)
+        shapes = [] if mask is None else [Shape(colours([0])[0], mask=window.part(mask))]
         box = window.to_canvas(self.review.box(number)) | {"label": title, "color": COLOUR}
         picture = draw(Image.fromarray(window.part(pixels)), shapes, SIDE)
         facts = html.escape(f"score {record.get('score', 1.0):.2f}, {image.file_name}")
@@ -99,3 +96,12 @@ class Reviewer:
         """It stays where it is when the box is redrawn."""
         image = self.review.image_of[number]
         return around(self.review.target(number)[0], image.height, image.width)
+
+
+def _warned(read: Callable[[], T], otherwise: T) -> T:
+    """What is read of an object; where it cannot be, a warning: it can be rejected or passed over still."""
+    try:
+        return read()
+    except UserError as error:
+        gr.Warning(html.escape(str(error)))
+        return otherwise

@@ -31,6 +31,6 @@ def read_upload(path: Path) -> np.ndarray:
         size = f"{width} x {height} pixels"
         raise UserError(f"{path.name}: {size} are more than {MOST_MEGAPIXELS} megapixels; reduce it")
     try:
-        return read_image(path)
+        return read_image(path, kinds=KINDS)
     except UserError as error:
         raise UserError(str(error).replace(f"{path.parent}/", "")) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.coco import load_json
-from sim_m2f.data.formats.base import Labelled, Record
+from sim_m2f.data.formats.base import Labelled, Record, file_for
 from sim_m2f.data.formats.coco import write_polygons
 from sim_m2f.data.formats.cvat import read_cvat, write_cvat
 from sim_m2f.data.formats.labelme import read_labelme, write_labelme
@@ -44,6 +44,7 @@ WRITTEN = {  # below the folder of the output
     "labelstudio": "labelstudio.json",
     "png": "png",
 }
+FILE_PER_IMAGE = "yolo", "labelme", "png"  # written under the image's name with another end
 INPUTS = COCO, *READERS
 BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
 
@@ -59,6 +60,28 @@ def output_formats(text: str) -> list[str]:
     if unknown:
         raise UserError(f"--format: {unknown[0]!r} is unknown; take some of {','.join(WRITERS)}")
     return names
+
+
+def refuse_shared_files(path: Path, images: Iterable[str], formats: Iterable[str]) -> None:
+    """Look whether every image gets a file of its own in each format; nothing is written.
+
+    Args:
+        path: of the annotations.
+        images: their file names.
+        formats: of ``WRITERS``.
+
+    Raises:
+        UserError: two images would share a file, which would hold the labels of one alone.
+    """
+    apart = [name for name in formats if name in FILE_PER_IMAGE]
+    owners: dict[Path, str] = {}
+    for image in images if apart else ():
+        place = file_for(Path(), {"file_name": image}, "")
+        if place in owners:
+            fault = f"images {owners[place]!r} and {image!r} would share a file in the format {apart[0]}"
+            advice = f"rename one of them, or leave {','.join(apart)} out of --format"
+            raise UserError(f"{path}: {fault}; {advice}")
+        owners[place] = image
 
 
 def read_annotations(path: Path, images: Path, name: str, limits: CfgNode = LIMITS) -> Record:

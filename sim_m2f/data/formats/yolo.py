@@ -43,18 +43,34 @@ def _names(file: Path) -> list[str]:
     """The names of the classes in data.yaml or classes.txt.
 
     Raises:
-        UserError: it has none.
+        UserError: it has none, or their numbers are not those from 0 on.
     """
     if file.suffix == ".txt":
         return read_text(file).rstrip().splitlines()
     try:
         names: Any = yaml.safe_load(read_text(file))["names"]
-        found = [names[number] for number in sorted(names)] if isinstance(names, dict) else list(names)
+        if not isinstance(names, dict | list):
+            raise TypeError("they are no list")
+        found = _by_number(file, names) if isinstance(names, dict) else names
         if not all(isinstance(name, str | int | float) for name in found):
             raise TypeError("one of them is no text")
         return [str(name) for name in found]
-    except (yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: has no names of classes ({first_line(error)}); add them") from error
+
+
+def _by_number(file: Path, names: dict[Any, Any]) -> list[Any]:
+    """The names in the order of their numbers, which may be texts.
+
+    Raises:
+        UserError: they are not 0, 1 and so on, each of them once.
+    """
+    numbers = [str(number) for number in range(len(names))]
+    given = {str(key): name for key, name in names.items()}
+    if given.keys() != set(numbers):
+        fault = f"{len(names)} names of classes have the numbers {', '.join(map(repr, names))}"
+        raise UserError(f"{file}: {fault[:200]}; number them from 0 on and leave none out")
+    return [given[number] for number in numbers]
 
 
 def _add(data: Collected, names: list[str], words: list[str], width: int, height: int) -> None:
