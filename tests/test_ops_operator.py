@@ -8,6 +8,8 @@ import MultiScaleDeformableAttention as msda  # noqa: N813
 import pytest
 import torch
 from msda_definition import Problem, by_grid_sample, by_loops, distance, gradients, random_problem
+from MultiScaleDeformableAttention import plain
+from torch._subclasses import FakeTensorMode
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 HALVES = [torch.float16, torch.bfloat16]
@@ -118,6 +120,36 @@ def test_a_location_nowhere_samples_nothing(device, number):
     assert distance(grad_value, expected[1]) < 1e-10
     assert not grad_locations[:, ::3, 1, 0, 2].any()
     assert not grad_weights[:, ::3, 1, 0, 2].any()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 1e30, -1e30])
+def test_a_location_nowhere_samples_nothing_in_plain_pytorch(number):
+    problem, silent = random_problem(), random_problem()
+    problem.locations[:, ::3, 1, 0, 2, 0] = number
+    silent.weights[:, ::3, 1, 0, 2] = 0
+    levels = msda._level_numbers(problem.shapes, None)
+    leaves = [
+        tensor.clone().requires_grad_() for tensor in (problem.value, problem.locations, problem.weights)
+    ]
+    output = plain.ms_deform_attn(leaves[0], levels, *leaves[1:])
+    assert distance(output.detach(), attend(silent)) < 1e-10
+    gradients = torch.autograd.grad(output.sum(), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not any(gradient[:, ::3, 1, 0, 2].any() for gradient in gradients[1:])
+
+
+def test_numbers_of_levels_that_fakes_have_seen_serve_real_tensors():
+    sizes = [(3, 5), (2, 7)]  # those of no other test
+    tensors = torch.rand(1, 29, 2, 4), torch.rand(1, 6, 2, 2, 3, 2), torch.rand(1, 6, 2, 2, 3)
+
+    def attend_to(value, locations, weights):
+        return msda.ms_deform_attn(value, sizes, None, locations, weights)
+
+    def passes():
+        with FakeTensorMode() as fakes:
+            return attend_to(*map(fakes.from_tensor, tensors)).shape
+
+    assert passes() == attend_to(*tensors).shape == passes()  # the numbers are kept now
 
 
 @pytest.mark.parametrize("device", DEVICES)

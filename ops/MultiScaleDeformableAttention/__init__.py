@@ -13,6 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from MultiScaleDeformableAttention import plain
 from MultiScaleDeformableAttention.operators import LOAD_ERROR, check_shapes, has_kernel
@@ -35,7 +36,8 @@ def _levels(
     """Shapes and first positions of the levels on ``device``."""
     if not isinstance(spatial_shapes, Tensor):
         pairs = tuple((height, width) for height, width in spatial_shapes)
-        numbers = _numbers_on if torch.compiler.is_compiling() else _kept_numbers_on  # sizes may be symbols
+        passing = torch.compiler.is_compiling() or detect_fake_mode()  # sizes may be symbols, tensors fakes
+        numbers = _numbers_on if passing else _kept_numbers_on
         spatial_shapes, starts = numbers(pairs, device)
         return spatial_shapes, starts if level_start_index is None else level_start_index
     if level_start_index is None:

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Levels = Sequence[tuple[int, int, int]]
+OUTSIDE = -3.0  # of any level, whose borders are at -1 and 1
 
 
 def ms_deform_attn(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples over levels and points; what lies outside a level counts as zero.
+    """Weighted sum of bilinear samples over levels and points; outside of a level, and nowhere, they are zero.
 
     Args:
         value: (N, S, M, D), M heads with D channels.
@@ -32,7 +33,8 @@ def ms_deform_attn(value: Tensor, levels: Levels, locations: Tensor, weights: Te
             value[:, first : first + height * width].permute(0, 2, 3, 1).reshape(-1, channels, height, width)
         )
         grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(-1, queries, points, 2)
-        grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+        grid = grid.to(torch.promote_types(grid.dtype, torch.float32)).nan_to_num(OUTSIDE)
+        grid = grid.clamp(OUTSIDE, -OUTSIDE)
         sampled = F.grid_sample(
             maps.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False
         )
