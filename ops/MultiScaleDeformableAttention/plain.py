@@ -14,7 +14,7 @@ OUTSIDE = -3.0  # of any level, whose borders are at -1 and 1
 
 
 def ms_deform_attn(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of bilinear samples over levels and points; outside of a level, and nowhere, they are zero.
+    """Weighted sum of bilinear samples over levels and points, which are zero outside of a level and nowhere.
 
     Args:
         value: (N, S, M, D), M heads with D channels.
