@@ -31,6 +31,7 @@ from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.report.ablation import Result, Row, draw_plot, read_result, score_tags, write_tables
+from sim_m2f.report.drawing import rendered
 
 STEPS = 4
 OVERRIDES = {
@@ -355,6 +356,11 @@ def test_the_plot_has_a_distinct_line_of_means_per_row_in_a_band():
         np.testing.assert_allclose(line.get_xydata(), [[1000, 12], [2000, 21], [3000, 30.5]])
         assert band.get_paths()[0].get_extents().bounds == pytest.approx((1000, 10, 2000, 21))
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(rows)
+
+
+def test_a_row_with_dollars_in_its_name_is_plotted():
+    figure = draw_plot([(Row("a$_$b", "", Path()), results_of("a$_$b", [[10.0, 20.0]]))])
+    assert rendered(figure).width == 1350
 
 
 def test_a_result_is_the_last_evaluation_of_a_run(tmp_path):

@@ -199,6 +199,12 @@ def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["0000000", "0000200", "0000400", "0000600"]
 
 
+def test_names_with_dollars_are_drawn(explained, tmp_path):
+    maps, *_ = explained
+    maps = replace(maps, name="a$_$b.png", classes=["a$_$b"] * len(maps.classes))
+    assert [name for name, _ in write_method(tmp_path, 0, [maps])] == ["01_a$_$b/objects", "01_a$_$b/whole"]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[CfgNode, Path, Path]:
     """Configuration and folder of a run that shows the method every second step; folder of a silent one."""

@@ -248,6 +248,14 @@ def test_contact_sheet_shows_every_panel():
         assert (sheet == (number, 255, 0)).all(-1).sum() == panel.width * panel.height
 
 
+def test_dollars_in_names_are_no_mathematics():
+    """The name "a$_$b" is none that can be set as mathematics."""
+    image = Image.new("RGB", (200, 200))
+    named = draw(image, [Shape("#ff0000", "a$_$b 0.50", box=[20, 60, 180, 180])], 200)
+    assert contact_sheet([("a$_$b.png", {"one": named})]).width > named.width
+    assert not np.array_equal(named, draw(image, [Shape("#ff0000", "", box=[20, 60, 180, 180])], 200))
+
+
 def test_colours_follow_the_annotated_boxes():
     annotated = [[0, 0, 10, 10], [20, 20, 10, 10], [21, 21, 10, 10]]
     predicted = [[20, 20, 10, 10], [50, 50, 5, 5], [20, 20, 10, 9], [1, 0, 10, 10], [0, 0, 10, 10]]

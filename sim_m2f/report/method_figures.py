@@ -212,10 +212,11 @@ def _titled_grid(
     width, height = figure.bbox.size
     name = Path(maps.name).name
     shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
-    figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", size=14, weight="bold", va="top")
+    style: dict[str, Any] = {"size": 14, "weight": "bold", "va": "top", "parse_math": False}
+    figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", **style)
     for each, (title, note, _) in zip(axes[0], columns, strict=True):
-        drawing.write_above(each, title, above + SMALL_LINE, weight="bold")
-        drawing.write_above(each, note, above, SMALL, color=drawing.SOFT)
+        drawing.write_above(each, title, above + SMALL_LINE, weight="bold", parse_math=True)
+        drawing.write_above(each, note, above, SMALL, color=drawing.SOFT, parse_math=True)
     _draw_legend(figure, drawing.colours(range(min(OBJECTS, len(maps.boxes)))))
     return figure, axes
 
