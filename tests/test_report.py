@@ -171,12 +171,19 @@ def test_command(evaluated, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == 2 * [str(output / "index.html")]
 
 
+def test_limits_hold_for_the_data_set_of_the_configuration(evaluated, capsys):
+    output, _ = evaluated
+    assert main(["report", str(output), "--set", "INPUT.LIMITS.PIXELS", "9"]) == 2
+    assert "INPUT.LIMITS.PIXELS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--annotations", "set.json"], "--annotations and --images belong together"),
         (["--config-file", "missing.yaml"], "missing.yaml: no such file"),
         ([], "coco_instances_results.json: no such file"),
+        (["--set", "INPUT.LIMITS.PIXEL", "9"], "INPUT.LIMITS.PIXEL"),
     ],
 )
 def test_mistakes_give_one_line(evaluated, capsys, arguments, message):
