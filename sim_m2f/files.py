@@ -17,7 +17,20 @@ from sim_m2f.errors import UserError, first_line
 
 def cache_folder() -> Path:
     """Where data sets and weights are kept: ``$SIM_M2F_CACHE``, by default ~/.cache/sim_m2f."""
-    return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
+    return expanded(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` or ``~user`` as the home folder.
+
+    Raises:
+        UserError: there is no such user, or no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        fault = "the home folder that its ~ stands for is not known"
+        raise UserError(f"{path}: {fault}; write the whole path") from error
 
 
 def refuse_special(path: Path, megabytes: float = math.inf) -> None:

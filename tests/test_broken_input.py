@@ -22,8 +22,9 @@ from sim_m2f.config import frozen_warning
 from sim_m2f.data.image import read_image
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.errors import UserError, memory_problem, rank_problem
-from sim_m2f.files import read_json
+from sim_m2f.files import cache_folder, read_json
 from sim_m2f.weights.checkpoint import save_checkpoint
+from sim_m2f.weights.sources import local_weights
 from sim_m2f.weights.weight_files import read_weight_file
 
 CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
@@ -395,6 +396,27 @@ def test_the_tilde_of_a_flag_is_the_home(capsys, tmp_path, data, monkeypatch):
     with pytest.raises(SystemExit):
         main(["convert", *given, "--output=~nobody.of.this.name/converted"])
     assert "write the whole path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN_ANNOTATIONS", "DATASETS.TRAIN_IMAGES"),
+        *("DATASETS.TEST_ANNOTATIONS", "DATASETS.TRAIN_PROPOSALS"),
+    ],
+)
+def test_the_tilde_of_nobody_is_one_line(capsys, tmp_path, data, key):
+    given = [*overrides(tmp_path, data), key, "~nobody.of.this.name/x"]
+    train_fails(capsys, tmp_path, given, "~nobody.of.this.name/x", "write the whole path")
+
+
+def test_the_tilde_of_nobody_in_a_network_or_the_environment(monkeypatch):
+    for read in (sim_m2f.from_pretrained, local_weights):
+        with pytest.raises(UserError, match="write the whole path"):
+            read("~nobody.of.this.name/x")
+    monkeypatch.setenv("SIM_M2F_CACHE", "~nobody.of.this.name/x")
+    with pytest.raises(UserError, match="write the whole path"):
+        cache_folder()
 
 
 def test_pipes_are_not_waited_for(tmp_path):
