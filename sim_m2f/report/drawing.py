@@ -132,7 +132,7 @@ def panel_grid(
 
 
 def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
-    """Text ``distance`` pixels above the left end of a panel; dollars are themselves unless ``parse_math``."""
+    """Text ``distance`` pixels above the left end of a panel; dollars stay dollars unless ``parse_math``."""
     style = {"size": size, "parse_math": False, **style}
     axes.annotate(text, (0, 1), (0, distance + 5), "axes fraction", "offset points", **style)
 
