@@ -1,11 +1,14 @@
 """What a user can get wrong: one clear line that names the place, exit status 2, and no traceback."""
 
+import errno
 import functools
 import json
 import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from sim_m2f.config import frozen_warning
 from sim_m2f.data.image import read_image
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.errors import UserError, memory_problem, rank_problem
-from sim_m2f.files import cache_folder, read_json
+from sim_m2f.files import cache_folder, read_json, write_file
 from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.weights.sources import local_weights
 from sim_m2f.weights.weight_files import read_weight_file
@@ -278,6 +281,24 @@ def test_resuming_another_network(capsys, tmp_path):
 def test_output_folder_that_is_a_file(capsys, tmp_path):
     (tmp_path / "out").write_text("in the way")
     train_fails(capsys, tmp_path, [], str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_files_are_for_whom_the_umask_lets(tmp_path, umask, mode):
+    code = "import sys; from sim_m2f.files import write_file; write_file(sys.argv[1], 'text')"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], umask=umask, check=True, cwd=ROOT)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_files_without_modes_and_of_long_names_are_written(tmp_path, monkeypatch):
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    for name in ("a.txt", "é" * 127, "a" * 255):
+        write_file(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
