@@ -174,7 +174,8 @@ def test_rows_of_real_images_add_up_to_their_configurations():
     [
         (["--seeds", "one"], "whole numbers"),
         (["--seeds", "0", "SOLVER.MAX_ITR", "2"], "did you mean SOLVER.MAX_ITER"),
-        (["DATASETS.TEST_ANNOTATIONS", "boxes.json"], "cannot be compared"),
+        (["DATASETS.TEST_ANNOTATIONS", "boxes.json"], "without segmentation, so masks cannot be compared"),
+        (["DATASETS.TEST_ANNOTATIONS", "empty.json"], "no objects, so masks cannot be compared"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(workshop, tmp_path, capsys, more, message):
@@ -182,7 +183,8 @@ def test_mistakes_are_told_before_anything_is_trained(workshop, tmp_path, capsys
     for annotation in data["annotations"]:
         del annotation["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(data))
-    more = [str(tmp_path / item) if item == "boxes.json" else item for item in more]
+    (tmp_path / "empty.json").write_text(json.dumps({**data, "annotations": []}))
+    more = [str(tmp_path / item) if item.endswith(".json") else item for item in more]
     assert main(arguments(workshop, ["slow"], "--output", str(tmp_path / "new"), *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
