@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from sim_m2f.allocator import keep_freed_memory
 from sim_m2f.errors import UserError, file_problem, memory_problem
+from sim_m2f.files import expanded
 
 COMMANDS = (
     *("fit", "label", "propose", "serve", "train", "predict", "export", "check", "convert"),
@@ -35,9 +36,9 @@ class OneLineParser(argparse.ArgumentParser):
 def _path(text: str) -> Path:
     """A path; shells leave the tilde of --output=~/x alone."""
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # of a user who is not there
-        raise argparse.ArgumentTypeError(f"{text}: {error}; write the whole path") from error
+        return expanded(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,10 +14,28 @@ from typing import IO, Any
 
 from sim_m2f.errors import UserError, first_line
 
+NAME_BYTES = 255  # of a file, at most
+RANDOM = 8  # characters that mkstemp appends
+UMASK = os.umask(0)  # which can be read only by setting it
+os.umask(UMASK)
+
 
 def cache_folder() -> Path:
     """Where data sets and weights are kept: ``$SIM_M2F_CACHE``, by default ~/.cache/sim_m2f."""
-    return Path(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f").expanduser()
+    return expanded(os.environ.get("SIM_M2F_CACHE") or "~/.cache/sim_m2f")
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` or ``~user`` as the home folder.
+
+    Raises:
+        UserError: there is no such user, or no home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        fault = "the home folder that its ~ stands for is not known"
+        raise UserError(f"{path}: {fault}; write the whole path") from error
 
 
 def refuse_special(path: Path, megabytes: float = math.inf) -> None:
@@ -112,6 +130,8 @@ def writing(path: Path) -> Iterator[None]:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an error.
 
+    The file may be read and written by whom the process's umask lets.
+
     Args:
         path: the final name; its folder is created.
         mode: "w" (UTF-8 text) or "wb".
@@ -122,16 +142,23 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        name = shortened(path.name, NAME_BYTES - len("..") - RANDOM)
+        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=path.parent)
         try:
             with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            with contextlib.suppress(PermissionError):  # where files have no modes of their own
+                os.chmod(temporary, 0o666 & ~UMASK)
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)
+
+
+def shortened(name: str, size: int) -> str:
+    """The first characters of the name of a file: those that take at most so many bytes."""
+    return os.fsencode(name)[:size].decode(errors="ignore")
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

@@ -31,6 +31,7 @@ from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.report.ablation import Result, Row, draw_plot, read_result, score_tags, write_tables
+from sim_m2f.report.drawing import rendered
 
 STEPS = 4
 OVERRIDES = {
@@ -173,7 +174,8 @@ def test_rows_of_real_images_add_up_to_their_configurations():
     [
         (["--seeds", "one"], "whole numbers"),
         (["--seeds", "0", "SOLVER.MAX_ITR", "2"], "did you mean SOLVER.MAX_ITER"),
-        (["DATASETS.TEST_ANNOTATIONS", "boxes.json"], "cannot be compared"),
+        (["DATASETS.TEST_ANNOTATIONS", "boxes.json"], "without segmentation, so masks cannot be compared"),
+        (["DATASETS.TEST_ANNOTATIONS", "empty.json"], "no objects, so masks cannot be compared"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(workshop, tmp_path, capsys, more, message):
@@ -181,7 +183,8 @@ def test_mistakes_are_told_before_anything_is_trained(workshop, tmp_path, capsys
     for annotation in data["annotations"]:
         del annotation["segmentation"]
     (tmp_path / "boxes.json").write_text(json.dumps(data))
-    more = [str(tmp_path / item) if item == "boxes.json" else item for item in more]
+    (tmp_path / "empty.json").write_text(json.dumps({**data, "annotations": []}))
+    more = [str(tmp_path / item) if item.endswith(".json") else item for item in more]
     assert main(arguments(workshop, ["slow"], "--output", str(tmp_path / "new"), *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -355,6 +358,11 @@ def test_the_plot_has_a_distinct_line_of_means_per_row_in_a_band():
         np.testing.assert_allclose(line.get_xydata(), [[1000, 12], [2000, 21], [3000, 30.5]])
         assert band.get_paths()[0].get_extents().bounds == pytest.approx((1000, 10, 2000, 21))
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == len(rows)
+
+
+def test_a_row_with_dollars_in_its_name_is_plotted():
+    figure = draw_plot([(Row("a$_$b", "", Path()), results_of("a$_$b", [[10.0, 20.0]]))])
+    assert rendered(figure).width == 1350
 
 
 def test_a_result_is_the_last_evaluation_of_a_run(tmp_path):

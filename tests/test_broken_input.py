@@ -1,11 +1,14 @@
 """What a user can get wrong: one clear line that names the place, exit status 2, and no traceback."""
 
+import errno
 import functools
 import json
 import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -22,8 +25,9 @@ from sim_m2f.config import frozen_warning
 from sim_m2f.data.image import read_image
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.errors import UserError, memory_problem, rank_problem
-from sim_m2f.files import read_json
+from sim_m2f.files import cache_folder, read_json, write_file
 from sim_m2f.weights.checkpoint import save_checkpoint
+from sim_m2f.weights.sources import local_weights
 from sim_m2f.weights.weight_files import read_weight_file
 
 CONFIG = str(ROOT / "configs/shapes/sim_R18.yaml")
@@ -279,6 +283,24 @@ def test_output_folder_that_is_a_file(capsys, tmp_path):
     train_fails(capsys, tmp_path, [], str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_files_are_for_whom_the_umask_lets(tmp_path, umask, mode):
+    code = "import sys; from sim_m2f.files import write_file; write_file(sys.argv[1], 'text')"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], umask=umask, check=True, cwd=ROOT)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_files_without_modes_and_of_long_names_are_written(tmp_path, monkeypatch):
+    def refuse(*_) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    for name in ("a.txt", "é" * 127, "a" * 255):
+        write_file(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     path = tmp_path / "model.pth"
     save_checkpoint(path, {"weight": torch.zeros(10)})
@@ -395,6 +417,27 @@ def test_the_tilde_of_a_flag_is_the_home(capsys, tmp_path, data, monkeypatch):
     with pytest.raises(SystemExit):
         main(["convert", *given, "--output=~nobody.of.this.name/converted"])
     assert "write the whole path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.TRAIN_ANNOTATIONS", "DATASETS.TRAIN_IMAGES"),
+        *("DATASETS.TEST_ANNOTATIONS", "DATASETS.TRAIN_PROPOSALS"),
+    ],
+)
+def test_the_tilde_of_nobody_is_one_line(capsys, tmp_path, data, key):
+    given = [*overrides(tmp_path, data), key, "~nobody.of.this.name/x"]
+    train_fails(capsys, tmp_path, given, "~nobody.of.this.name/x", "write the whole path")
+
+
+def test_the_tilde_of_nobody_in_a_network_or_the_environment(monkeypatch):
+    for read in (sim_m2f.from_pretrained, local_weights):
+        with pytest.raises(UserError, match="write the whole path"):
+            read("~nobody.of.this.name/x")
+    monkeypatch.setenv("SIM_M2F_CACHE", "~nobody.of.this.name/x")
+    with pytest.raises(UserError, match="write the whole path"):
+        cache_folder()
 
 
 def test_pipes_are_not_waited_for(tmp_path):

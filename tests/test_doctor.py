@@ -137,6 +137,23 @@ def test_versions_are_compared_as_numbers(monkeypatch, installed, least, usable)
     assert doctor.state_of(package)[1] == usable
 
 
+@pytest.mark.parametrize("content", [None, "", "Name: odd\n", b"\xff\xfe"])
+def test_a_package_with_damaged_metadata_has_no_known_version(
+    declared, monkeypatch, tmp_path, capsys, content
+):
+    """Without the file, with an empty one, without its version, and with what is no text."""
+    declared("odd>=1")
+    folder = tmp_path / "odd-1.0.dist-info"
+    folder.mkdir()
+    if content is not None:
+        (folder / "METADATA").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "odd.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.run(None) == 1
+    line = "odd of unknown version (its METADATA is damaged); pip install 'odd>=1'"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_every_declared_package_and_the_implementation_are_listed(capsys):
     assert doctor.run(None) == 0
     printed = capsys.readouterr().out

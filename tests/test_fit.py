@@ -7,6 +7,7 @@ import shutil
 import struct
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from sim_m2f import from_pretrained
 from sim_m2f.cli import main
 from sim_m2f.commands import fit
 from sim_m2f.config import get_cfg
+from sim_m2f.data.coco import CocoData
 from sim_m2f.data.image import read_image
 from sim_m2f.data.notes import notes
 from sim_m2f.engine.hooks import Metrics
@@ -426,6 +428,42 @@ def test_copies_of_images_are_the_same_images(data, tmp_path):
     )
     (found,) = notes(get_cfg(), [train], [val])
     assert "4 of 5 images are also trained on" in found
+
+
+def two_copies(data: Path, copy: Path, *contents: Callable[[int], bytes]) -> list[CocoData]:
+    """A data set and its copy, with files of other contents by the numbers of their images."""
+    shutil.copytree(data, copy)
+    sets = [fit.checked(fit.DatasetSource("set", folder / "set.json", folder)) for folder in (data, copy)]
+    for one, content in zip(sets, contents, strict=True):
+        for number, image in enumerate(one.images):
+            (one.image_root / image.file_name).write_bytes(content(number))
+    return sets
+
+
+def test_images_that_only_begin_alike_are_not_the_same(data, tmp_path):
+    """As files of BMP do, whose last rows are stored first."""
+    train, val = two_copies(
+        data,
+        tmp_path / "val",
+        lambda number: bytes(100_000) + bytes([number]),
+        lambda number: bytes(100_000) + bytes([100 * (number > 0) + number]),
+    )
+    (found,) = notes(get_cfg(), [train], [val])
+    assert "1 of 5 images are also trained on" in found
+
+
+def test_files_of_one_size_are_read_once(data, tmp_path, monkeypatch):
+    """And those of other sizes not at all."""
+    train, val = two_copies(
+        data,
+        tmp_path / "val",
+        lambda number: bytes([number]) * 9,
+        lambda number: bytes([100 + number]) * (9 if number else 10),
+    )
+    opened, whole = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *given: opened.append(path) or whole(path, *given))
+    assert notes(get_cfg(), [train], [val]) == []
+    assert len(opened) == len(set(opened)) == 5 + 4
 
 
 def test_a_pipe_among_the_images_is_not_waited_for(data):

@@ -446,6 +446,24 @@ def test_two_images_do_not_share_a_file(data, tmp_path, capsys, name, other):
     assert main([*arguments, "--format", "cvat,labelstudio,polygons"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("images", "seed", "message"), [(9, "-1", "--seed is -1"), (1, "0", "1 images are too few")]
+)
+def test_a_split_that_cannot_be_made_is_told_before_anything_is_written(
+    data, tmp_path, capsys, images, seed, message
+):
+    folder, content = data
+    content["images"] = content["images"][:images]
+    ids = {image["id"] for image in content["images"]}
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] in ids]
+    (folder / "set.json").write_text(json.dumps(content))
+    given = ["--annotations", str(folder / "set.json"), "--images", str(folder), "--format", "yolo"]
+    wanted = ["--split", "0.2", f"--seed={seed}", "--output", str(tmp_path / "out")]
+    assert main(["convert", *given, *wanted]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_split_keeps_classes_balanced(tmp_path):
     generator = np.random.default_rng(0)
     images = [{"id": 3 * n, "file_name": f"{n}.png", "width": 9, "height": 9} for n in range(200)]

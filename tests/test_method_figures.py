@@ -31,6 +31,7 @@ from sim_m2f.report.method_figures import (
     whole_figure,
     write_method,
 )
+from sim_m2f.report.page import Page, render
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import flatten_targets
@@ -197,6 +198,39 @@ def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
     assert (steps[0], steps[-1]) == ("step 0", "step 1,000")
     drop_later_steps(folder, 600)
     assert sorted(path.name for path in folder.iterdir()) == ["0000000", "0000200", "0000400", "0000600"]
+
+
+def test_names_with_dollars_are_drawn(explained, tmp_path):
+    maps, *_ = explained
+    maps = replace(maps, name="a$_$b.png", classes=["a$_$b"] * len(maps.classes))
+    assert [name for name, _ in write_method(tmp_path, 0, [maps])] == ["01_a$_$b/objects", "01_a$_$b/whole"]
+
+
+def test_long_names_are_cut(explained, tmp_path):
+    """At 255 bytes a name has no room for what figures and temporary files append."""
+    maps, *_ = explained
+    (name, _), _ = write_method(tmp_path, 0, [replace(maps, name=f"{'é' * 125}x.png")])
+    assert name == f"01_{'é' * 100}/objects"
+    assert [evolution.caption for evolution in read_method(tmp_path)] == ["é" * 100]
+
+
+def test_a_damaged_figure_is_left_out_and_told(explained, tmp_path, capsys):
+    maps, *_ = explained
+    for step in (0, 5, 10):
+        list(write_method(tmp_path, step, [replace(maps, name="a.png")]))
+    (tmp_path / "0000005/01_a.whole.png").write_bytes(b"no image")
+    objects = tmp_path / "0000010/01_a.objects.png"
+    objects.write_bytes(objects.read_bytes()[:200])
+    (evolution,) = read_method(tmp_path)
+    assert [step for step, _ in evolution.rows] == ["step 0", "step 10"]
+    assert evolution.objects is None
+    assert render(Page("title", "subtitle", evolutions=[evolution])).count("<img") == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert f"note: {tmp_path / '0000005/01_a.whole.png'}: cannot be decoded (not an image)" in told[0]
+    for file in tmp_path.rglob("*.whole.png"):
+        file.write_bytes(b"")
+    assert read_method(tmp_path) == []
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -292,6 +293,19 @@ def test_images_of_the_same_name_stay_apart(model, image, tmp_path):
     overlays = tmp_path / "out/overlays"
     written = {file.relative_to(overlays).as_posix() for file in overlays.rglob("*.png")}
     assert written == {f"{name}.png" for name in names}
+
+
+def test_overlays_of_an_earlier_call_are_no_images(model, image, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(image).save(tmp_path / "photos/a.png")
+    monkeypatch.chdir(tmp_path / "photos")
+    for output in ("predictions", "."):
+        for _ in range(2):
+            assert main(["predict", "--model", str(tmp_path / "model"), "--output", output, "."]) == 0
+        content = json.loads(Path(output, "predictions.json").read_text())
+        assert [image["file_name"] for image in content["images"]] == ["a.png"]
+        shutil.rmtree(Path(output, "overlays"))
 
 
 def test_the_command_without_images_says_so(model, tmp_path, capsys):

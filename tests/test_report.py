@@ -171,12 +171,19 @@ def test_command(evaluated, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == 2 * [str(output / "index.html")]
 
 
+def test_limits_hold_for_the_data_set_of_the_configuration(evaluated, capsys):
+    output, _ = evaluated
+    assert main(["report", str(output), "--set", "INPUT.LIMITS.PIXELS", "9"]) == 2
+    assert "INPUT.LIMITS.PIXELS" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--annotations", "set.json"], "--annotations and --images belong together"),
         (["--config-file", "missing.yaml"], "missing.yaml: no such file"),
         ([], "coco_instances_results.json: no such file"),
+        (["--set", "INPUT.LIMITS.PIXEL", "9"], "INPUT.LIMITS.PIXEL"),
     ],
 )
 def test_mistakes_give_one_line(evaluated, capsys, arguments, message):
@@ -246,6 +253,14 @@ def test_contact_sheet_shows_every_panel():
     sheet = np.asarray(contact_sheet(rows))
     for number, panel in enumerate(panels):
         assert (sheet == (number, 255, 0)).all(-1).sum() == panel.width * panel.height
+
+
+def test_dollars_in_names_are_no_mathematics():
+    """The name "a$_$b" is none that can be set as mathematics."""
+    image = Image.new("RGB", (200, 200))
+    named = draw(image, [Shape("#ff0000", "a$_$b 0.50", box=[20, 60, 180, 180])], 200)
+    assert contact_sheet([("a$_$b.png", {"one": named})]).width > named.width
+    assert not np.array_equal(named, draw(image, [Shape("#ff0000", "", box=[20, 60, 180, 180])], 200))
 
 
 def test_colours_follow_the_annotated_boxes():

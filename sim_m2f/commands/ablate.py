@@ -157,10 +157,16 @@ class Ablation:
 
 
 def _check_test_set(base: CfgNode) -> None:
+    """Raises UserError for a test set without objects, or without their masks."""
     data = read_coco(eval_sources(base)[0], read_masks=False)
     if not data.has_annotations or not coco_metrics.has_masks(coco_metrics.load_truth(data.annotations_file)):
-        fault = f"{data.annotations_file}: annotations without segmentation, so masks cannot be compared"
-        raise UserError(f"{fault}; evaluate on a data set with masks (DATASETS.TEST)")
+        fault = "annotations without segmentation"
+    elif not any(len(image.labels) for image in data.images):
+        fault = "no objects"
+    else:
+        return
+    advice = "evaluate on a data set with masks (DATASETS.TEST)"
+    raise UserError(f"{data.annotations_file}: {fault}, so masks cannot be compared; {advice}")
 
 
 def _until_key(values: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -53,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
+    split = split_parts(content, args.split, args.seed) if args.split else []
+    if args.split and not split:
+        raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
     refuse_shared_files(args.annotations, (image["file_name"] for image in content["images"]), formats)
     try:
         for image, annotations in images_of(content):
@@ -63,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     write_file(args.output / ANNOTATIONS, json.dumps(content))
     for name in formats:
         WRITERS[name](args.output, content["categories"], images_of(content))
-    if parts and not write_split(content, args.split, args.seed, parts):
-        raise UserError(f"{len(content['images'])} images are too few to be split; give a validation set")
+    for path, one in zip(parts, split, strict=True):
+        write_file(path, json.dumps(one))
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 
@@ -75,12 +78,20 @@ def write_split(content: dict, share: float, seed: int, paths: Sequence[Path]) -
     Raises:
         UserError: the seed is negative, or a file cannot be written.
     """
+    parts = split_parts(content, share, seed)
+    for path, one in zip(paths, parts, strict=False):
+        write_file(path, json.dumps(one))
+    return bool(parts)
+
+
+def split_parts(content: dict, share: float, seed: int) -> list[dict]:
+    """What is for training and what is for validation; nothing where one of them would be empty.
+
+    Raises:
+        UserError: the seed is negative.
+    """
     if seed < 0:
         raise UserError(f"--seed is {seed}; give a whole number from 0 on")
     held = split_images(content, share, seed)
     rest = {image["id"] for image in content["images"]} - held
-    if not held or not rest:
-        return False
-    for path, ids in zip(paths, (rest, held), strict=True):
-        write_file(path, json.dumps(part(content, ids)))
-    return True
+    return [part(content, rest), part(content, held)] if held and rest else []

@@ -18,6 +18,7 @@ from sim_m2f.errors import first_line
 PROJECT = "sim-m2f"
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}  # where the module has another name than the package
 REQUIREMENT = re.compile(r"([\w.-]+)(?:[^;]*>=\s*([\w.]+))?[^;]*(?:;.*extra == \W([\w-]+))?")
+UNKNOWN = "of unknown version (its METADATA is damaged)"
 REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -52,15 +53,31 @@ def state_of(package: Package) -> tuple[str, bool]:
     """Version of a package or what is wrong with it, and whether it can be used; extras are not imported."""
     module = IMPORTED_AS.get(package.name.lower(), package.name.replace("-", "_"))
     try:
-        installed = version(package.name)
+        installed = _installed(package.name)
         if not package.extra:
             importlib.import_module(module)
     except Exception as error:  # what a broken package raises has many classes
         if isinstance(error, ModuleNotFoundError) and error.name in (module, package.name):
             return "is missing", False
         return f"{installed} cannot be imported ({first_line(error)})", False
+    if installed == UNKNOWN:
+        return installed, False
     usable = _numbers(installed) >= _numbers(package.least)
     return installed if usable else f"{installed} is too old", usable
+
+
+def _installed(name: str) -> str:
+    """The version of a package, ``UNKNOWN`` where what pip wrote of it is damaged.
+
+    Raises:
+        PackageNotFoundError: it is not installed.
+    """
+    try:
+        return version(name) or UNKNOWN  # None of an empty file METADATA
+    except PackageNotFoundError:
+        raise
+    except Exception:  # what a damaged one raises has many classes
+        return UNKNOWN
 
 
 def _numbers(version: str) -> list[int]:

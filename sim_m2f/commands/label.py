@@ -8,7 +8,7 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
 from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
-from sim_m2f.files import refuse_inputs
+from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
 from sim_m2f.report.drawing import write_png
@@ -63,7 +63,7 @@ def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
     elif args.val_images:
         raise UserError("--val-images: give --val, the JSON of these images, too")
     else:
-        quality = read_quality(Path(args.model).expanduser(), model.colors_by_default)
+        quality = read_quality(expanded(args.model), model.colors_by_default)
     colors = quality.colors if args.colors == "auto" else args.colors == "on"
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
     label_set(labeller, source, masks, formats)

@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold}; scores are from 0 to 1")
     given = [Path(os.path.abspath(path)) for path in args.images]
-    files = list(dict.fromkeys(file for path in given for file in _images_in(path)))
+    overlays = Path(os.path.abspath(args.output / OVERLAYS))
+    files = list(dict.fromkeys(file for path in given for file in _images_in(path, overlays)))
     model = from_pretrained(args.model, args.config_file, args.device)
     limits(args, model.cfg)
     colors = None if args.colors == "auto" else args.colors == "on"
@@ -82,11 +83,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _images_in(path: Path) -> list[Path]:
-    """The path itself, or the images in the folder and below, in the order of their names."""
+def _images_in(path: Path, overlays: Path) -> list[Path]:
+    """The path itself, or the images in the folder and below, in the order of their names.
+
+    Args:
+        path: a file or a folder.
+        overlays: where those of an earlier call may lie; they are left out.
+
+    Raises:
+        UserError: the folder holds no image.
+    """
     if not path.is_dir():
         return [path]
-    files = image_files(path)
+    files = [file for file in image_files(path) if overlays not in file.parents]
     if not files:
         raise UserError(f"{path}: holds no image; give a folder of images, or their paths")
     return files

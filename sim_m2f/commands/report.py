@@ -41,4 +41,5 @@ def _source(args: argparse.Namespace) -> DatasetSource:
         raise UserError(f"{config_file}: no such file; give --config-file, or --annotations and --images")
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
+    limits(args, cfg)
     return eval_sources(cfg)[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
+from sim_m2f.files import expanded
 from sim_m2f.labelling.quality import read_quality
 from sim_m2f.labelling.run import MASKS, Labeller
 from sim_m2f.segmenter import Segmenter, from_pretrained
@@ -83,6 +84,6 @@ def open_review(model: Segmenter, name: str, folder: Path, images: Path | None) 
     if images is None or not images.is_dir():
         fault = f"{images} is no folder" if images else "it is not known where they are"
         raise UserError(f"--images: {fault}; give the folder of the images of {folder / MASKS}")
-    quality = read_quality(Path(name).expanduser(), model.colors_by_default)
+    quality = read_quality(expanded(name), model.colors_by_default)
     labeller = Labeller(model, quality, quality.colors, keep_overlaps=True)
     return Review(labeller, DatasetSource("labelled", folder / MASKS, images))

@@ -17,6 +17,7 @@ from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError, file_problem, memory_problem, rank_problem
+from sim_m2f.files import expanded
 from sim_m2f.report.hooks import MethodFigures, RunPage
 from sim_m2f.weights.checkpoint import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
@@ -128,7 +129,7 @@ def read_configuration(config_file: str, overrides: list[str]) -> CfgNode:
         cfg.merge_from_file(config_file)
     cfg.merge_from_list([item for item in overrides if item != "--"])
     validate(cfg)
-    cfg.OUTPUT_DIR = str(Path(cfg.OUTPUT_DIR).expanduser())
+    cfg.OUTPUT_DIR = str(expanded(cfg.OUTPUT_DIR))
     cfg.freeze()
     return cfg
 

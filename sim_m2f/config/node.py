@@ -133,7 +133,7 @@ def _base_circle(file: str, above: tuple[str, ...] = ()) -> tuple[str, ...]:
         return (*above[above.index(file) :], file)
     bases = yaml.safe_load(Path(file).read_bytes()).get(BASE_KEY, [])
     names = [bases] if isinstance(bases, str) else bases
-    paths = (Path(file).parent / Path(name).expanduser() for name in names)
+    paths = (Path(file).parent / os.path.expanduser(name) for name in names)
     return next(filter(None, (_base_circle(str(path), (*above, file)) for path in paths)), ())
 
 

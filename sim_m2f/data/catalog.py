@@ -13,6 +13,7 @@ from sim_m2f.config.defaults import read_yaml
 from sim_m2f.data.image import LIMITS
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.errors import UserError
+from sim_m2f.files import expanded
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def find_source(name: str, limits: CfgNode = LIMITS) -> DatasetSource:
         nearest = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.0)[0]
         raise UserError(f"data set {name!r} is unknown; did you mean {nearest}?")
     kind, annotations, images = KNOWN[name]
-    root = Path(os.environ.get("DETECTRON2_DATASETS") or "datasets").expanduser()
+    root = expanded(os.environ.get("DETECTRON2_DATASETS") or "datasets")
     if kind == "shapes":
         folder = cached_shapes()
     elif kind == "coco" and (root / "annotations").is_dir() and not (root / "coco").is_dir():
@@ -65,8 +66,8 @@ def train_sources(cfg: CfgNode, split: str = "TRAIN") -> list[DatasetSource]:
     """
     annotations, images = cfg.DATASETS[f"{split}_ANNOTATIONS"], cfg.DATASETS[f"{split}_IMAGES"]
     if annotations and images:
-        file = Path(annotations).expanduser()
-        return [DatasetSource(file.stem, file, Path(images).expanduser(), cfg.INPUT.LIMITS)]
+        file = expanded(annotations)
+        return [DatasetSource(file.stem, file, expanded(images), cfg.INPUT.LIMITS)]
     key = f"DATASETS.{split}"
     if annotations or images:
         missing = f"{key}_IMAGES" if annotations else f"{key}_ANNOTATIONS"

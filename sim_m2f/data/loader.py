@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
@@ -25,6 +24,7 @@ from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
 from sim_m2f.distributed import once_per_node, share
 from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import expanded
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Batch, Sample, Target
 
@@ -188,7 +188,7 @@ def _train_data(cfg: CfgNode) -> list[CocoData]:
     if len(data) > 1:
         fault = f"has the ids of one data set, but DATASETS.TRAIN names {len(data)}"
         raise UserError(f"DATASETS.TRAIN_PROPOSALS: {fault}; train on one")
-    return [with_proposals(data[0], Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser())]
+    return [with_proposals(data[0], expanded(cfg.DATASETS.TRAIN_PROPOSALS))]
 
 
 def eval_loader(

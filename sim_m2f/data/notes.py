@@ -2,9 +2,11 @@
 
 import functools
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,7 +14,8 @@ from sim_m2f.config import CfgNode
 from sim_m2f.data.coco import CocoData, ImageRecord
 
 STRIDE = 4  # of masks
-HEAD = 1 << 16  # bytes that files of one size are compared by
+HEAD = 1 << 16  # bytes that files of one size are compared by at first
+Key = TypeVar("Key")
 
 
 def notes(cfg: CfgNode, train: Sequence[CocoData], val: Sequence[CocoData] = ()) -> list[str]:
@@ -25,23 +28,41 @@ def notes(cfg: CfgNode, train: Sequence[CocoData], val: Sequence[CocoData] = ())
 
 
 def _same_images(train: Sequence[CocoData], val: Sequence[CocoData]) -> list[str]:
-    """Images in both, told by their files' sizes and, where these are equal, by what the files begin with."""
-    sizes: dict[int, set[Path]] = {}
-    for path in {data.image_root / image.file_name for data in train for image in data.images if val}:
-        if (size := _size(path)) >= 0:
-            sizes.setdefault(size, set()).add(path)
-    heads = functools.cache(_head)
+    """Images in both: the same file, or another one of the same content."""
+    trained_on = _Files({data.image_root / image.file_name for data in train for image in data.images if val})
     found = []
     for data in val:
         own = [data.image_root / image.file_name for image in data.images]
-        shared = []
-        for path in own:
-            alike = sizes.get(_size(path), set())
-            if path in alike or (alike and heads(path) in map(heads, alike)):
-                shared.append(path)
+        shared = list(filter(trained_on.have, own))
         if shared:
             fault = f"{len(shared)} of {len(own)} images are also trained on, such as {shared[0].name}"
             found.append(f"{data.name}: {fault}; its scores will be too good")
+    return found
+
+
+class _Files:
+    """Files that others are compared with: by size, if that is equal by what they begin with, then whole."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.by_size = _grouped(paths, _size)
+        self.by_head = functools.cache(lambda size: _grouped(self.by_size[size], _head))
+        self.by_content = functools.cache(lambda size, head: _grouped(self.by_head(size)[head], _content))
+
+    def have(self, path: Path) -> bool:
+        """Whether the path, or its content, is among them; -1 is the size of what is no file."""
+        size = _size(path)
+        if size < 0 or size not in self.by_size:
+            return False
+        if path in self.by_size[size]:
+            return True
+        head = _head(path)
+        return head in self.by_head(size) and _content(path) in self.by_content(size, head)
+
+
+def _grouped(paths: Iterable[Path], key: Callable[[Path], Key]) -> dict[Key, set[Path]]:
+    found: dict[Key, set[Path]] = {}
+    for path in paths:
+        found.setdefault(key(path), set()).add(path)
     return found
 
 
@@ -51,11 +72,23 @@ def _size(path: Path) -> int:
 
 
 def _head(path: Path) -> bytes:
+    return _digest(path, parts=1)
+
+
+def _content(path: Path) -> bytes:
+    return _digest(path)
+
+
+def _digest(path: Path, parts: int | None = None) -> bytes:
+    """Of a file, or of its first ``parts`` of HEAD bytes."""
+    digest = hashlib.blake2b()
     try:
         with path.open("rb") as file:
-            return hashlib.blake2b(file.read(HEAD)).digest()
+            for part in itertools.islice(iter(functools.partial(file.read, HEAD), b""), parts):
+                digest.update(part)
     except OSError:
         return os.fsencode(path)  # like no other
+    return digest.digest()
 
 
 def _crowded(cfg: CfgNode, data: CocoData) -> list[str]:

@@ -16,7 +16,7 @@ from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import LossAverage, MetricsLogger, forget_peak, memory_gib
 from sim_m2f.engine.run_folder import remove_leftovers, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
-from sim_m2f.files import write_file
+from sim_m2f.files import expanded, write_file
 
 # Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
@@ -56,7 +56,7 @@ class CleanFolder(Hook):
 def _inputs(cfg: CfgNode) -> set[Path]:
     """The files of annotations and masks that a run reads."""
     sources = *train_sources(cfg), *eval_sources(cfg)
-    proposals = Path(cfg.DATASETS.TRAIN_PROPOSALS).expanduser()
+    proposals = expanded(cfg.DATASETS.TRAIN_PROPOSALS)
     return {path.resolve() for path in (proposals, *(source.annotations for source in sources))}
 
 

@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sim_m2f.errors import UserError
+from sim_m2f.files import RANDOM
 from sim_m2f.weights.sources import LAST_CHECKPOINT
 
 LOCK = ".lock"
 CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
-TEMPORARY = "." + 8 * "?"  # behind the name of a file that ``atomic_write`` has not finished
+TEMPORARY = "." + RANDOM * "?"  # behind the name of a file that ``atomic_write`` has not finished
 FILES = (
     *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, EVENTS, "config.yaml", "index.html"),
     *("inference/*.json", "report/*.png"),

@@ -141,7 +141,9 @@ def draw_plot(groups: Groups) -> Figure:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("mean and range over the seeds", loc="left", fontsize=10)
-    figure.legend(loc="outside right upper", frameon=False, title="row, AP at the end", alignment="left")
+    place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "alignment": "left"}
+    for text in figure.legend(title="row, AP at the end", **place).get_texts():
+        text.set_parse_math(False)  # the name of a row may hold dollars
     return figure
 
 

@@ -132,8 +132,9 @@ def panel_grid(
 
 
 def write_above(axes: Axes, text: str, distance: float = 0, size: float = TEXT_SIZE, **style: Any) -> None:
-    """Text ``distance`` pixels above the left end of a panel."""
-    axes.annotate(text, (0, 1), (0, distance + 5), "axes fraction", "offset points", size=size, **style)
+    """Text ``distance`` pixels above the left end of a panel; dollars stay dollars unless ``parse_math``."""
+    style = {"size": size, "parse_math": False, **style}
+    axes.annotate(text, (0, 1), (0, distance + 5), "axes fraction", "offset points", **style)
 
 
 def write_png(path: Path, image: Image.Image) -> None:
@@ -177,7 +178,8 @@ def _draw_texts(axes: Axes, shapes: Sequence[Shape]) -> None:
         if not shape.text or max(right - left, top - bottom) < MIN_TEXT_EXTENT * max(frame.size):
             continue
         label = {"facecolor": shape.colour, "edgecolor": "none", "boxstyle": f"square,pad={PAD / TEXT_SIZE}"}
-        text = axes.text(0, 0, shape.text, color=INK, size=TEXT_SIZE, va="bottom", bbox=label)
+        style: dict[str, Any] = {"color": INK, "size": TEXT_SIZE, "va": "bottom", "parse_math": False}
+        text = axes.text(0, 0, shape.text, bbox=label, **style)
         text.set_transform(IdentityTransform())  # pixels of the figure
         width, height = text.get_window_extent().padded(PAD).size
         left = max(min(left, frame.x1 - width), frame.x0)

@@ -5,6 +5,7 @@ Two figures for an image: the whole of it, and its largest objects one by one wi
 
 import math
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps
+from sim_m2f.errors import first_line
+from sim_m2f.files import shortened
 from sim_m2f.geometry import mask_extents
 from sim_m2f.report import drawing
 from sim_m2f.report.page import Evolution
@@ -28,6 +31,7 @@ from sim_m2f.supervision.pseudo_masks import IGNORED
 from sim_m2f.supervision.targets import STRIDE
 
 FOLDER = "method"  # in OUTPUT_DIR; below it one folder per step
+STEM_BYTES = 200  # of an image's name in the names of its figures, at most
 OBJECTS = 3  # objects of an image, the largest, that are drawn one by one
 SIDE, OBJECT_SIDE, MASK_SIDE = 230, 156, 64  # longer sides of panels: image, object, positive mask
 MASK_CELL = 72  # pixels, width of a positive mask and the gap beside it
@@ -63,7 +67,7 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
     """
     shutil.rmtree(folder / f"{step:07d}", ignore_errors=True)
     for place, one in enumerate(maps):
-        name = f"{place + 1:02d}_{Path(one.name).stem}"
+        name = f"{place + 1:02d}_{shortened(Path(one.name).stem, STEM_BYTES)}"
         for kind, figure in (("objects", object_figure(one, step)), ("whole", whole_figure(one, step))):
             image = drawing.rendered(figure)
             drawing.write_png(folder / f"{step:07d}" / f"{name}.{kind}.png", image)
@@ -71,15 +75,20 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
 
 
 def read_method(folder: Path, most: int = 12) -> list[Evolution]:
-    """What ``write_method`` left in a folder: of each image at most so many steps, evenly spaced."""
+    """What ``write_method`` left in a folder: of each image at most so many steps, evenly spaced.
+
+    A figure that is damaged is left out, and a note tells so.
+    """
     steps = sorted(path for path in folder.glob("*") if path.name.isdecimal())
     places = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps))).round().astype(int)
     evolutions = []
     for last in sorted(steps[-1].glob("*.whole.png")) if steps else ():
         files = [steps[place] / last.name for place in places]
-        rows = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
+        steps_drawn = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
+        rows = [(step, figure) for step, figure in steps_drawn if figure]
         objects = _read(last.with_name(last.name.replace(".whole.", ".objects.")))
-        evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, objects))
+        if rows:
+            evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, objects))
     return evolutions
 
 
@@ -212,10 +221,11 @@ def _titled_grid(
     width, height = figure.bbox.size
     name = Path(maps.name).name
     shown = name if len(name) <= 40 else f"{name[:20]}…{name[-19:]}"
-    figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", size=14, weight="bold", va="top")
+    style: dict[str, Any] = {"size": 14, "weight": "bold", "va": "top", "parse_math": False}
+    figure.text(GAP / width, 1 - 8 / height, f"{shown}, step {step:,}", **style)
     for each, (title, note, _) in zip(axes[0], columns, strict=True):
-        drawing.write_above(each, title, above + SMALL_LINE, weight="bold")
-        drawing.write_above(each, note, above, SMALL, color=drawing.SOFT)
+        drawing.write_above(each, title, above + SMALL_LINE, weight="bold", parse_math=True)
+        drawing.write_above(each, note, above, SMALL, color=drawing.SOFT, parse_math=True)
     _draw_legend(figure, drawing.colours(range(min(OBJECTS, len(maps.boxes)))))
     return figure, axes
 
@@ -235,5 +245,13 @@ def _draw_legend(figure: Figure, colours: Sequence[str]) -> None:
     bar.text(1.05, 0.5, "probability, 0 to 1", transform=bar.transAxes, size=SMALL, va="center_baseline")
 
 
-def _read(file: Path) -> Image.Image:
-    return Image.open(file).convert("RGB")
+def _read(file: Path) -> Image.Image | None:
+    """A figure; None, and a note, where it cannot be decoded."""
+    try:
+        return Image.open(file).convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything on a broken file
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        print(f"note: {file}: cannot be decoded ({reason}), and was left out", file=sys.stderr)
+        return None

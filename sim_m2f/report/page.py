@@ -25,11 +25,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Evolution:
-    """How the method sees a training image: (step, figure) in order, and the last step's single objects."""
+    """How the method sees a training image: (step, figure) in order, and single objects of the last step."""
 
     caption: str
     rows: Sequence[tuple[str, Image.Image]]
-    objects: Image.Image
+    objects: Image.Image | None
 
 
 @dataclass(frozen=True)

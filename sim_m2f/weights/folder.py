@@ -14,7 +14,7 @@ from safetensors.torch import save
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.class_names import class_names, read_class_names
 from sim_m2f.errors import UserError
-from sim_m2f.files import read_json, write_file
+from sim_m2f.files import expanded, read_json, write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.modeling.mask2former import Mask2Former
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -46,7 +46,7 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
     Raises:
         UserError: there is nothing of the kind, a file is damaged, or weights and configuration do not fit.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     folder = path if path.exists() else hub_folder(str(source))
     names: list[str] = []
     metrics: Metrics = {}

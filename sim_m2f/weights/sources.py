@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 
 from sim_m2f.errors import UserError, first_line
+from sim_m2f.files import expanded
 from sim_m2f.weights.download import download
 
 HUB, DETECTRON2 = "hf://", "detectron2://"
@@ -30,7 +31,7 @@ def local_weights(address: str | Path) -> Path:
         return download(address)
     if address.startswith(HUB):
         return weights_in(hub_folder(address))
-    path = Path(address).expanduser()
+    path = expanded(address)
     return weights_in(path) if path.is_dir() else path
 
 
