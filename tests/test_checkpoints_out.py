@@ -1,5 +1,7 @@
 """Exports: what is written returns bit for bit, and other programs get the same masks from it."""
 
+import json
+
 import pytest
 import torch
 from other_networks import CLASSES, assert_same_weights, small_network, stirred
@@ -116,6 +118,19 @@ def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
     model = from_pretrained(tmp_path, device="cpu")
     assert model.class_names == CLASSES
     assert model.cfg.INPUT.MIN_SIZE_TEST == 64
+    assert_same_weights(model.network, network)
+
+
+def test_a_network_of_two_classes_without_names_returns_from_transformers(tmp_path):
+    """transformers leaves out of its file what is its default: two classes of these names."""
+    names = ["LABEL_0", "LABEL_1"]
+    cfg, network = small_network("ResNet-18", overrides=["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2"])
+    export(TrainedNetwork(network, cfg, names, {}), "transformers", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"], config["label2id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path, device="cpu")
+    assert model.class_names == names
     assert_same_weights(model.network, network)
 
 

@@ -21,6 +21,7 @@ from sim_m2f.weights.names import to_names, transformers_names
 from sim_m2f.weights.swin import relative_position_indices
 
 _KEYS = read_yaml(Path(__file__).with_suffix(".yaml"))
+UNNAMED = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' default of id2label, which it does not write
 
 
 def _theirs(cfg: CfgNode, kind: str = "") -> dict[str, Any]:
@@ -99,14 +100,13 @@ def cfg_from_transformers(
     if kind != "mask2former":
         raise UserError(f"a configuration of {kind!r}, not of Mask2Former ('mask2former')")
     try:
-        labels = {int(index): name for index, name in _mapping(config, "id2label").items()}
+        labels = {int(index): name for index, name in (_mapping(config, "id2label") or UNNAMED).items()}
     except ValueError as error:
         raise UserError(f"config.json: id2label has a number for each class ({error}); correct it") from error
     keys = _ours(config) | _backbone_keys(_mapping(config, "backbone_config")) | _pixel_keys(processor or {})
     if not all(map(is_line, labels.values())):
         raise UserError("config.json: id2label has a text of one line for each class; correct it")
-    if labels:
-        keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
+    keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
     cfg = get_cfg()
     cfg.merge_from_list([item for pair in keys.items() for item in pair])
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = cfg.MODEL.MASK_FORMER.NHEADS
