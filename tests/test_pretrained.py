@@ -158,6 +158,14 @@ def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     assert run.metrics == {"segm/AP": 5.0}
 
 
+def test_weights_come_before_what_a_trainer_leaves_beside_them(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save(model.network.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    save_checkpoint(tmp_path / "rng_state.pth", {"cpu": torch.zeros(8)})
+    assert same(model, sim_m2f.from_pretrained(tmp_path, device="cpu"))
+
+
 def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):
     (tmp_path / "network.yaml").write_text(model.cfg.dump())
     save_checkpoint(tmp_path / "model.pth", {"model": model.network.state_dict()})
