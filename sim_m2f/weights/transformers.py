@@ -124,24 +124,45 @@ def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
     kind = backbone.get("model_type", "swin")
     if kind == "swin":
         return {"MODEL.BACKBONE.NAME": "D2SwinTransformer", **_ours(backbone, "SWIN_")}
-    theirs = list(backbone.get("depths", _KEYS["RESNET_BLOCKS"][50])), backbone.get("layer_type") == "basic"
+    depths = _list(backbone, "depths", _KEYS["RESNET_BLOCKS"][50])
+    theirs = depths, backbone.get("layer_type") == "basic"
     for depth, blocks in _KEYS["RESNET_BLOCKS"].items():
         if kind == "resnet" and theirs == (blocks, depth < 50):
             return {
                 **_ours(backbone, "RESNET_"),
                 "MODEL.BACKBONE.NAME": "build_resnet_backbone",
                 "MODEL.RESNETS.DEPTH": depth,
-                "MODEL.RESNETS.RES2_OUT_CHANNELS": backbone.get("hidden_sizes", [256])[0],
+                "MODEL.RESNETS.RES2_OUT_CHANNELS": _list(backbone, "hidden_sizes", [256])[0],
             }
     raise UserError(f"transformers' backbone {kind!r} {backbone.get('depths', '')} does not exist here")
+
+
+def _list(backbone: Mapping[str, Any], key: str, default: list[int]) -> list[Any]:
+    value = backbone.get(key, default)
+    if not isinstance(value, list) or not value:
+        fault = f"{key} of backbone_config is a list of numbers, not {value!r}"
+        raise UserError(f"config.json: {fault}; take transformers' own file")
+    return value
 
 
 def _pixel_keys(processor: Mapping[str, Any]) -> dict[str, Any]:
     size = processor.get("size")
     theirs = dict(size) if isinstance(size, Mapping) else {}  # older ones have a number
+    if processor.get("do_resize") is False:
+        theirs["shortest_edge"] = 0
     for name in ("image_mean", "image_std"):
-        theirs[name] = [round(value * 255, 6) for value in processor.get(name) or []] or None
+        theirs[name] = _scaled(processor, name)
     return _ours({name: value for name, value in theirs.items() if value is not None}, "PROCESSOR_")
+
+
+def _scaled(processor: Mapping[str, Any], key: str) -> list[float] | None:
+    """Statistics of pixels of 0 to 255, one for each channel; None where the file leaves them out."""
+    value = processor.get(key) or []
+    values = value if isinstance(value, list) else [value] * 3
+    if not all(type(number) in (int, float) for number in values):
+        fault = f"{key} is a number, or one for each channel, not {value!r}"
+        raise UserError(f"preprocessor_config.json: {fault}; take transformers' own file")
+    return [round(number * 255, 6) for number in values] or None
 
 
 def transformers_weights(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:
