@@ -414,9 +414,16 @@ def test_pointer_that_is_no_text(tmp_path, capsys):
     fails(capsys, ["--config-file", CONFIG, "--resume", *SMALL, "OUTPUT_DIR", str(tmp_path)], str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "meta"])
+ODD = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "meta": lambda: torch.ones(3, device="meta"),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
 def test_weights_without_values(capsys, tmp_path, kind):
-    weight = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(3, device="meta")
+    weight = ODD[kind]()
     torch.save({"model": {"backbone.body.conv1.weight": weight}}, tmp_path / "odd.pth")
     train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path / "odd.pth")], "conv1.weight is sparse or")
 
