@@ -97,7 +97,11 @@ def test_the_orientation_of_a_photograph_is_applied(model, image, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8), "nowhere.jpg"],
+    [
+        *(np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8)),
+        *(np.zeros((0, 5, 3), np.uint8), torch.zeros(3, 5, 0, dtype=torch.uint8), Image.new("RGB", (0, 5))),
+        *(Image.new("F", (5, 5)), Image.new("I", (5, 0)), "nowhere.jpg"),
+    ],
 )
 def test_what_is_no_image_is_refused(model, wrong):
     with pytest.raises(UserError, match="image"):
