@@ -129,7 +129,7 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))  # PyTorch has no other order
         if isinstance(value, Tensor) and not is_dense(value):
-            fault = "is sparse or quantized, or holds no values"
+            fault = "is quantized" if value.is_quantized else "is sparse or holds no values"
             raise UserError(f"weight {name} {fault}; take another checkpoint")
         if isinstance(value, Tensor) and not str(name).endswith("_momentum"):
             tensors[str(name)] = value
