@@ -124,8 +124,9 @@ class Segmenter(nn.Module):
             order of the boxes, with these boxes; the masks lie inside of them.
 
         Raises:
-            UserError: a file cannot be decoded, an array has another shape or type, or boxes are given to a
-                network that did not learn from prompts (MODEL.SIM.PROMPTS.ENABLED).
+            UserError: a file cannot be decoded, an array has another shape or type, an image has no pixels,
+                boxes or labels are not as they should be, or boxes are given to a network that did not learn
+                from prompts (MODEL.SIM.PROMPTS.ENABLED).
         """
         if not isinstance(images, ImageLike):
             if boxes is not None:
@@ -191,8 +192,11 @@ class Segmenter(nn.Module):
     ) -> tuple[Instances, Predictions]:
         """The masks of boxes in pixels of the image, from its input (1, 3, H, W), and all outputs."""
         self.require_prompts()
-        boxes = torch.as_tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-        labels = torch.as_tensor([0] * len(boxes) if labels is None else labels).reshape(-1).long()
+        boxes = _numbers(boxes, "boxes").float()
+        if boxes.numel() and boxes.shape[-1:] != (4,):
+            raise UserError(f"boxes are (N, 4) numbers, xyxy, not {tuple(boxes.shape)}; correct them")
+        boxes = boxes.reshape(-1, 4)
+        labels = _numbers([0] * len(boxes) if labels is None else labels, "labels").reshape(-1).long()
         classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         if len(labels) != len(boxes) or not ((labels >= 0) & (labels < classes)).all():
             raise UserError(f"{len(boxes)} boxes need as many labels from 0 to {classes - 1}")
@@ -273,14 +277,27 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
         raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error
 
 
+def _numbers(values: Any, name: str) -> Tensor:
+    """Raises UserError for what is no array of numbers."""
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} are no array of numbers ({first_line(error)}); correct them") from error
+
+
 def _pixels(image: ImageLike, limits: CfgNode) -> Tensor:
-    """(3, H, W) uint8 RGB."""
+    """(3, H, W) uint8 RGB; UserError for what is no image."""
     if isinstance(image, (str, Path)):
         image = read_image(Path(image), limits=limits)
     if isinstance(image, Image.Image):
-        image = to_rgb(ImageOps.exif_transpose(image))
+        try:
+            image = to_rgb(ImageOps.exif_transpose(image))
+        except ValueError as error:
+            raise UserError(f"the image cannot be turned into RGB: {first_line(error)}") from error
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         image = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape[:-2] != (3,):
         raise UserError("an image is an array (H, W, 3) or a tensor (3, H, W) of RGB, uint8; convert it")
+    if not image.numel():
+        raise UserError(f"the image has no pixels ({image.shape[-2]} x {image.shape[-1]}); take another one")
     return image

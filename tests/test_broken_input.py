@@ -457,11 +457,18 @@ def test_pointer_that_is_no_text(tmp_path, capsys):
     fails(capsys, ["--config-file", CONFIG, "--resume", *SMALL, "OUTPUT_DIR", str(tmp_path)], str(tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "meta"])
+ODD = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), "sparse or"),
+    "meta": (lambda: torch.ones(3, device="meta"), "sparse or"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "quantized;"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
 def test_weights_without_values(capsys, tmp_path, kind):
-    weight = torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(3, device="meta")
-    torch.save({"model": {"backbone.body.conv1.weight": weight}}, tmp_path / "odd.pth")
-    train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path / "odd.pth")], "conv1.weight is sparse or")
+    make, said = ODD[kind]
+    torch.save({"model": {"backbone.body.conv1.weight": make()}}, tmp_path / "odd.pth")
+    train_fails(capsys, tmp_path, ["MODEL.WEIGHTS", str(tmp_path / "odd.pth")], f"conv1.weight is {said}")
 
 
 def test_home_in_the_output_folder(monkeypatch, tmp_path):

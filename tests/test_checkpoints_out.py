@@ -1,16 +1,19 @@
 """Exports: what is written returns bit for bit, and other programs get the same masks from it."""
 
+import json
+
 import pytest
 import torch
 from other_networks import CLASSES, assert_same_weights, small_network, stirred
 from PIL import Image
+from sound_folder import contents
 
 from sim_m2f import cli
 from sim_m2f.config import get_cfg
 from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.segmenter import Segmenter, from_pretrained
-from sim_m2f.weights.checkpoint import load_checkpoint
+from sim_m2f.weights.checkpoint import load_checkpoint, replace_checkpoint
 from sim_m2f.weights.export import export
 from sim_m2f.weights.folder import TrainedNetwork
 from sim_m2f.weights.transformers import transformers_config
@@ -118,6 +121,19 @@ def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
     assert_same_weights(model.network, network)
 
 
+def test_a_network_of_two_classes_without_names_returns_from_transformers(tmp_path):
+    """transformers leaves out of its file what is its default: two classes of these names."""
+    names = ["LABEL_0", "LABEL_1"]
+    cfg, network = small_network("ResNet-18", overrides=["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "2"])
+    export(TrainedNetwork(network, cfg, names, {}), "transformers", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["id2label"], config["label2id"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = from_pretrained(tmp_path, device="cpu")
+    assert model.class_names == names
+    assert_same_weights(model.network, network)
+
+
 def test_formats_refuse_networks_that_they_do_not_have(tmp_path, small_cfg):
     timms = trained(build_model(small_cfg), small_cfg)
     for format_name in ("detectron2", "transformers"):
@@ -159,3 +175,51 @@ def test_command(tmp_path, capsys):
     assert_same_weights(other, network)
     assert cli.main([*arguments[:-1], str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("format_name", "output", "message"),
+    [
+        ("safetensors", "run", "would replace"),
+        ("transformers", ".", "would replace"),
+        ("safetensors", "another", "another: holds a run already (last_checkpoint)"),
+        ("detectron2", "run/model_final.pth", "would lie in run, which is read"),
+        ("onnx", "run/model_final.pth", "would replace run/model_final.pth"),
+        ("safetensors", "repository", "README.md: is of something else"),
+    ],
+)
+def test_an_export_replaces_nothing_that_is_needed(
+    tmp_path, monkeypatch, capsys, format_name, output, message
+):
+    monkeypatch.chdir(tmp_path)
+    cfg, network = small_network("ResNet-18")
+    for name in ("run", "another"):
+        replace_checkpoint(tmp_path / name / "model_final.pth", {"model": network.state_dict()}, None)
+        (tmp_path / name / "config.yaml").write_text(cfg.dump())
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/README.md").write_text("# A program")
+    before = contents(tmp_path)
+    assert cli.main(["export", "run", "--format", format_name, "--output", output]) == 2
+    assert message in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_is_not_replaced_by_its_export(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg, network = small_network("ResNet-18")
+    torch.save({"model": network.state_dict()}, "model.pth")
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    command = ["export", "model.pth", "--config-file", "config.yaml", "--format", "detectron2", "--output"]
+    for output in ("model.pth", "config.yaml"):
+        assert cli.main([*command, output]) == 2
+        assert f"would replace {output}" in capsys.readouterr().err
+    assert cli.main([*command, "original.pth"]) == 0
+    assert cli.main([*command, "original.pth"]) == 0
+
+
+def test_an_export_is_written_anew_over_the_one_before(tmp_path):
+    cfg, network = small_network("ResNet-18")
+    Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")
+    for _ in range(2):
+        arguments = ["--format", "safetensors", "--output", str(tmp_path / "exported")]
+        assert cli.main(["export", str(tmp_path / "trained"), *arguments]) == 0

@@ -9,7 +9,7 @@ from conftest import ROOT
 from mutations import ODD
 
 import sim_m2f
-from sim_m2f.config import CfgNode, extent_warning, validate, value_of
+from sim_m2f.config import CfgNode, cfg_from_text, extent_warning, validate, value_of
 from sim_m2f.config.checks import range_of
 from sim_m2f.config.defaults import WITHOUT_EFFECT, read_yaml
 from sim_m2f.config.node import leaf_keys
@@ -174,3 +174,9 @@ def test_no_configuration_tests_on_other_extents_than_it_trains_on():
         cfg = sim_m2f.get_cfg()
         cfg.merge_from_file(file)
         assert extent_warning(cfg) == "", file
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "SEED"])
+def test_a_checkpoints_configuration_that_is_no_mapping_is_refused(text):
+    with pytest.raises(UserError, match=r"model\.pth: its configuration is no mapping"):
+        cfg_from_text(text, "model.pth")

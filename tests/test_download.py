@@ -18,10 +18,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from other_networks import assert_same_weights, small_network
 from safetensors.torch import save, save_file
 
 from sim_m2f.errors import UserError
+from sim_m2f.segmenter import from_pretrained
 from sim_m2f.weights import download as downloads
 from sim_m2f.weights import sources, weight_files
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -308,14 +310,14 @@ def test_shards_that_are_together_larger_than_the_memory_are_not_read(tmp_path, 
         read_weight_file(index)
 
 
-def test_weights_for_which_memory_does_not_suffice_are_not_called_damaged(tmp_path, monkeypatch):
+def test_weights_for_which_memory_does_not_suffice_are_told_so(tmp_path, monkeypatch):
     torch.save({"weight": torch.ones(3)}, tmp_path / "model.pth")
 
     def load(*_, **__):
         raise MemoryError
 
     monkeypatch.setattr(torch, "load", load)
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match="needs more memory than is free"):
         read_weight_file(tmp_path / "model.pth")
 
 
@@ -441,6 +443,28 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
         load_checkpoint(network, "hf://somebody/nothing")
     with pytest.raises(UserError, match="owner/name"):
         load_checkpoint(network, "hf://nothing")
+
+
+@pytest.mark.parametrize("files", [["model_0000009.pth", "last_checkpoint", "rng.pth"], ["network.pkl"]])
+def test_the_folder_of_a_run_from_the_hub(tmp_path, monkeypatch, files):
+    """Of a repository, the Hub gives what the patterns ask for."""
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    cfg, source = small_network("ResNet-18", seed=1)
+    (repository / "config.yaml").write_text(cfg.dump())
+    for name in files:
+        torch.save({"model": source.state_dict()}, repository / name)
+    if len(files) > 1:
+        (repository / "last_checkpoint").write_text("model_0000009.pth")
+
+    def snapshot_download(name, revision, allow_patterns):
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        for file in filter_repo_objects(os.listdir(repository), allow_patterns=allow_patterns):
+            shutil.copy(repository / file, tmp_path / "snapshot" / file)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert_same_weights(from_pretrained("somebody/stars", device="cpu").network, source)
 
 
 def test_a_failure_of_the_hub_without_a_word_is_one_line(monkeypatch):

@@ -16,10 +16,12 @@ from test_training import SUPERVISIONS, as_data_set, few_images, train
 from torch import Tensor, nn
 
 from sim_m2f.cli import main
+from sim_m2f.commands import explain
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.loader import train_loader
 from sim_m2f.data.shapes import CLASSES
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
+from sim_m2f.errors import UserError
 from sim_m2f.report.drawing import rendered
 from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
@@ -290,6 +292,35 @@ def test_command_draws_from_a_checkpoint_what_training_drew(runs, capsys, tmp_pa
         with Image.open(one) as first, Image.open(other) as second:
             assert np.array_equal(np.asarray(first), np.asarray(second))
     assert len(Reader((tmp_path / "look/index.html").read_text()).images()) == 2 * 2
+
+
+def test_the_checkpoint_that_is_explained(small_cfg, tmp_path, monkeypatch, capsys):
+    """The run's last one, not the one that it began with, unless the command line names another."""
+
+    def read(path):
+        raise UserError(f"reads {path}")
+
+    monkeypatch.setattr(explain, "read_checkpoint", read)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("start.pth", "folder/model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    small_cfg.MODEL.WEIGHTS = str(tmp_path / "start.pth")
+    (tmp_path / "config.yaml").write_text(small_cfg.dump())
+    command = ["explain", "--config-file", str(tmp_path / "config.yaml")]
+
+    def explained_file(*overrides: str) -> str:
+        assert main([*command, *overrides]) == 2
+        return capsys.readouterr().err.strip().removeprefix(f"error: reads {tmp_path}/")
+
+    assert explained_file() == "start.pth"
+    output = Path(small_cfg.OUTPUT_DIR)
+    output.mkdir()
+    (output / "last_checkpoint").write_text("model_final.pth")
+    assert explained_file() == "output/model_final.pth"
+    assert explained_file("MODEL.WEIGHTS", "timm://resnet18") == "output/model_final.pth"
+    assert explained_file("MODEL.WEIGHTS", "~/start.pth") == "start.pth"
+    assert explained_file("MODEL.WEIGHTS", "~/folder") == "folder/model.safetensors"
 
 
 def with_prototypes(state: dict, prototypes: Tensor) -> dict:

@@ -6,6 +6,7 @@ from conftest import ROOT
 from other_networks import small_network
 
 from sim_m2f.config import get_cfg
+from sim_m2f.errors import UserError
 from sim_m2f.modeling import build_model
 from sim_m2f.weights.load import COMPUTED
 from sim_m2f.weights.names import (
@@ -55,6 +56,31 @@ def test_transformers_has_exactly_these_names_and_shapes(name):
     ours = {key: value.shape for key, value in to_names(weights, transformers_names).items()}
     assert ours.items() <= stored.items()
     assert all(COMPUTED.search(key) for key in stored.keys() - ours.keys())
+
+
+def test_pixels_of_transformers_images():
+    """One number may stand for all channels; images that are not resized keep their size."""
+    processor = {"image_mean": 0.5, "image_std": [0.1, 0.2, 0.4], "do_resize": False}
+    sizes = {"size": {"shortest_edge": 800, "longest_edge": 1333}}
+    cfg, _ = cfg_from_transformers({"model_type": "mask2former"}, {**processor, **sizes})
+    assert cfg.MODEL.PIXEL_MEAN == [127.5] * 3
+    assert cfg.MODEL.PIXEL_STD == [25.5, 51, 102]
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (0, 1333)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "processor", "message"),
+    [
+        ({"model_type": "resnet", "depths": 5}, {}, "depths of backbone_config is a list of numbers, not 5"),
+        ({"model_type": "resnet", "hidden_sizes": []}, {}, r"hidden_sizes of backbone_config .* not \[\]"),
+        ({"model_type": "swin", "depths": 5}, {}, "MODEL.SWIN.DEPTHS takes a list"),
+        ({}, {"image_mean": "half"}, "preprocessor_config.json: image_mean is a number"),
+        ({}, {"image_std": [0.5, None, 0.5]}, "preprocessor_config.json: image_std is a number"),
+    ],
+)
+def test_damaged_configurations_of_transformers_are_refused(backbone, processor, message):
+    with pytest.raises(UserError, match=message):
+        cfg_from_transformers({"model_type": "mask2former", "backbone_config": backbone}, processor)
 
 
 @pytest.mark.parametrize("name", ["sim_R50_bs16_50ep", "sim_swin_large_IN21k"])

@@ -98,7 +98,11 @@ def test_the_orientation_of_a_photograph_is_applied(model, image, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8), "nowhere.jpg"],
+    [
+        *(np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), torch.zeros(5, 5, 3, dtype=torch.uint8)),
+        *(np.zeros((0, 5, 3), np.uint8), torch.zeros(3, 5, 0, dtype=torch.uint8), Image.new("RGB", (0, 5))),
+        *(Image.new("F", (5, 5)), Image.new("I", (5, 0)), "nowhere.jpg"),
+    ],
 )
 def test_what_is_no_image_is_refused(model, wrong):
     with pytest.raises(UserError, match="image"):
@@ -157,6 +161,14 @@ def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     assert same(model, run)
     assert run.class_names == ["class 0", "class 1", "class 2"]
     assert run.metrics == {"segm/AP": 5.0}
+
+
+def test_weights_come_before_what_a_trainer_leaves_beside_them(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    torch.save(model.network.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    save_checkpoint(tmp_path / "rng_state.pth", {"cpu": torch.zeros(8)})
+    assert same(model, sim_m2f.from_pretrained(tmp_path, device="cpu"))
 
 
 def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):

@@ -272,5 +272,15 @@ def test_boxes_that_cannot_be_answered_are_refused_in_one_line(small_cfg):
     prompted = Segmenter(sim_m2f.build_model(small_cfg), small_cfg, names)
     with pytest.raises(UserError, match="from 0 to 7"):
         prompted.predict(image, boxes=[[0, 0, 9, 9]], labels=[8])
+    for wrong in ([1, 2, 3], [[1, 2, 3], [4, 5, 6]], [[1, 2, 3, 4, 5, 6, 7, 8]], 7):
+        with pytest.raises(UserError, match="N, 4"):
+            prompted.predict(image, boxes=wrong)
+    for wrong in ("boxes", [["a", 2, 3, 4]], [[1, 2], [3]]):
+        with pytest.raises(UserError, match="boxes are no array of numbers"):
+            prompted.predict(image, boxes=wrong)
+    with pytest.raises(UserError, match="labels are no array of numbers"):
+        prompted.predict(image, boxes=[[0, 0, 9, 9]], labels=["a"])
+    assert len(prompted.predict(image, boxes=[])) == 0
+    assert len(prompted.predict(image, boxes=[0, 0, 9, 9])) == 1
     with pytest.raises(UserError, match="one image"):
         prompted.predict([image], boxes=[[0, 0, 9, 9]])

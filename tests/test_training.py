@@ -17,8 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sim_m2f.cli import main
 from sim_m2f.commands.train import build_trainer
 from sim_m2f.data.shapes import cached_shapes
+from sim_m2f.engine import trainer as trainer_file
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.trainer import Trainer
+from sim_m2f.modeling import build_model
+from sim_m2f.report.hooks import RunPage
 from sim_m2f.supervision.criterion import build_criterion
 
 
@@ -114,6 +117,23 @@ def test_evaluation_takes_the_last_checkpoint(few, tmp_path, flags, weights):
     command = ["--config-file", str(output / "config.yaml"), "--eval-only", *flags]
     assert main(["train", *command, "MODEL.WEIGHTS", weights]) == 0
     assert results.read_bytes() == expected
+
+
+@pytest.mark.parametrize("trained_as", [True, False])
+def test_evaluation_takes_the_network_that_is_asked_for(small_cfg, tmp_path, monkeypatch, trained_as):
+    network = build_model(small_cfg).state_dict()
+    fours, twos = ({name: torch.full_like(value, n) for name, value in network.items()} for n in (4, 2))
+    taught = {f"network.{name}": value for name, value in twos.items()}
+    torch.save({"model": fours, "teacher": taught, "use_teacher": trained_as}, tmp_path / "model.pth")
+    seen = []
+    monkeypatch.setattr(trainer_file, "evaluate_all", lambda cfg, network, _: seen.append(network))
+    monkeypatch.setattr(RunPage, "after_train", lambda *_: None)
+    small_cfg.merge_from_list(["MODEL.WEIGHTS", str(tmp_path / "model.pth")])
+    (tmp_path / "config.yaml").write_text(small_cfg.dump())
+    for use_teacher in ("True", "False"):
+        keys = ["MODEL.SIM.TEACHER.ENABLED", "True", "TEST.USE_TEACHER", use_teacher]
+        assert main(["train", "--config-file", str(tmp_path / "config.yaml"), "--eval-only", *keys]) == 0
+    assert [next(network.parameters()).mean().item() for network in seen] == [2, 4]
 
 
 SUPERVISIONS = {

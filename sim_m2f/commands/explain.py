@@ -19,6 +19,7 @@ from sim_m2f.report.method_figures import read_method, write_method
 from sim_m2f.report.page import Page, render
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
+from sim_m2f.weights.sources import local_weights
 from sim_m2f.weights.timm_backbone import TIMM
 
 PROTOTYPES = "pseudo_masks.prototypes.vectors"  # in the criterion's state
@@ -37,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw what a checkpoint's networks and prototypes make of the first images with objects.
 
-    The checkpoint is MODEL.WEIGHTS, or the last one in OUTPUT_DIR; the data are those of DATASETS.TRAIN*. A
-    checkpoint without a teacher is its own teacher. Writes the figures and index.html, a page with all of
-    them, whose path is printed.
+    The checkpoint is MODEL.WEIGHTS where the command line gives it, else the last one in OUTPUT_DIR, else
+    MODEL.WEIGHTS of the configuration; the data are those of DATASETS.TRAIN*. A checkpoint without a teacher
+    is its own teacher. Writes the figures and index.html, a page with all of them, whose path is printed.
 
     Raises:
         UserError: the data or the checkpoint have a fault, or its prototypes have never learned.
@@ -50,10 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if cfg.MODEL.SIM.SUPERVISION == "mask":
         raise UserError("MODEL.SIM.SUPERVISION mask: no pseudo masks to explain; take a run from boxes")
     folder = args.folder or Path(cfg.OUTPUT_DIR) / FOLDER
-    weights = "" if cfg.MODEL.WEIGHTS.startswith(TIMM) else cfg.MODEL.WEIGHTS
-    path = Path(weights) if weights else last_checkpoint(Path(cfg.OUTPUT_DIR))
-    if path is None:
-        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
+    path = _checkpoint(cfg, args.opts)
     state = read_checkpoint(path)
     dataset = train_loader(cfg).dataset
     accelerator = build_accelerator(cfg)
@@ -74,6 +72,17 @@ def run(args: argparse.Namespace) -> int:
     write_file(folder / "index.html", render(page))
     print(folder / "index.html")
     return 0
+
+
+def _checkpoint(cfg: CfgNode, overrides: list[str]) -> Path:
+    """The file to explain; UserError where there is none. timm's weights are of no run."""
+    given = "" if cfg.MODEL.WEIGHTS.startswith(TIMM) else cfg.MODEL.WEIGHTS
+    last = last_checkpoint(Path(cfg.OUTPUT_DIR))
+    if last and not (given and "MODEL.WEIGHTS" in overrides):
+        return last
+    if not given:
+        raise UserError(f"{cfg.OUTPUT_DIR}: holds no checkpoint; set MODEL.WEIGHTS or OUTPUT_DIR")
+    return local_weights(given)
 
 
 def _criterion(cfg: CfgNode, state: dict[str, Any], path: Path) -> SIMCriterion:

@@ -135,11 +135,14 @@ def read_configuration(config_file: str, overrides: list[str]) -> CfgNode:
 
 
 def _evaluate(cfg: CfgNode, resume: bool) -> None:
-    """Score MODEL.WEIGHTS, or with ``resume``, or where they hold no trained network, the last checkpoint."""
+    """Score MODEL.WEIGHTS, or with ``resume``, or where they hold no trained network, the last checkpoint.
+
+    Of a checkpoint with a student and a teacher, the one that TEST.USE_TEACHER names is scored.
+    """
     resume = resume or not cfg.MODEL.WEIGHTS or cfg.MODEL.WEIGHTS.startswith(TIMM)
     if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
         raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
-    trainer = Trainer(cfg, resume=resume)
+    trainer = Trainer(cfg, resume=resume, teacher=cfg.TEST.USE_TEACHER)
     with StopSignal() as stop, stop.at_once("stopped"):
         trainer.evaluate()
         RunPage().after_train(trainer)

@@ -49,5 +49,7 @@ def cfg_from_text(text: str, source: str = "checkpoint") -> CfgNode:
         values = yaml.safe_load(text)
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{source}: its configuration is damaged; take another checkpoint") from error
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: its configuration is no mapping of keys; take another checkpoint")
     cfg.merge_values(values, source)
     return cfg

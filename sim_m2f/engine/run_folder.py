@@ -12,6 +12,7 @@ from sim_m2f.weights.sources import LAST_CHECKPOINT
 
 LOCK = ".lock"
 CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
+GO_ON = "--resume goes on with it, --overwrite removes it; or choose another OUTPUT_DIR"
 TEMPORARY = "." + RANDOM * "?"  # behind the name of a file that ``atomic_write`` has not finished
 FILES = (
     *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, EVENTS, "config.yaml", "index.html"),
@@ -52,12 +53,11 @@ def locked(folder: Path, option: str = "OUTPUT_DIR", name: str = LOCK) -> Iterat
         yield
 
 
-def refuse_used(folder: Path) -> None:
-    """Raises UserError if the folder holds a run that has taken a step."""
+def refuse_used(folder: Path, advice: str = GO_ON) -> None:
+    """Raises UserError, which ends in ``advice``, if the folder holds a run that has taken a step."""
     found = [*folder.glob(LAST_CHECKPOINT), *folder.glob(CHECKPOINTS)]
     found += [file for file in folder.glob(METRICS) if file.stat().st_size]
     if found:
-        advice = "--resume goes on with it, --overwrite removes it; or choose another OUTPUT_DIR"
         raise UserError(f"{folder}: holds a run already ({found[0].name}); {advice}")
 
 

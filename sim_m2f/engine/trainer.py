@@ -62,12 +62,15 @@ class Trainer:
         cfg: the configuration.
         hooks: what happens beside the steps, in this order.
         resume: go on from the folder's last checkpoint, if it has one.
+        teacher: which network of the checkpoint that MODEL.WEIGHTS names; see ``load_checkpoint``.
 
     Raises:
         UserError: the configuration, the data or a checkpoint has a fault.
     """
 
-    def __init__(self, cfg: CfgNode, hooks: Sequence[Hook] = (), resume: bool = False) -> None:
+    def __init__(
+        self, cfg: CfgNode, hooks: Sequence[Hook] = (), resume: bool = False, teacher: bool | None = None
+    ) -> None:
         self.cfg, self.hooks = cfg, hooks
         self.output_dir = Path(cfg.OUTPUT_DIR)
         self.logger: MetricsLogger | None = None
@@ -78,7 +81,7 @@ class Trainer:
         if self.checkpoint:
             checkpoints.load_weights(model, state.get("model", {}), self.checkpoint)
         elif cfg.MODEL.WEIGHTS:
-            checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS)
+            checkpoints.load_checkpoint(model, cfg.MODEL.WEIGHTS, teacher=teacher)
         device, ranks = self.accelerator.device, self.accelerator.num_processes
         self.slots = share(cfg.SOLVER.IMS_PER_BATCH, self.accelerator.process_index, ranks)
         largest = -(-cfg.SOLVER.IMS_PER_BATCH // ranks)

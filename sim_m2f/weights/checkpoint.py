@@ -53,16 +53,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = False) -> LoadReport:
+def load_checkpoint(
+    network: Mask2Former, source: str | Path, complete: bool = False, teacher: bool | None = None
+) -> LoadReport:
     """Load weights of any origin that MODEL.WEIGHTS may name, and print what was loaded.
-
-    Of a run that evaluated its teacher (TEST.USE_TEACHER) these are the teacher's weights.
 
     Args:
         network: ``build_model(cfg)``.
         source: a file or a folder of ours, of Mask2Former, detectron2, torchvision, Swin or transformers, an
             address (https://, detectron2://, hf://), or ``timm://NAME`` for timm's pretrained backbone.
         complete: refuse weights that leave any of the network's at its initial value.
+        teacher: of a run's checkpoint take the teacher's weights, where it has them, or the student's; unless
+            told, the teacher's if the run evaluated it (TEST.USE_TEACHER).
 
     Returns:
         what became of every weight.
@@ -74,8 +76,8 @@ def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = F
         report = load_timm_backbone(network.backbone, str(source).removeprefix(TIMM))
     else:
         state = read_weight_file(local_weights(source))
-        if isinstance(state, dict) and state.get("use_teacher"):
-            state = teacher_weights(state)
+        if isinstance(state, dict) and (state.get("use_teacher") if teacher is None else teacher):
+            state = teacher_weights(state) or state
         report = load_into(network, state, str(source))
     if complete and report.unfilled:
         number, example = len(report.unfilled), report.unfilled[0]
@@ -88,8 +90,9 @@ def load_checkpoint(network: Mask2Former, source: str | Path, complete: bool = F
 
 def teacher_weights(state: dict[str, Any]) -> dict[str, Any]:
     """The weights of the teacher's network in a checkpoint of ours; empty where it has none."""
-    prefix, named = "network.", state.get("teacher", {}).items()
-    return {key.removeprefix(prefix): weight for key, weight in named if key.startswith(prefix)}
+    prefix, teacher = "network.", state.get("teacher")
+    named = {str(key): weight for key, weight in teacher.items()} if isinstance(teacher, dict) else {}
+    return {key.removeprefix(prefix): weight for key, weight in named.items() if key.startswith(prefix)}
 
 
 def load_weights(model: nn.Module, weights: Any, path: str | Path) -> None:

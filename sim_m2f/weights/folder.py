@@ -22,6 +22,7 @@ from sim_m2f.weights.sources import hub_folder, weights_in
 from sim_m2f.weights.transformers import cfg_from_transformers
 
 CONFIG, WEIGHTS, CLASSES, CARD = "config.yaml", "model.safetensors", "classes.json", "README.md"
+OURS = b"library_name: sim-m2f"  # on the model card
 METRICS = "inference/metrics.json"
 SHOWN = ("segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl")  # on the model card
 
@@ -101,8 +102,11 @@ def write_folder(folder: Path, trained: TrainedNetwork) -> None:
     """Write a folder of ours; paths of the machine that trained it are left out of its configuration.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written to, or has a README.md that is no model card of ours.
     """
+    card = folder / CARD
+    if card.is_file() and OURS not in card.read_bytes():
+        raise UserError(f"{card}: is of something else and would be replaced; give another folder")
     cfg, defaults = trained.cfg.clone(), get_cfg()
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = defaults.MODEL.WEIGHTS, defaults.OUTPUT_DIR
@@ -111,7 +115,7 @@ def write_folder(folder: Path, trained: TrainedNetwork) -> None:
     write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt"}))
     write_file(folder / CONFIG, cfg.dump())
     write_file(folder / CLASSES, json.dumps({"class_names": trained.class_names}, indent=1))
-    write_file(folder / CARD, model_card(trained))
+    write_file(card, model_card(trained))
 
 
 def model_card(trained: TrainedNetwork) -> str:

@@ -114,8 +114,9 @@ def load_into(network: Mask2Former, state: Any, source: str) -> LoadReport:
 
 
 def is_dense(weight: Any) -> bool:
-    """Whether it is a tensor with a value in every place."""
-    return isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+    """Whether it is a tensor with a number in every place, not with a code for one."""
+    strided = isinstance(weight, Tensor) and weight.layout == torch.strided
+    return strided and not weight.is_meta and not weight.is_quantized
 
 
 def tensors_in(state: Any) -> dict[str, Tensor]:
@@ -128,7 +129,8 @@ def tensors_in(state: Any) -> dict[str, Tensor]:
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
             value = torch.as_tensor(value.astype(value.dtype.newbyteorder("=")))  # PyTorch has no other order
         if isinstance(value, Tensor) and not is_dense(value):
-            raise UserError(f"weight {name} is sparse or holds no values; take another checkpoint")
+            fault = "is quantized" if value.is_quantized else "is sparse or holds no values"
+            raise UserError(f"weight {name} {fault}; take another checkpoint")
         if isinstance(value, Tensor) and not str(name).endswith("_momentum"):
             tensors[str(name)] = value
     prefix = META_ARCHITECTURE if any(name.startswith(META_ARCHITECTURE) for name in tensors) else ""

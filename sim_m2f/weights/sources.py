@@ -16,6 +16,8 @@ NAMES = ("model.safetensors", "pytorch_model.bin")
 IN_FOLDERS = [name + end for name in NAMES for end in ("", ".index.json")]
 CHECKPOINTS = (".pth", ".pkl", ".safetensors")
 LAST_CHECKPOINT = "last_checkpoint"
+# What is fetched from the Hub until a repository has some of it.
+ON_THE_HUB = (("*.safetensors",), ("*.bin",), ("*.pth", "*.pkl", LAST_CHECKPOINT))
 
 
 def local_weights(address: str | Path) -> Path:
@@ -36,21 +38,22 @@ def local_weights(address: str | Path) -> Path:
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights in a folder of ours, of transformers or of a run: its only checkpoint, or the named one.
+    """The weights in a folder of ours, of transformers or of a run.
+
+    First come files of the names that folders of ours and of transformers have, then the checkpoint that a
+    run calls its last one, then an only checkpoint.
 
     Raises:
         UserError: there are none.
     """
+    pointer = folder / LAST_CHECKPOINT
+    last = [pointer.read_text("utf-8", "replace").strip()] if pointer.is_file() else []
+    for name in (*IN_FOLDERS, *last):
+        if (folder / name).is_file():
+            return folder / name
     checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
     if len(checkpoints) == 1:
         return checkpoints[0]
-    pointer = folder / LAST_CHECKPOINT
-    for name in (
-        *IN_FOLDERS,
-        *([pointer.read_text("utf-8", "replace").strip()] if pointer.is_file() else []),
-    ):
-        if (folder / name).is_file():
-            return folder / name
     raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
 
 
@@ -64,10 +67,10 @@ def hub_folder(address: str) -> Path:
     if not match:
         raise UserError(f"{address}: no such folder or file, and no name on the Hub; write {HUB}owner/name")
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            files = ["*.json", "*.yaml", weights]
+        for weights in ON_THE_HUB:
+            files = ["*.json", "*.yaml", *weights]
             folder = huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=files)
-            if any(Path(folder).glob(weights)):
+            if any(file for pattern in weights for file in Path(folder).glob(pattern)):
                 break
     except Exception as error:  # of the network, the Hub or the disk, in many classes
         raise UserError(f"{address}: cannot be had from the Hub ({first_line(error)})") from error

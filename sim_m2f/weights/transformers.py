@@ -21,6 +21,7 @@ from sim_m2f.weights.names import to_names, transformers_names
 from sim_m2f.weights.swin import relative_position_indices
 
 _KEYS = read_yaml(Path(__file__).with_suffix(".yaml"))
+UNNAMED = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' default of id2label, which it does not write
 
 
 def _theirs(cfg: CfgNode, kind: str = "") -> dict[str, Any]:
@@ -99,14 +100,13 @@ def cfg_from_transformers(
     if kind != "mask2former":
         raise UserError(f"a configuration of {kind!r}, not of Mask2Former ('mask2former')")
     try:
-        labels = {int(index): name for index, name in _mapping(config, "id2label").items()}
+        labels = {int(index): name for index, name in (_mapping(config, "id2label") or UNNAMED).items()}
     except ValueError as error:
         raise UserError(f"config.json: id2label has a number for each class ({error}); correct it") from error
     keys = _ours(config) | _backbone_keys(_mapping(config, "backbone_config")) | _pixel_keys(processor or {})
     if not all(map(is_line, labels.values())):
         raise UserError("config.json: id2label has a text of one line for each class; correct it")
-    if labels:
-        keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
+    keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = len(labels)
     cfg = get_cfg()
     cfg.merge_from_list([item for pair in keys.items() for item in pair])
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = cfg.MODEL.MASK_FORMER.NHEADS
@@ -124,24 +124,45 @@ def _backbone_keys(backbone: Mapping[str, Any]) -> dict[str, Any]:
     kind = backbone.get("model_type", "swin")
     if kind == "swin":
         return {"MODEL.BACKBONE.NAME": "D2SwinTransformer", **_ours(backbone, "SWIN_")}
-    theirs = list(backbone.get("depths", _KEYS["RESNET_BLOCKS"][50])), backbone.get("layer_type") == "basic"
+    depths = _list(backbone, "depths", _KEYS["RESNET_BLOCKS"][50])
+    theirs = depths, backbone.get("layer_type") == "basic"
     for depth, blocks in _KEYS["RESNET_BLOCKS"].items():
         if kind == "resnet" and theirs == (blocks, depth < 50):
             return {
                 **_ours(backbone, "RESNET_"),
                 "MODEL.BACKBONE.NAME": "build_resnet_backbone",
                 "MODEL.RESNETS.DEPTH": depth,
-                "MODEL.RESNETS.RES2_OUT_CHANNELS": backbone.get("hidden_sizes", [256])[0],
+                "MODEL.RESNETS.RES2_OUT_CHANNELS": _list(backbone, "hidden_sizes", [256])[0],
             }
     raise UserError(f"transformers' backbone {kind!r} {backbone.get('depths', '')} does not exist here")
+
+
+def _list(backbone: Mapping[str, Any], key: str, default: list[int]) -> list[Any]:
+    value = backbone.get(key, default)
+    if not isinstance(value, list) or not value:
+        fault = f"{key} of backbone_config is a list of numbers, not {value!r}"
+        raise UserError(f"config.json: {fault}; take transformers' own file")
+    return value
 
 
 def _pixel_keys(processor: Mapping[str, Any]) -> dict[str, Any]:
     size = processor.get("size")
     theirs = dict(size) if isinstance(size, Mapping) else {}  # older ones have a number
+    if processor.get("do_resize") is False:
+        theirs["shortest_edge"] = 0
     for name in ("image_mean", "image_std"):
-        theirs[name] = [round(value * 255, 6) for value in processor.get(name) or []] or None
+        theirs[name] = _scaled(processor, name)
     return _ours({name: value for name, value in theirs.items() if value is not None}, "PROCESSOR_")
+
+
+def _scaled(processor: Mapping[str, Any], key: str) -> list[float] | None:
+    """Statistics of pixels of 0 to 255, one for each channel; None where the file leaves them out."""
+    value = processor.get(key) or []
+    values = value if isinstance(value, list) else [value] * 3
+    if not all(type(number) in (int, float) for number in values):
+        fault = f"{key} is a number, or one for each channel, not {value!r}"
+        raise UserError(f"preprocessor_config.json: {fault}; take transformers' own file")
+    return [round(number * 255, 6) for number in values] or None
 
 
 def transformers_weights(weights: Mapping[str, Tensor], cfg: CfgNode) -> dict[str, Tensor]:

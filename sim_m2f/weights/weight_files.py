@@ -45,12 +45,12 @@ def read_weight_file(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; give the path of a checkpoint") from error
     except Exception as error:  # damaged files raise errors of every kind
-        if memory_problem(error):
-            raise
         forbidden = re.search(r"(?s)Weights only.*?(?:GLOBAL|class|function)\s+([\w.]+)", str(error))
         if forbidden or isinstance(error, ForbiddenPickleError):
             name = forbidden[1] if forbidden else error
             problem = f"not loaded: it asks to run {name}, which no file of weights needs"
+        elif memory_problem(error):  # or its sizes are damaged
+            problem = "needs more memory than is free; free some, or download it again if it is damaged"
         else:
             reason = first_line(error)[:120]
             problem = f"damaged or cut short ({reason}); download it again or take another file"
