@@ -217,6 +217,7 @@ TABLE: dict[str, list[tuple[str, str | list[str], str, Damage]]] = {
         ("a pipe to predict", "predict", "not a regular file", instead("images/1.png", os.mkfifo)),
         ("a link to nowhere", "check", "images/1.png", link("images/1.png", "nowhere.png")),
         ("a link to itself", "check", "images/1.png", link("images/1.png", "1.png")),
+        ("a link out of the folder", "check", "images/1.png", link("images/1.png", "/etc/passwd")),
         ("100,000 x 100,000 pixels in 10 kB", "predict", "INPUT.LIMITS.PIXELS",
          put("images/1.png", png(100_000, 100_000))),
         ("the same, with its record", "check", "INPUT.LIMITS.PIXELS",

@@ -83,6 +83,30 @@ def test_images_outside_of_the_folder_are_read_if_a_key_says_so(sound, tmp_path)
     assert run([*CHECK, "--set", "INPUT.LIMITS.OUTSIDE", "True"], folder).kind == "runs"
 
 
+@pytest.mark.parametrize("linked", ["images/1.png", "images/below"])
+def test_links_out_of_the_folder_are_followed_if_a_key_says_so(sound, tmp_path, linked):
+    folder = copied(sound, tmp_path / "folder")
+    name = "1.png" if linked.endswith("png") else "below/1.png"
+    (folder / "elsewhere").mkdir()
+    (folder / "images/1.png").rename(folder / "elsewhere/1.png")
+    target = folder / "elsewhere"
+    (folder / linked).symlink_to(target / "1.png" if linked.endswith("png") else target)
+    field("file_name", name, "images", 0)(folder)
+    outcome = run(CHECK, folder)
+    assert outcome.kind == "one line"
+    assert "INPUT.LIMITS.OUTSIDE" in outcome.lines[0]
+    assert run([*CHECK, "--set", "INPUT.LIMITS.OUTSIDE", "True"], folder).kind == "runs"
+
+
+def test_links_within_the_folder_and_to_it_are_followed(sound, tmp_path):
+    folder = copied(sound, tmp_path / "folder")
+    (folder / "images").rename(folder / "elsewhere")
+    (folder / "images").symlink_to(folder / "elsewhere")
+    (folder / "elsewhere/1.png").rename(folder / "elsewhere/one.png")
+    (folder / "elsewhere/1.png").symlink_to("one.png")
+    assert run(CHECK, folder).kind == "runs"
+
+
 def test_the_limit_of_pixels_is_exact_and_above_pillows(sound, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     folder = copied(sound, tmp_path / "folder")

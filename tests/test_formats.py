@@ -430,6 +430,18 @@ def test_a_file_name_cannot_leave_the_folder(data, tmp_path):
     assert not [file for file in (tmp_path / "a").rglob("*5*") if "out" not in file.parts]
 
 
+def test_no_format_reads_an_image_by_a_link_out_of_the_folder(data, tmp_path, capsys):
+    folder, _ = data
+    convert(folder, tmp_path, folder / "set.json", "--format", "labelme,cvat")
+    (folder / "5.png").rename(tmp_path / "elsewhere.png")
+    (folder / "5.png").symlink_to(tmp_path / "elsewhere.png")
+    for kind, source in (("labelme", "labelme"), ("cvat", "cvat.xml")):
+        paths = ["--annotations", str(tmp_path / source), "--from", kind, "--images", str(folder)]
+        assert main(["check", *paths]) == 2
+        assert "INPUT.LIMITS.OUTSIDE" in capsys.readouterr().err
+        assert main(["check", *paths, "--set", "INPUT.LIMITS.OUTSIDE", "True"]) == 0
+
+
 @pytest.mark.parametrize("other", ["5.jpg", "../5.png"])
 @pytest.mark.parametrize("name", ["yolo", "labelme", "png"])
 def test_two_images_do_not_share_a_file(data, tmp_path, capsys, name, other):

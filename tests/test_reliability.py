@@ -21,6 +21,7 @@ from test_training import train_losses
 
 from sim_m2f.cli import main
 from sim_m2f.data.loader import collate
+from sim_m2f.weights import checkpoint as checkpoints
 
 SHORT = ["SOLVER.MAX_ITER", "2", "TRACKERS", "()", "MODEL.SIM.SHOW.PERIOD", "0"]
 
@@ -91,6 +92,24 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, sets, number):
     taken = last_state(output)["iteration"]
     assert taken >= len(train_losses(output)) >= 3
     assert f"stopped after step {taken}" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_run_that_ends_while_it_saves_names_the_step_that_it_goes_on_after(
+    tmp_path, sets, monkeypatch, capsys
+):
+    whole, saved = checkpoints.replace_checkpoint, []
+
+    def interrupted(path, *arguments):
+        if saved:
+            raise SystemExit(130)  # as a second SIGINT does
+        saved.append(whole(path, *arguments))
+
+    monkeypatch.setattr(checkpoints, "replace_checkpoint", interrupted)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "output", *sets, "SOLVER.MAX_ITER", "9", "SOLVER.CHECKPOINT_PERIOD", "1")
+    assert last_state(tmp_path / "output")["iteration"] == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "stopped after step 2; the same command with --resume goes on after step 1"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from sim_m2f.data.coco import CocoData, ImageRecord, check_categories, inspect_c
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record
 from sim_m2f.data.formats.registry import COCO, INPUTS, read_annotations
+from sim_m2f.data.image import links_outside
 from sim_m2f.data.notes import notes
 from sim_m2f.errors import UserError
 from sim_m2f.progress import progress
@@ -119,6 +120,8 @@ def image_problems(data: CocoData, image: ImageRecord) -> list[str]:
     """What is wrong with one image's file and with the masks that were read, unless its record has told."""
     path, problems = data.image_root / image.file_name, []
     if limit_problem(image.file_name, image.height, image.width, data.image_root, data.limits):
+        return []
+    if not data.limits.OUTSIDE and links_outside(data.image_root, path):
         return []
     is_there = os.path.lexists(path) and not os.path.isdir(path)
     checks = [partial(data.read_image, image)] if is_there else []

@@ -17,7 +17,7 @@ import numpy as np
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.image import LIMITS, check_header, is_outside, read_image
+from sim_m2f.data.image import LIMITS, check_header, links_outside, names_outside, read_image
 from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json, refuse_special
@@ -25,6 +25,7 @@ from sim_m2f.files import read_json, refuse_special
 WHERE_FROM = "check DATASETS.* and $DETECTRON2_DATASETS"
 MAX_LINES = 20  # problems that one error tells one by one
 DECODED = 300  # images of a set that are decoded to check it; of a larger one, headers are read
+OUTSIDE = "is not in the folder of images; set INPUT.LIMITS.OUTSIDE True"
 TOLERANCE = 1.0  # a box may reach this many pixels beyond its image; it is clipped
 
 
@@ -231,21 +232,30 @@ class _Reader:
         if not root.is_dir():
             self.problems.append(f"{root}: no such folder of images; {WHERE_FROM}")
             return
-        listed: dict[Path, dict[str, bool]] = {}
+        listed: dict[Path, dict[str, str]] = {}
         for image in images:
             path, where = root / image["file_name"], f"image id {image['id']}"
             if problem := limit_problem(image["file_name"], image["height"], image["width"], root, limits):
                 self.report(where, problem)
                 continue
             if path.parent not in listed:
-                listed[path.parent] = {}  # name of each entry -> whether it is a folder
-                with contextlib.suppress(OSError, ValueError), os.scandir(path.parent) as entries:
-                    listed[path.parent] = {entry.name: _is_folder(entry) for entry in entries}
-            is_folder = listed[path.parent].get(path.name)
-            if is_folder is None:
-                self.report(where, f"{path} is missing; add it or remove the record")
-            elif is_folder:
-                self.report(where, f"{path} is a folder, not an image; replace it")
+                listed[path.parent] = self.faulty_entries(path.parent)
+            if fault := listed[path.parent].get(path.name, "is missing; add it or remove the record"):
+                self.report(where, f"{path} {fault}")
+
+    def faulty_entries(self, folder: Path) -> dict[str, str]:
+        """The name of each entry of a folder, and why it is no image that may be read, if it is none."""
+        root, allowed = self.source.image_root, self.source.limits.OUTSIDE
+        outside = not allowed and links_outside(root, folder)
+        faults = {}
+        with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+            for entry in entries:
+                faults[entry.name] = ""
+                if _is_folder(entry):
+                    faults[entry.name] = "is a folder, not an image; replace it"
+                elif outside or (not allowed and entry.is_symlink() and links_outside(root, entry.path)):
+                    faults[entry.name] = OUTSIDE
+        return faults
 
     def segmentations(self, items: Iterable[Record]) -> list[Any] | None:
         return [item.get("segmentation") or None for item in items] if self.read_masks else None
@@ -304,8 +314,8 @@ def limit_problem(file_name: str, height: int, width: int, root: Path, limits: C
     if width * height > limits.PIXELS:
         most = f"more than INPUT.LIMITS.PIXELS ({limits.PIXELS:,})"
         return f"has {width} x {height} pixels, {most}; raise it, or make the image smaller"
-    if not limits.OUTSIDE and is_outside(root, file_name):
-        return f"{root / file_name} is not in the folder of images; set INPUT.LIMITS.OUTSIDE True"
+    if not limits.OUTSIDE and names_outside(root, file_name):
+        return f"{root / file_name} {OUTSIDE}"
     return None
 
 

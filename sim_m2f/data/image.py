@@ -22,9 +22,19 @@ DARK = 4095  # 16 bits without a larger value are 12 or fewer, and would be near
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # ``opened`` says it
 
 
-def is_outside(folder: Path, name: str) -> bool:
-    """Whether a name leads out of a folder, by ".." or from the root; links in the folder are followed."""
+def names_outside(folder: Path, name: str) -> bool:
+    """Whether a name leads out of a folder by ".." or from the root; the disk is not asked."""
     return not Path(os.path.abspath(folder / name)).is_relative_to(os.path.abspath(folder))
+
+
+def links_outside(folder: Path, path: str | Path) -> bool:
+    """Whether links on a path, which ``folder`` begins, lead out of that folder."""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def is_outside(folder: Path, name: str) -> bool:
+    """Whether a name leads out of a folder by "..", from the root or by a link."""
+    return names_outside(folder, name) or links_outside(folder, folder / name)
 
 
 @contextlib.contextmanager

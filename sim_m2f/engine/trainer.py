@@ -99,7 +99,7 @@ class Trainer:
         self.model.broadcast_buffers = False  # of DDP, which warns of it as an argument
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.iteration = 0
+        self.iteration = self.saved = 0  # steps, and those in the checkpoint
         if self.checkpoint:
             self.previous = (
                 cfg_from_text(state["config"], str(self.checkpoint)) if "config" in state else cfg
@@ -137,7 +137,8 @@ class Trainer:
     @property
     def stopped(self) -> str:
         """What a stopped run says last."""
-        return f"stopped after step {self.iteration}; the same command with --resume goes on"
+        there = "" if self.saved == self.iteration else f" after step {self.saved}"
+        return f"stopped after step {self.iteration}; the same command with --resume goes on{there}"
 
     def _resumed(self) -> str:
         """Where the run goes on, and with which other keys; UserError where it cannot."""
@@ -269,7 +270,7 @@ class Trainer:
         path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
         previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
         checkpoints.replace_checkpoint(path, state, previous)
-        self.checkpoint = path
+        self.checkpoint, self.saved = path, self.iteration
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""
@@ -306,7 +307,7 @@ class Trainer:
             optimizer = build_optimizer(self.accelerator.unwrap_model(self.model), self.previous)
             optimizer.load_state_dict(state["optimizer"])  # with its groups; those of this run may be others
             self.optimizer.optimizer.state.update(optimizer.state)
-            self.iteration = int(state["iteration"])
+            self.iteration = self.saved = int(state["iteration"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             advice = "leave --resume away or change OUTPUT_DIR"
             raise UserError(f"{path}: belongs to another run ({first_line(error)}); {advice}") from error

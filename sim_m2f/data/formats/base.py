@@ -13,7 +13,7 @@ import numpy as np
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.formats.boxes import Corners, around_mask
-from sim_m2f.data.image import image_files, image_size, is_outside
+from sim_m2f.data.image import image_files, image_size, is_outside, names_outside
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import decode_segmentation, encode_masks, segmentation_problem
 from sim_m2f.errors import UserError
@@ -139,7 +139,7 @@ class Collected:
 
     def has(self, name: str) -> bool:
         """Whether the folder has a file of this name."""
-        return not is_outside(self.folder, name) and os.path.isfile(self.folder / name)
+        return not names_outside(self.folder, name) and os.path.isfile(self.folder / name)
 
     def find(self, *names: str) -> str:
         """The first of the names that the folder has; else the only image below with the name of one of them,
@@ -148,7 +148,7 @@ class Collected:
         Raises:
             ValueError: several images below have the name.
         """
-        inside = [name for name in names if not is_outside(self.folder, name)]
+        inside = [name for name in names if not names_outside(self.folder, name)]
         for name in filter(self.has, inside):
             return name
         for name in inside:
