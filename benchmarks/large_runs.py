@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     add_run_arguments(parser)
-    parser.set_defaults(seeds=[0], steps=2000, jobs=len(SETS) * len(ROWS))
+    parser.set_defaults(seeds=[0], steps=1500, jobs=len(SETS) * len(ROWS))
     args = parser.parse_args()
     failed = run_all(jobs_of(args), args.jobs)
     for name in args.sets:
