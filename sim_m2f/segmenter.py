@@ -179,8 +179,11 @@ class Segmenter(nn.Module):
 
     def _outputs(self, images: Tensor, prompts: Prompts | None = None) -> Predictions:
         training = self.network.training
-        outputs = tiled(self.network.eval(), images, self.cfg.TEST.TILE, prompts)
-        self.network.train(training)
+        if training:  # asking all modules takes as long as a small image does
+            self.network.eval()
+        outputs = tiled(self.network, images, self.cfg.TEST.TILE, prompts)
+        if training:
+            self.network.train()
         return outputs
 
     def _named(self, labels: Tensor, scores: Tensor, boxes: Tensor, masks: Tensor) -> Instances:
