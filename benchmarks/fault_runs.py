@@ -27,6 +27,7 @@ import torch.utils.tensorboard  # noqa: F401  (imported once, not by every run)
 from torch.utils.data import dataloader
 
 from sim_m2f.cli import main
+from sim_m2f.engine.launch import ALONE
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.report import method_figures, run_report
 from sim_m2f.report.curves import draw_curves
@@ -205,7 +206,7 @@ def _train(arguments: list[str], phases: Phases) -> None:
 
 
 def _waited(pids: list[int], deadline: float) -> list[tuple[int, float]]:
-    """Status and processor's seconds of ranks. Where one fails the others get SIGTERM, as by torchrun."""
+    """Status and processor's seconds of ranks. Where one fails the others are told to end, as by torchrun."""
     ends: dict[int, tuple[int, float]] = {}
     told = False
     while len(ends) < len(pids):
@@ -215,7 +216,7 @@ def _waited(pids: list[int], deadline: float) -> list[tuple[int, float]]:
                 ends[pid] = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         left = set(pids) - set(ends)
         if any(status for status, _ in ends.values()) and not told:
-            told = True
+            told, deadline = True, min(deadline, time.monotonic() + ALONE)
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
         if time.monotonic() > deadline:
