@@ -103,6 +103,15 @@ def gather_on_first_rank(value: Any) -> list[Any]:
     return values or []
 
 
+def from_first_rank(value: T) -> T:
+    """Rank 0's object on all ranks, by way of the CPUs, which may wait longer for it than GPUs."""
+    if not _distributed():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, 0, _group_of_cpus())
+    return values[0]
+
+
 def once_per_node(work: Callable[[], T]) -> T:
     """What ``work`` returns, done by the first rank of each machine and given to its others; all call it.
 

@@ -202,6 +202,30 @@ for node in 0 1; do SLURM_NODEID=$node "$@" & nodes+=($!); done
 for node in "${nodes[@]}"; do wait "$node" || status=$?; done
 exit "${status:-0}"
 """
+SLOW_DISK = """
+import os, signal, sys, time
+from sim_m2f.cli import main
+from sim_m2f.engine.launch import ALONE
+from sim_m2f.engine.trainer import Trainer
+from sim_m2f.weights import checkpoint
+
+whole, step = checkpoint.save_checkpoint, Trainer.step
+
+def slow(*arguments):
+    end = time.monotonic() + ALONE + 3
+    while time.monotonic() < end:  # a signal may end a sleep
+        time.sleep(0.1)
+    whole(*arguments)
+
+def told(trainer, batch):
+    losses = step(trainer, batch)
+    if trainer.iteration == 2 and trainer.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses
+
+checkpoint.save_checkpoint, Trainer.step = slow, told
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
 SCONTROL = """#!/bin/bash
 [ "$1" = show ] && echo 127.0.0.1 || echo "$@" > "$REQUEUED"
 """
@@ -237,6 +261,19 @@ def test_two_nodes_of_slurm_restart_leave_a_checkpoint_and_are_queued_again(tmp_
     assert requeued.read_text() == f"requeue {job_id}\n"
     assert f"stopped after step {last_state(output)['iteration']}" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_told_to_stop_waits_for_the_checkpoint_of_the_first(tmp_path, data):  # noqa: F811
+    """Once a rank has ended, torchrun kills the others after some seconds; a checkpoint may take longer."""
+    (tmp_path / "slow.py").write_text(SLOW_DISK)
+    output, log = tmp_path / "output", tmp_path / "log.txt"
+    sets = [*overrides(tmp_path, data), "--num-gpus=2", "SOLVER.MAX_ITER", "1000"]
+    arguments = [sys.executable, str(tmp_path / "slow.py"), *command(output, *sets)]
+    with Started(arguments, log, PYTHONPATH=f"{ROOT}:{ROOT / 'ops'}") as run:
+        assert run.process.wait(240) == 128 + signal.SIGTERM
+    assert last_state(output)["iteration"] == 2
+    assert "stopped after step 2" in log.read_text()
 
 
 def rank(number: int, per_node: int, parsed: Path, meeting: Path) -> None:

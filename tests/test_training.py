@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import ROOT, SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,6 +19,7 @@ from sim_m2f.cli import main
 from sim_m2f.commands.train import build_trainer
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import trainer as trainer_file
+from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.logging import MetricsLogger
 from sim_m2f.engine.trainer import Trainer
 from sim_m2f.modeling import build_model
@@ -165,6 +167,44 @@ def test_a_resumed_run_ends_bit_for_bit_like_one_that_was_not_interrupted(few, t
 
 
 @pytest.mark.slow
+def test_a_resumed_run_logs_the_mean_of_all_steps(few, tmp_path):
+    """It goes on after the third step, between the lines of the second and of the fourth."""
+    settings = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 3, "SOLVER.LOG_PERIOD", 2)
+    whole = train(few, *settings, "SOLVER.KEEP_CHECKPOINTS", "True", "OUTPUT_DIR", tmp_path / "whole")
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (whole / "model_0000002.pth").rename(resumed / "model_0000002.pth")
+    (resumed / "last_checkpoint").write_text("model_0000002.pth")
+    train(few, *settings, "OUTPUT_DIR", resumed, resume=True)
+    assert train_losses(resumed) == train_losses(whole)[1:]
+
+
+@pytest.fixture
+def _own_state():
+    """accelerate's state of the process is that of the test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_own_state")
+@pytest.mark.slow
+def test_a_process_trains_in_one_precision_after_another(small_cfg, monkeypatch):
+    """As a notebook does; whatever the later run computes in, the earlier one keeps its own."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    trainers = []
+    for asked in (False, True, False):
+        small_cfg.SOLVER.AMP.ON_CPU = asked
+        trainers.append(Trainer(small_cfg))
+    precisions = [trainer.accelerator.mixed_precision for trainer in trainers]
+    assert precisions == ["no", "bf16", "no"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    small_cfg.merge_from_list(["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "False"])
+    assert build_accelerator(small_cfg).device.type == "cuda"
+    assert trainers[0].accelerator.device.type == "cpu"
+
+
+@pytest.mark.slow
 def test_copy_paste_may_begin_in_a_resumed_run(few):
     settings = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.KEEP_CHECKPOINTS", True)
     teacher = ("MODEL.SIM.TEACHER.ENABLED", True)
@@ -173,6 +213,16 @@ def test_copy_paste_may_begin_in_a_resumed_run(few):
     started = ("MODEL.SIM.COPY_PASTE.ENABLED", True, "MODEL.SIM.COPY_PASTE.START", 0)
     train(few, *settings, *teacher, *started, resume=True)
     assert "loss_copy_paste" in train_losses(output)[-1]
+
+
+def test_scores_of_an_earlier_step_are_not_those_of_the_last(tmp_path):
+    """An evaluation that was cut short is made up for, also where losses are logged more seldom."""
+    accelerator = Accelerator(cpu=True)
+    logger = MetricsLogger(tmp_path, 0, accelerator)
+    for step in (99, 199):
+        logger.write(step, {"segm/AP": 1.0})
+        assert MetricsLogger(tmp_path, step + 1, accelerator).scored
+        assert not MetricsLogger(tmp_path, step + 101, accelerator).scored
 
 
 def test_a_run_that_begins_again_has_one_curve(tmp_path):

@@ -3,7 +3,9 @@
 from importlib.util import find_spec
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
 
 from sim_m2f.config import CfgNode
 from sim_m2f.errors import UserError
@@ -30,10 +32,26 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     missing = [name for name in cfg.TRACKERS if find_spec(name) is None]
     if missing:
         raise UserError(f"TRACKERS: the package {missing[0]} is not installed; pip install {missing[0]}")
+    cpu = device == "cpu" or not has_gpu
+    _forget_earlier_run(cpu, precision)
     return Accelerator(
-        cpu=device == "cpu",
+        cpu=cpu,
         mixed_precision=precision,
         log_with=list(cfg.TRACKERS) or None,  # it warns of an empty list
         project_dir=cfg.OUTPUT_DIR,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+
+
+def _forget_earlier_run(cpu: bool, precision: str) -> None:
+    """Let accelerate, which has one state per process, take another device or precision than an earlier run.
+
+    That run keeps its own state, but its ``autocast`` is from now on that of the new one. Ranks, processes of
+    one run, keep theirs.
+    """
+    known = AcceleratorState._shared_state
+    if not known or dist.is_initialized():
+        return
+    if (known["_mixed_precision"], known["device"].type == "cpu") != (precision, cpu):
+        for state in (AcceleratorState, PartialState):
+            state._shared_state = type(state.__dict__["_shared_state"])()

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from pycocotools import mask as mask_utils
 from torch import nn
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from sim_m2f.data.dataset import EvalDataset
 from sim_m2f.data.loader import Batches, eval_loader
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.detections import detections
-from sim_m2f.distributed import gather_on_first_rank
+from sim_m2f.distributed import from_first_rank, gather_on_first_rank
 from sim_m2f.engine import coco_metrics
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
@@ -95,7 +94,7 @@ def evaluate(
         else:
             metrics = coco_metrics.score(truth, results)
             _report(metrics, data, output_dir)
-    return broadcast_object_list([metrics])[0]
+    return from_first_rank(metrics)
 
 
 def _detect(

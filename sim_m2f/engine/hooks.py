@@ -13,7 +13,7 @@ from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
 from sim_m2f.distributed import largest_number
 from sim_m2f.engine import coco_metrics
-from sim_m2f.engine.logging import LossAverage, MetricsLogger, forget_peak, memory_gib
+from sim_m2f.engine.logging import MetricsLogger, forget_peak, memory_gib
 from sim_m2f.engine.run_folder import remove_leftovers, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import expanded, write_file
@@ -64,19 +64,19 @@ class Metrics(Hook):
     """Writes config.yaml, and the losses of every SOLVER.LOG_PERIOD steps."""
 
     def before_train(self, trainer: Trainer) -> None:
-        self.average, self.warned = LossAverage(), False
+        self.warned = False
         forget_peak(trainer.accelerator.device)
         if trainer.accelerator.is_main_process:
             trainer.logger = MetricsLogger(trainer.output_dir, trainer.iteration, trainer.accelerator)
             write_file(trainer.output_dir / "config.yaml", trainer.cfg.dump())
 
     def after_step(self, trainer: Trainer, losses: dict[str, Tensor]) -> None:
-        self.average.add(losses, trainer.observed)
+        trainer.average.add(losses, trainer.observed)
         if not trainer.due(trainer.cfg.SOLVER.LOG_PERIOD):
             return
-        means = self.average.take()
+        means = trainer.average.take()
         if trainer.logger:
-            means["lr"] = float(max(trainer.scheduler.get_last_lr()))
+            means["lr"] = trainer.rate
             means["steps_per_second"] = trainer.bar.format_dict["rate"] or 0.0
             means["memory_gib"] = memory_gib(trainer.accelerator.device)
             trainer.logger.write(trainer.iteration - 1, means)

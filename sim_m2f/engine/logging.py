@@ -33,7 +33,7 @@ class MetricsLogger:
         accelerator: its trackers are started.
 
     Attributes:
-        scored: whether the previous run wrote scores after the last losses that are kept.
+        scored: whether the previous run wrote the scores of its last step, after the losses.
 
     Raises:
         UserError: what a previous run wrote is damaged.
@@ -45,7 +45,8 @@ class MetricsLogger:
         kept = [line for line, record in records if record["iteration"] < start]
         write_file(self.path, "".join(f"{line}\n" for line in kept))
         self.last = kept[-1] if kept else ""
-        self.scored = bool(kept) and "total_loss" not in json.loads(self.last)
+        last = json.loads(self.last) if kept else {}
+        self.scored = last.get("iteration") == start - 1 and "total_loss" not in last
         purged = start if any(output_dir.glob(EVENTS)) else None  # from step 0 on, too
         threading.excepthook = _left_to_the_run
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": purged}})
@@ -141,6 +142,16 @@ class LossAverage:
         self.sums, self.steps = {}, 0
         total = sum(mean for name, mean in means.items() if name not in self.observed)
         return {"total_loss": total, **means}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on, on any number of ranks; all of them call it."""
+        sums = {name: mean_over_ranks(value) for name, value in self.sums.items()}
+        return {"sums": sums, "observed": sorted(self.observed), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from ``state_dict``; an empty one, of older checkpoints, begins anew."""
+        self.sums = {name: value.to(device) for name, value in state.get("sums", {}).items()}
+        self.observed, self.steps = set(state.get("observed", ())), int(state.get("steps", 0))
 
 
 def _left_to_the_run(args: threading.ExceptHookArgs) -> None:

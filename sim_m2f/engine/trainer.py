@@ -20,7 +20,7 @@ from sim_m2f.draws import Seed, generator
 from sim_m2f.engine.accelerator import build_accelerator
 from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.engine.gradient_sum import GradientSum
-from sim_m2f.engine.logging import MetricsLogger, add_to
+from sim_m2f.engine.logging import LossAverage, MetricsLogger, add_to
 from sim_m2f.engine.optimizer import build_optimizer, build_scheduler
 from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError, first_line
@@ -100,6 +100,7 @@ class Trainer:
         # accelerate would turn all outputs into float32; masks that are matched become that, no others
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.iteration = self.saved = 0  # steps, and those in the checkpoint
+        self.average, self.rate = LossAverage(), 0.0  # of the steps since they were logged; of the last step
         if self.checkpoint:
             self.previous = (
                 cfg_from_text(state["config"], str(self.checkpoint)) if "config" in state else cfg
@@ -195,6 +196,7 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.model.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.rate = float(max(self.scheduler.get_last_lr()))
         self.scheduler.step()
         if self.teacher:
             self.teacher.update(self.accelerator.unwrap_model(self.model))
@@ -261,16 +263,18 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that training changes; the run's previous one goes.
 
-        All ranks may call it; what it holds is the same on all, and rank 0 writes.
+        All ranks call it, rank 0 writes, and none goes on before it has: a launcher kills all some seconds
+        after the first one has ended.
         """
-        if not self.accelerator.is_main_process:
-            return
-        state = self._state()
-        final = self.iteration == self.cfg.SOLVER.MAX_ITER
-        path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
-        previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
-        checkpoints.replace_checkpoint(path, state, previous)
-        self.checkpoint, self.saved = path, self.iteration
+        average = self.average.state_dict()
+        if self.accelerator.is_main_process:
+            final = self.iteration == self.cfg.SOLVER.MAX_ITER
+            path = self.output_dir / ("model_final.pth" if final else f"model_{self.iteration - 1:07d}.pth")
+            previous = None if self.cfg.SOLVER.KEEP_CHECKPOINTS else self.checkpoint
+            checkpoints.replace_checkpoint(path, self._state() | {"average": average}, previous)
+            self.checkpoint = path
+        largest_number(0)
+        self.saved = self.iteration
 
     def _teacher_outputs(self, images: Tensor, targets: Sequence[Target]) -> Outputs | None:
         """Where a loss needs them, in the same precision as the student's."""
@@ -307,6 +311,7 @@ class Trainer:
             optimizer = build_optimizer(self.accelerator.unwrap_model(self.model), self.previous)
             optimizer.load_state_dict(state["optimizer"])  # with its groups; those of this run may be others
             self.optimizer.optimizer.state.update(optimizer.state)
+            self.average.load_state_dict(state.get("average", {}), self.accelerator.device)
             self.iteration = self.saved = int(state["iteration"])
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             advice = "leave --resume away or change OUTPUT_DIR"
