@@ -24,6 +24,7 @@ from sim_m2f.supervision.color_model import (
     corrected,
     corrected_masks,
 )
+from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.targets import flatten_targets
 
@@ -229,6 +230,38 @@ def test_only_good_labels_are_learned_and_only_after_the_start(scene):
     assert criterion(shifted, targets, normalised)[0]["loss_color_model"] > 4 * loss
     criterion.sim.COLOR_MODEL.MIN_IOU = 0.999
     assert criterion(outputs, targets, normalised)[0]["loss_color_model"] == 0
+
+
+def test_an_object_without_a_query_takes_no_other_objects_mask(scene):
+    """As beside a query that knows nothing, and it is not pasted."""
+    image, _, _ = scene
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1, "MODEL.SIM.SUPERVISION", "box"])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.ENABLED", True])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.START", 0.0, "MODEL.SIM.COLOR_MODEL.WARMUP", 0.0])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.PRIOR", 0.0, "MODEL.SIM.COPY_PASTE.ENABLED", True])
+    boxes = torch.tensor([[50.0, 34.0, 126.0, 94.0], [34.0, 34.0, 94.0, 94.0]])
+    targets = [{"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}]
+    masks = torch.zeros(1, 2, 32, 32)
+    masks[0, 0] = -4
+    masks[0, 0, 9:23, 9:23] = 4  # of the second object
+    criterion, made = build_criterion(cfg), []
+    copying = build_copy_paste(cfg, torch.device("cpu"))
+    for queries in (1, 2):
+        outputs = {
+            "pred_logits": torch.zeros(1, queries, 2),
+            "pred_masks": masks[:, :queries],
+            "mask_features": torch.zeros(1, 4, 32, 32),
+            "aux_outputs": [],
+        }
+        _, matched = criterion(outputs, targets, criterion.pixels.normalise(image))
+        assert matched.match.query[0, 1] == 0
+        assert matched.match.matched.tolist() == [[queries == 2, True]]
+        made.append(matched.supervision.colors)
+        copying.remember(criterion.pixels.normalise(image), [matched])
+    torch.testing.assert_close(made[0].masks, made[1].masks, rtol=0, atol=0)
+    assert made[1].quality.min() > 0
+    assert copying.bank.scores[:2].tolist() == made[0].quality.tolist() == [0, made[1].quality[1]]
 
 
 def test_given_boxes_are_corrected_at_twice_the_masks_size(scene):
