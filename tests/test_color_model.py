@@ -20,13 +20,17 @@ from sim_m2f.supervision.color_histograms import (
 )
 from sim_m2f.supervision.color_model import (
     DISTANCES,
+    ColorLabels,
     color_labels,
     corrected,
     corrected_masks,
 )
+from sim_m2f.supervision.color_term import color_model
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision
+from sim_m2f.supervision.matcher import Match
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
 
 
 def smoothed(histogram: np.ndarray) -> np.ndarray:
@@ -262,6 +266,28 @@ def test_an_object_without_a_query_takes_no_other_objects_mask(scene):
     torch.testing.assert_close(made[0].masks, made[1].masks, rtol=0, atol=0)
     assert made[1].quality.min() > 0
     assert copying.bank.scores[:2].tolist() == made[0].quality.tolist() == [0, made[1].quality[1]]
+
+
+@pytest.mark.parametrize("other", ["known", "pasted"])
+def test_the_only_mask_of_an_image_that_is_learned_is_as_sure_as_any(scene, other):
+    """Whatever is made of objects that learn otherwise; two that are learned share their weights."""
+    image, _, _ = scene
+    sim, flags = sim_m2f.get_cfg().MODEL.SIM, torch.tensor([False, True])
+    target = {"boxes": torch.tensor([[34.0, 34.0, 94.0, 94.0]] * 2), "labels": torch.zeros(2).long()}
+    others = {other: flags, "pasted_masks": torch.zeros(2, 32, 32, dtype=torch.bool)}
+    colors = ColorLabels(torch.rand(2, 32, 32), torch.tensor([0.9, 0.8]), torch.tensor([0.6, 0.9]))
+    predicted, valid = torch.randn(1, 1, 2, 32, 32), torch.ones(1, 32, 32, dtype=torch.bool)
+    match = Match(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
+
+    def loss(trust: float, **fields: torch.Tensor) -> torch.Tensor:
+        sim.COLOR_MODEL.TRUST = trust
+        objects = flatten_targets([{**target, **fields, "seed": (0, 0, 0)}], (32, 32), torch.device("cpu"))
+        own = sim, (200, 1.0, 0.0), 0, 1, image, valid, box_pixels(objects), None, None, colors
+        return color_model(MatchedBoxes(objects, match, predicted, Supervision(*own)))
+
+    assert loss(0.0, **others) > 0
+    torch.testing.assert_close(loss(3.0, **others), loss(0.0, **others))
+    assert not torch.isclose(loss(3.0), loss(0.0), rtol=1e-3)
 
 
 def test_given_boxes_are_corrected_at_twice_the_masks_size(scene):
