@@ -20,12 +20,17 @@ from sim_m2f.supervision.color_histograms import (
 )
 from sim_m2f.supervision.color_model import (
     DISTANCES,
+    ColorLabels,
     color_labels,
     corrected,
     corrected_masks,
 )
+from sim_m2f.supervision.color_term import color_model
+from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.targets import flatten_targets
+from sim_m2f.supervision.matched import MatchedBoxes, Supervision
+from sim_m2f.supervision.matcher import Match
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
 
 
 def smoothed(histogram: np.ndarray) -> np.ndarray:
@@ -229,6 +234,60 @@ def test_only_good_labels_are_learned_and_only_after_the_start(scene):
     assert criterion(shifted, targets, normalised)[0]["loss_color_model"] > 4 * loss
     criterion.sim.COLOR_MODEL.MIN_IOU = 0.999
     assert criterion(outputs, targets, normalised)[0]["loss_color_model"] == 0
+
+
+def test_an_object_without_a_query_takes_no_other_objects_mask(scene):
+    """As beside a query that knows nothing, and it is not pasted."""
+    image, _, _ = scene
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", 1, "MODEL.SIM.SUPERVISION", "box"])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.ENABLED", True])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.START", 0.0, "MODEL.SIM.COLOR_MODEL.WARMUP", 0.0])
+    cfg.merge_from_list(["MODEL.SIM.COLOR_MODEL.PRIOR", 0.0, "MODEL.SIM.COPY_PASTE.ENABLED", True])
+    boxes = torch.tensor([[50.0, 34.0, 126.0, 94.0], [34.0, 34.0, 94.0, 94.0]])
+    targets = [{"boxes": boxes, "labels": torch.zeros(2, dtype=torch.int64)}]
+    masks = torch.zeros(1, 2, 32, 32)
+    masks[0, 0] = -4
+    masks[0, 0, 9:23, 9:23] = 4  # of the second object
+    criterion, made = build_criterion(cfg), []
+    copying = build_copy_paste(cfg, torch.device("cpu"))
+    for queries in (1, 2):
+        outputs = {
+            "pred_logits": torch.zeros(1, queries, 2),
+            "pred_masks": masks[:, :queries],
+            "mask_features": torch.zeros(1, 4, 32, 32),
+            "aux_outputs": [],
+        }
+        _, matched = criterion(outputs, targets, criterion.pixels.normalise(image))
+        assert matched.match.query[0, 1] == 0
+        assert matched.match.matched.tolist() == [[queries == 2, True]]
+        made.append(matched.supervision.colors)
+        copying.remember(criterion.pixels.normalise(image), [matched])
+    torch.testing.assert_close(made[0].masks, made[1].masks, rtol=0, atol=0)
+    assert made[1].quality.min() > 0
+    assert copying.bank.scores[:2].tolist() == made[0].quality.tolist() == [0, made[1].quality[1]]
+
+
+@pytest.mark.parametrize("other", ["known", "pasted"])
+def test_the_only_mask_of_an_image_that_is_learned_is_as_sure_as_any(scene, other):
+    """Whatever is made of objects that learn otherwise; two that are learned share their weights."""
+    image, _, _ = scene
+    sim, flags = sim_m2f.get_cfg().MODEL.SIM, torch.tensor([False, True])
+    target = {"boxes": torch.tensor([[34.0, 34.0, 94.0, 94.0]] * 2), "labels": torch.zeros(2).long()}
+    others = {other: flags, "pasted_masks": torch.zeros(2, 32, 32, dtype=torch.bool)}
+    colors = ColorLabels(torch.rand(2, 32, 32), torch.tensor([0.9, 0.8]), torch.tensor([0.6, 0.9]))
+    predicted, valid = torch.randn(1, 1, 2, 32, 32), torch.ones(1, 32, 32, dtype=torch.bool)
+    match = Match(torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool))
+
+    def loss(trust: float, **fields: torch.Tensor) -> torch.Tensor:
+        sim.COLOR_MODEL.TRUST = trust
+        objects = flatten_targets([{**target, **fields, "seed": (0, 0, 0)}], (32, 32), torch.device("cpu"))
+        own = sim, (200, 1.0, 0.0), 0, 1, image, valid, box_pixels(objects), None, None, colors
+        return color_model(MatchedBoxes(objects, match, predicted, Supervision(*own)))
+
+    assert loss(0.0, **others) > 0
+    torch.testing.assert_close(loss(3.0, **others), loss(0.0, **others))
+    assert not torch.isclose(loss(3.0), loss(0.0), rtol=1e-3)
 
 
 def test_given_boxes_are_corrected_at_twice_the_masks_size(scene):

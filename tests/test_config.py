@@ -4,8 +4,9 @@ import copy
 import re
 
 import pytest
+import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, SMALL_FILE
 from mutations import ODD
 
 import sim_m2f
@@ -14,9 +15,11 @@ from sim_m2f.config.checks import range_of
 from sim_m2f.config.defaults import WITHOUT_EFFECT, read_yaml
 from sim_m2f.config.node import leaf_keys
 from sim_m2f.errors import UserError
+from sim_m2f.structures import Prompts
 from sim_m2f.supervision.schedule import ramp_up, resolve_steps, term_weight
 
 ONLY_CHOICE = read_yaml(ROOT / "sim_m2f/config/limits.yaml")["ONLY_CHOICE"]
+ENCODED = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
 
 
 @pytest.mark.parametrize("name", ["defaults.yaml", "without_effect.yaml"])
@@ -115,6 +118,11 @@ def test_steps_may_be_fractions_of_the_run():
         ("SEED", -1, "is -1; use a number of at least 0"),
         ("DATALOADER.NUM_WORKERS", -1, "is -1; use a number of at least 0"),
         ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "is 48; use a multiple of 32"),
+        (ENCODED, ["res2", "res3", "res4", "res5"], "give 3 different names in ascending order"),
+        (ENCODED, ["res4", "res5"], "give 3 different names in ascending order"),
+        (ENCODED, ["res5", "res4", "res3"], "give 3 different names in ascending order"),
+        (ENCODED, ["res3", "res3", "res4"], "give 3 different names in ascending order"),
+        ("MODEL.MASK_FORMER.SIZE_DIVISIBILITY", 30, "is 30; use a multiple of 4"),
         ("INPUT.MIN_SCALE", 0.0, "is 0.0, INPUT.MAX_SCALE 2.0; use 0 < MIN_SCALE <= MAX_SCALE"),
         ("INPUT.MIN_SCALE", 3.0, "is 3.0, INPUT.MAX_SCALE 2.0; use 0 < MIN_SCALE <= MAX_SCALE"),
     ],
@@ -126,6 +134,22 @@ def test_values_that_cannot_be_are_told(key, value, words):
     with pytest.raises(UserError, match=re.escape(words)) as error:
         validate(cfg)
     assert key in str(error.value)
+
+
+def test_what_the_decoder_has_no_layers_for_is_told():
+    """The least that passes is built and computed with."""
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list(["MODEL.SIM.PROMPTS.ENABLED", True, "MODEL.MASK_FORMER.DEC_LAYERS", 1])
+    with pytest.raises(UserError, match=r"PROMPTS\.ENABLED: .*DEC_LAYERS of at least 2") as error:
+        validate(cfg)
+    assert "\n" not in str(error.value)
+    cfg.merge_from_list(["MODEL.MASK_FORMER.DEC_LAYERS", 2, ENCODED, ["res2", "res3", "res5"]])
+    cfg.merge_from_list(["MODEL.MASK_FORMER.SIZE_DIVISIBILITY", 4])
+    prompts = Prompts(torch.tensor([[[0.1, 0.2, 0.7, 0.8]]]), torch.zeros(1, 1, dtype=torch.int64))
+    outputs = sim_m2f.build_model(cfg)(torch.zeros(1, 3, 36, 44), prompts=prompts)
+    assert outputs["pred_masks"].shape == (1, 8, 9, 11)
+    assert outputs["prompted"]["pred_masks"].shape == (1, 1, 9, 11)
 
 
 def test_every_number_has_a_range_that_holds_its_default():

@@ -354,6 +354,14 @@ def test_objects_are_drawn_by_the_cube_of_their_score():
     assert all(len(set(row)) == 4 for row in drawn[:100, :4].tolist())
 
 
+def test_without_a_power_all_objects_with_a_score_are_as_likely():
+    bank = bank_of(*[cells(0, 0)] * 4, cells([], []), scores=torch.tensor([0.9, 0.0, 0.1, 0.4, 1.0]))
+    bank.power = 0.0
+    drawn, exist = bank.draw([(0, 0, slot) for slot in range(6000)], 5)
+    assert exist.all(0).tolist() == exist.any(0).tolist() == [True] * 3 + [False] * 2
+    assert chisquare(np.bincount(drawn[:, 0], minlength=5)[[0, 2, 3]]).pvalue > 0.01
+
+
 def test_true_masks_are_drawn_before_all_others():
     bank = bank_of(*[cells(0, 0)] * 5, cells([], []), scores=torch.tensor([0.9, 2.0, 0.5, 2.0, 0.0, 2.0]))
     assert bank.known.tolist() == [False, True, False, True, False, False]

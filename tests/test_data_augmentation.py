@@ -38,6 +38,7 @@ def sample(height, width, boxes, bottom_rows=0):
         "labels": torch.arange(len(boxes)),
         "valid": tv_tensors.Mask(valid),
         "masks": tv_tensors.Mask(masks),
+        "known": torch.ones(len(boxes), dtype=torch.bool),
     }
 
 
@@ -83,6 +84,26 @@ def test_boxes_are_clipped_to_the_crop_and_thin_ones_dropped_with_label_and_mask
         expected = (scaled - torch.stack([left, top, left, top])).clamp(0, SIZE)
         large = ((expected[:, 2:] - expected[:, :2]) >= 1).all(1)
         np.testing.assert_allclose(remaining.numpy(), expected[large].numpy())
+
+
+def test_objects_of_whose_known_mask_nothing_is_left_are_dropped():
+    """Masks are the left third of a box; the same boxes without a known mask stay."""
+    augment = augmentation.train_augmentation(config(MIN_SCALE=2.0, MAX_SCALE=2.0, RANDOM_FLIP="none"))
+    lost = 0
+    for seed in range(40):
+        original = sample(64, 64, [(4, 8, 61, 56), (4, 8, 61, 56)])
+        original["masks"][:, :, 23:] = 0
+        original["masks"][1], original["known"] = 0, torch.tensor([True, False])
+        original["image"][:] = 0
+        original["image"][:, 8:56, 4:23] = 255
+        torch.manual_seed(seed)
+        result = augment(original)
+        seen = bool((result["image"] > 127).any())
+        assert result["labels"].tolist() == ([0, 1] if seen else [1])
+        assert result["known"].tolist() == ([True, False] if seen else [False])
+        assert len(result["masks"]) == len(result["boxes"]) == len(result["labels"])
+        lost += not seen
+    assert 0 < lost < 40
 
 
 def test_no_objects():

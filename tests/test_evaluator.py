@@ -40,11 +40,12 @@ def found(scores, labels, masks) -> dict[str, torch.Tensor]:
     return {"scores": torch.tensor(scores), "labels": torch.tensor(labels), "masks": masks}
 
 
-def plain(annotations: Path, results: Path, iou_type: str, kind: str) -> dict[str, float]:
-    """What pycocotools alone says of a results file."""
+def plain(annotations: Path, results: Path, iou_type: str, kind: str, most: int = 100) -> dict[str, float]:
+    """What pycocotools alone says of a results file; with ``most`` other than 100 its AP is -1."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
         evaluation = COCOeval(truth, truth.loadRes(str(results)), iou_type)
+        evaluation.params.maxDets[2] = most
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -148,6 +149,59 @@ def test_numbers_on_real_images(coco_root, tmp_path):
     metrics = coco_metrics.score(truth, entries)
     assert metrics == pytest.approx(expected(annotations, results), abs=1e-9, nan_ok=True)
     assert 5 < metrics["boxfill/AP"] < metrics["segm/AP"] < 95
+
+
+def many_squares(folder: Path, number: int) -> tuple[Path, Path, list[dict]]:
+    """An image with so many objects of class 3; twice as many detections, half of them of class 7.
+
+    Returns:
+        the annotations, the results, and the detections of the results.
+    """
+    rng, annotations, entries = np.random.default_rng(number), [], []
+    for place in range(number):
+        x, y, side = 16.0 * (place % 20), 16.0 * (place // 20), float(rng.integers(6, 13))
+        square = [[x, y, x + side, y, x + side, y + side, x, y + side]]
+        of_both = {"image_id": 1, "category_id": 3, "area": side**2, "iscrowd": 0}
+        annotations.append({**of_both, "id": place + 1, "bbox": [x, y, side, side], "segmentation": square})
+        for category in (3, 7):
+            box = [x + float(rng.integers(-2, 3)), y, side, side]
+            mask = np.zeros((240, 320), np.uint8, order="F")
+            mask[int(y) : int(y + side), max(int(box[0]), 0) : int(box[0] + side)] = 1
+            rle = mask_utils.encode(mask)
+            rle = {"size": list(rle["size"]), "counts": rle["counts"].decode()}
+            score = float(rng.random())
+            entry = {"image_id": 1, "category_id": category, "score": score, "segmentation": rle}
+            entries.append({**entry, "bbox": box})
+    categories = [{"id": 3, "name": "square"}, {"id": 7, "name": "none"}]
+    images = [{"id": 1, "height": 240, "width": 320, "file_name": "1.png"}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    paths = folder / "set.json", folder / "results.json"
+    for path, written in zip(paths, (content, entries), strict=True):
+        path.write_text(json.dumps(written))
+    return *paths, entries
+
+
+@pytest.mark.parametrize("number", [100, 200])
+def test_numbers_of_many_objects_are_pycocotools_to_the_last_digit(tmp_path, number):
+    annotations, results, entries = many_squares(tmp_path, number)
+    metrics = coco_metrics.score(coco_metrics.load_truth(annotations), entries)
+    for kind in ("segm", "bbox"):
+        for name, value in plain(annotations, results, kind, kind, most=number).items():
+            if number == 100 or name != f"{kind}/AP":
+                assert metrics[name] == value or (math.isnan(metrics[name]) and math.isnan(value)), name
+        assert metrics[f"{kind}/AP"] == pytest.approx(metrics[f"{kind}/AP-square"])
+
+
+def test_more_than_100_detections_of_an_image_count(tmp_path):
+    annotations, _, _ = many_squares(tmp_path, 200)
+    truth = coco_metrics.load_truth(annotations)
+    perfect = [
+        {key: annotation[key] for key in ("image_id", "category_id", "segmentation", "bbox")} | {"score": 0.5}
+        for annotation in truth.dataset["annotations"]
+    ]
+    metrics = coco_metrics.score(truth, perfect)
+    assert metrics["segm/AP"] == pytest.approx(100)
+    assert metrics["segm/AP-square"] == metrics["bbox/APs"] == pytest.approx(100)
 
 
 TWO_RANKS = """

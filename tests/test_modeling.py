@@ -260,6 +260,36 @@ def test_frozen_norms_of_any_backbone_never_change(name):
     assert all(torch.equal(backbone.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "GN", "FrozenBN"])
+def test_stages_that_are_kept_fixed_neither_learn_nor_count(norm):
+    """Not by gradients, and not by statistics: in training they give what they give in tests."""
+    cfg = get_cfg()
+    cfg.merge_from_file(SMALL_FILE)
+    cfg.merge_from_list([*RESNET[:4], "MODEL.RESNETS.RES2_OUT_CHANNELS", "32", "MODEL.RESNETS.NORM", norm])
+    fixed, seen = ("conv1", "bn1", "layer1"), []
+    images = torch.randn(2, 3, 64, 64)
+    for stages in (0, 2):
+        cfg.MODEL.BACKBONE.FREEZE_AT = stages
+        torch.manual_seed(0)
+        backbone = build_backbone(cfg)
+        seen.append(backbone.eval()(images)["res2"])
+    torch.testing.assert_close(seen[0], seen[1])
+    before = {name: value.clone() for name, value in backbone.body.state_dict().items()}
+    (found := backbone.train()(images))["res5"].square().mean().backward()
+    torch.testing.assert_close(found["res2"], seen[1])
+    learning = {
+        name.split(".")[0] for name, weight in backbone.body.named_parameters() if weight.grad is not None
+    }
+    assert learning == {"layer2", "layer3", "layer4"}
+    changed = {
+        name.split(".")[0]
+        for name, value in before.items()
+        if not torch.equal(value, backbone.body.state_dict()[name])
+    }
+    assert not changed.intersection(fixed)
+    assert bool(changed) == (norm in ("BN", "SyncBN"))
+
+
 @pytest.mark.parametrize("ellipse", [0.0, 2.0])
 def test_masks_of_given_boxes_span_them(ellipse):
     """Against interpolation of whole maps and a search over all rises; the last mask is too low for any."""

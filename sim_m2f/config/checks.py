@@ -20,7 +20,7 @@ def validate(cfg: CfgNode) -> None:
 
     Raises:
         UserError: a key asks for something that does not exist, a number is out of range or no multiple of
-            what it is divided by.
+            what it is divided by, or keys do not go together.
     """
     for key, only in _LIMITS["ONLY_CHOICE"].items():
         value = value_of(cfg, key)
@@ -34,6 +34,10 @@ def validate(cfg: CfgNode) -> None:
     for key, length in _LIMITS["LENGTHS"].items():
         if len(value_of(cfg, key)) != length:
             raise UserError(f"{key} is {value_of(cfg, key)}; give {length} values")
+    for key, number in _LIMITS["NAMES"].items():
+        names = list(value_of(cfg, key))
+        if len(names) != number or names != sorted(set(names)):
+            raise UserError(f"{key} is {names}; give {number} different names in ascending order")
     for key in _LIMITS["ASCENDING"]:
         if list(value_of(cfg, key)) != sorted(value_of(cfg, key)):
             raise UserError(f"{key} is {value_of(cfg, key)}; give the smaller number first")
@@ -43,6 +47,9 @@ def validate(cfg: CfgNode) -> None:
             name = f"{divisor} ({number})" if isinstance(divisor, str) else number
             raise UserError(f"{key} is {value_of(cfg, key)}; use a multiple of {name}")
     sim = cfg.MODEL.SIM
+    if sim.PROMPTS.ENABLED and cfg.MODEL.MASK_FORMER.DEC_LAYERS == 1:
+        fault = "MODEL.MASK_FORMER.DEC_LAYERS 1 has no layer that looks into their boxes"
+        raise UserError(f"MODEL.SIM.PROMPTS.ENABLED: {fault}; use DEC_LAYERS of at least 2, or no prompts")
     learned = any(sim[term].ENABLED for term in ("GATED_MASKS", "PSEUDO_SEMANTIC", "SELF_CORRECTION"))
     if cfg.DATASETS.TRAIN_PROPOSALS and not (learned and sim.SUPERVISION != "mask"):
         fault = "no loss learns from them; set MODEL.SIM.GATED_MASKS.ENABLED True"

@@ -47,10 +47,13 @@ class ResizeShortestEdge(v2.RandomShortestSize):
         return {"size": [max(1, int(side * factor + 0.5)) for side in (height, width)]}
 
 
-def drop_thin_boxes(sample: Annotated) -> Annotated:
-    """Drop the objects whose box is thinner than MIN_BOX, with their labels and masks."""
+def drop_lost(sample: Annotated) -> Annotated:
+    """Drop the objects whose box is thinner than MIN_BOX, and those of whose true mask nothing is left."""
     boxes = sample["boxes"]
     kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX).all(dim=1)
+    if "masks" in sample:
+        seen = sample["masks"].bool().flatten(1).any(dim=1)
+        kept &= seen | ~sample["known"]
     names = "boxes", "labels", "masks", "known", "proposals", "proposal_scores"
     tensors = cast(dict[str, torch.Tensor], sample)
     remaining = {name: value[kept] if name in names else value for name, value in tensors.items()}
@@ -61,7 +64,7 @@ def train_augmentation(cfg: CfgNode) -> v2.Transform:
     """Flip, jitter and crop as INPUT.* says; draws from torch's global random state."""
     size = cfg.INPUT.IMAGE_SIZE
     jitter = LargeScaleJitter((size, size), (cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE))
-    return v2.Compose([FLIPS[cfg.INPUT.RANDOM_FLIP](), jitter, CropToFit(size), drop_thin_boxes])
+    return v2.Compose([FLIPS[cfg.INPUT.RANDOM_FLIP](), jitter, CropToFit(size), drop_lost])
 
 
 def eval_augmentation(cfg: CfgNode) -> v2.Transform:

@@ -23,6 +23,7 @@ from sim_m2f.errors import UserError
 SUMMARY = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KINDS = {"segm": "masks", "bbox": "boxes", "boxfill": "box fill"}
 TITLE = "AP in %"
+MOST_DETECTIONS = 100  # of a class in an image that count, or all of an image where it has more
 FOLD_CLASSES_ABOVE = 24  # more classes are printed in three blocks abreast
 
 
@@ -68,7 +69,8 @@ def score(truth: COCO, results: list[dict[str, Any]]) -> dict[str, float]:
         truth: the annotations, from ``load_truth``.
         results: entries with image_id, category_id, score, segmentation (compressed RLE) and bbox (x, y,
             width, height in pixels of the image). As pycocotools has it, a detection with a ``bbox`` is
-            small, medium or large by the area of its box, an annotation by its ``area``.
+            small, medium or large by the area of its box, an annotation by its ``area``. All of an image
+            count, even where there are more than pycocotools' 100 of a class.
 
     Returns:
         "segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl" and "segm/AP-<class>", the
@@ -151,14 +153,22 @@ def _average_precision(truth: COCO, detections: COCO, iou_type: str, kind: str) 
     # faster-coco-eval is faster but not equal: it leaves out the epsilon, and so its precision after a
     # class's first detection is 2e-16 higher (benchmarks/coco_eval.py).
     evaluation = COCOeval(truth, detections, iou_type)
+    most = max([MOST_DETECTIONS, *map(len, detections.imgToAnns.values())])
+    evaluation.params.maxDets = [1, 10, most]
     with contextlib.redirect_stdout(None):
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summarize()
-    metrics = dict(zip((f"{kind}/{name}" for name in SUMMARY), evaluation.stats[:6], strict=True))
+    precision = evaluation.eval["precision"][..., -1]  # (IoU, recall, class, size), of all detections
+    all_sizes, *by_size = np.moveaxis(precision, -1, 0)
+    at_least = (all_sizes[evaluation.params.iouThrs == iou] for iou in (0.5, 0.75))
+    parts = [all_sizes, *at_least, *by_size]
+    metrics = {f"{kind}/{name}": _mean(part) for name, part in zip(SUMMARY, parts, strict=True)}
     for index, category_id in enumerate(evaluation.params.catIds):
-        # (IoU, recall) of this class for objects of all sizes and 100 detections per image
-        precision = evaluation.eval["precision"][:, :, index, 0, -1]
-        known = precision[precision > -1]
-        metrics[f"{kind}/AP-{truth.cats[category_id]['name']}"] = known.mean() if known.size else -1
-    return {name: math.nan if value < 0 else 100 * float(value) for name, value in metrics.items()}
+        metrics[f"{kind}/AP-{truth.cats[category_id]['name']}"] = _mean(all_sizes[:, :, index])
+    return metrics
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Mean in percent of precisions that are known, which are not -1; NaN where none is."""
+    known = precision[precision > -1]
+    return 100 * float(known.mean()) if known.size else math.nan

@@ -1,5 +1,6 @@
 """Backbones: timm's models as feature pyramids of strides 4, 8, 16 and 32."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -154,9 +155,10 @@ def _resnet(cfg: CfgNode) -> TimmBackbone:
     if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         _stride_in_1x1(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]
-    for stage in stages[: cfg.MODEL.BACKBONE.FREEZE_AT]:
-        for module in stage:
-            getattr(backbone.body, module).requires_grad_(False)
+    for name in itertools.chain(*stages[: cfg.MODEL.BACKBONE.FREEZE_AT]):
+        module = getattr(backbone.body, name).requires_grad_(False)
+        setattr(backbone.body, name, freeze_batch_norm_2d(module))
+    fold_frozen_norms(backbone.body)
     return backbone
 
 

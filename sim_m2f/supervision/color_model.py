@@ -37,7 +37,7 @@ class ColorLabels:
 
     Attributes:
         masks: (T, h, w), stride 4, 0 outside of the object's box.
-        quality: (T,), IoU of the box around the mask and the annotated one.
+        quality: (T,), IoU of the box around the mask and the annotated one; 0 where no mask was given.
         confidence: (T,), mean probability of the pixels above one half, 0 where there is none.
     """
 

@@ -200,16 +200,21 @@ class SIMCriterion(Criterion):
     def _colors(
         self, outputs: Outputs, objects: Targets, match: Match, supervision: Supervision
     ) -> ColorLabels | None:
-        """Masks corrected by colour, of the prompted queries or, without any, of the matched ones."""
+        """Masks corrected by colour, of the prompted queries or, without any, of the matched ones.
+
+        An object that has no query begins from logits 0, and its quality is 0.
+        """
         keys = self.sim.COLOR_MODEL
         if not keys.ENABLED or term_weight(keys, self.step, self.max_iter) == 0:
             return None
-        masks, query = outputs["pred_masks"], match.query[-1]
+        masks, query, found = outputs["pred_masks"], match.query[-1], match.matched[-1]
         if "prompted" in outputs:
             masks, query = outputs["prompted"]["pred_masks"], prompt_queries(objects)
+            found = torch.ones_like(found)
         prior = fade_out(self.step, resolve_steps(keys.PRIOR, self.max_iter))
-        logits = masks[objects.image_index, query].float()
-        return color_labels(logits, supervision.images, supervision.valid, objects, keys, prior)
+        logits = masks[objects.image_index, query].float().masked_fill(~found[:, None, None], 0)
+        made = color_labels(logits, supervision.images, supervision.valid, objects, keys, prior)
+        return replace(made, quality=made.quality * found)
 
 
 def build_criterion(cfg: CfgNode) -> Criterion:

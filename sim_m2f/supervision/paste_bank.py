@@ -133,7 +133,7 @@ class PasteBank:
         Returns:
             (R, K) int64 objects in the order of the draw, and (R, K) bool, False where none was left to draw.
         """
-        weights = self.scores.clamp(max=1) ** self.power
+        weights = self.scores.clamp(max=1) ** self.power * (self.scores > 0)  # 0 ** 0 is 1
         times = -(1 - uniform(seeds, "race", len(weights))).log()
         speed = weights / times.clamp(min=1e-9).to(weights.device, non_blocking=True)
         speed = torch.where(self.known, FIRST * speed, speed)
