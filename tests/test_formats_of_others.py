@@ -70,6 +70,43 @@ def test_a_label_of_yolo_for_several_images_is_refused(tmp_path, capsys, name):
     assert all(text in line for text in said), line
 
 
+OUTSIDE = "--set", "INPUT.LIMITS.OUTSIDE", "True"
+
+
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_images_of_yolo_by_links_out_of_the_folder(tmp_path, capsys, linked):
+    write_yolo_set(tmp_path, {"labels/a/1.txt": 2, "labels/2.txt": 4}, ("away/1.png", "images/2.png"))
+    if linked == "file":
+        (tmp_path / "images/a").mkdir()
+        (tmp_path / "images/a/1.png").symlink_to(tmp_path / "away/1.png")
+    else:
+        (tmp_path / "images/a").symlink_to(tmp_path / "away")
+        (tmp_path / "images/b").symlink_to(tmp_path / "images")  # circles
+        (tmp_path / "away/c").symlink_to(tmp_path)
+    paths = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("INPUT.LIMITS.OUTSIDE True" in line) == (linked == "file")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo", *OUTSIDE)
+    assert list(by_image(back)) == ["2.png", "a/1.png"]
+
+
+@pytest.mark.parametrize("name", ["labelme", "voc"])
+def test_images_beside_the_folder_are_found_where_that_is_allowed(tmp_path, capsys, name):
+    for folder in ("images", "other"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "other/1.png")
+    shape = {"shape_type": "rectangle", "points": [[0, 0], [9, 9]]}
+    path = tmp_path / "notes/deep" / ("1.json" if name == "labelme" else "1.xml")
+    path.parent.mkdir(parents=True)
+    seen_from = {"labelme": "../../other/1.png", "voc": "../other/1.png"}  # the file, the folder of images
+    path.write_text(
+        labelme(shape, image=seen_from[name]) if name == "labelme" else VOC.format(seen_from[name])
+    )
+    back = convert(tmp_path / "images", tmp_path / "out", path, "--from", name, *OUTSIDE)
+    assert list(by_image(back)) == ["../other/1.png"]
+
+
 @pytest.mark.parametrize("names", ["data.yaml", "classes.txt"])
 @pytest.mark.parametrize("labels", ["labels", "labels/train"])
 def test_names_of_yolo_lie_above_the_labels(tmp_path, monkeypatch, names, labels):

@@ -62,10 +62,22 @@ def opened(path: Path, limits: CfgNode, kinds: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and below, told by their names' ends, in the order of their names."""
-    known = Image.registered_extensions()
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)
+def image_files(folder: Path, outside: bool = False) -> list[Path]:
+    """The images in a folder and below, told by their names' ends, in the order of their names.
+
+    Args:
+        folder: where they are.
+        outside: whether links to folders are followed that lead out of it, each of these folders once.
+    """
+    known, seen, found = Image.registered_extensions(), {os.path.realpath(folder)}, []
+    for place, below, names in os.walk(folder, followlinks=outside):
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in known]
+        for path in [Path(place, name) for name in below]:
+            real = os.path.realpath(path)
+            if real in seen or (path.is_symlink() and not links_outside(folder, path)):
+                below.remove(path.name)  # a circle, or a folder that is seen under its own name
+            seen.add(real)
+    return sorted(found)
 
 
 def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:

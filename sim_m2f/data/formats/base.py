@@ -132,14 +132,17 @@ class Collected:
     def _by_name(self) -> dict[str, list[str]]:
         """The images in the folder and below by their names, with and without the end."""
         found: dict[str, list[str]] = {}
-        for file in image_files(self.folder):
+        for file in image_files(self.folder, self.limits.OUTSIDE):
             for name in {file.name, file.stem}:
                 found.setdefault(name, []).append(file.relative_to(self.folder).as_posix())
         return found
 
     def has(self, name: str) -> bool:
-        """Whether the folder has a file of this name."""
-        return not names_outside(self.folder, name) and os.path.isfile(self.folder / name)
+        """Whether the folder has a file of this name; with INPUT.LIMITS.OUTSIDE, or one beside it."""
+        return self._allowed(name) and os.path.isfile(self.folder / name)
+
+    def _allowed(self, name: str) -> bool:
+        return self.limits.OUTSIDE or not names_outside(self.folder, name)
 
     def find(self, *names: str) -> str:
         """The first of the names that the folder has; else the only image below with the name of one of them,
@@ -148,10 +151,9 @@ class Collected:
         Raises:
             ValueError: several images below have the name.
         """
-        inside = [name for name in names if not names_outside(self.folder, name)]
-        for name in filter(self.has, inside):
+        for name in filter(self.has, names):
             return name
-        for name in inside:
+        for name in filter(self._allowed, names):
             found = self._by_name.get(PurePosixPath(name).name, [])
             if len(found) > 1:
                 raise ValueError(f"{name!r} may be {found[0]!r} or {found[1]!r}; write the path of the image")

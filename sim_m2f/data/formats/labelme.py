@@ -61,7 +61,8 @@ def _file_name(data: Collected, file: Path, root: Path, told: str) -> str:
             return image.relative_to(folder).as_posix()
     name = PurePosixPath(told).name
     below = file.parent.relative_to(root) if root.is_dir() else Path()
-    return data.find((below / name).as_posix(), told, name)
+    beside = os.path.relpath(os.path.realpath(place.parent), os.path.realpath(data.folder))
+    return data.find((below / name).as_posix(), (Path(beside) / place.name).as_posix(), told, name)
 
 
 def _kind(shape: Record) -> str:

@@ -24,10 +24,13 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     """
     root, listed = path if path.is_dir() else path.parent, names_file(path)
     names = _names(listed) if listed else []
-    data, files = Collected(images, limits, names), image_files(images)
+    data, files = Collected(images, limits, names), image_files(images, limits.OUTSIDE)
     labels = texts_of_images(root, images, files, listed)
     for image in files:
-        data.add_image(image.relative_to(images).as_posix())
+        try:
+            data.add_image(image.relative_to(images).as_posix())
+        except ValueError as error:
+            raise UserError(f"{images}: image {error}") from error
         size = data.images[-1]["width"], data.images[-1]["height"]
         lines = read_text(labels[image]).splitlines() if image in labels else []
         for number, line in enumerate(lines, start=1):
