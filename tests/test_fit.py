@@ -230,6 +230,27 @@ def test_a_run_with_a_validation_set_does_not_go_on_without(data, tmp_path, begi
     begin(tmp_path / "out", "--resume", *val)
 
 
+def test_a_run_does_not_go_on_with_its_classes_in_another_order(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    names = [each["name"] for each in json.loads((data / "boxes.json").read_text())["categories"]]
+    (tmp_path / "out/classes.json").write_text(json.dumps({"class_names": names}))
+    begin(tmp_path / "out", "--resume")
+    content = json.loads((data / "boxes.json").read_text())
+    first, second = content["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+    (data / "boxes.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert f"boxes.json: class 0 is {names[1]!r}, and {names[0]!r} in" in capsys.readouterr().err
+    content["categories"] = content["categories"][2:]
+    content["annotations"] = [
+        each for each in content["annotations"] if each["category_id"] == content["categories"][0]["id"]
+    ]
+    (data / "boxes.json").write_text(json.dumps(content))
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert f"class 0 is {names[2]!r}, and {names[0]!r} in" in capsys.readouterr().err
+
+
 def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
     content = json.loads((data / "boxes.json").read_text())
     for image in content["images"]:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from sim_m2f.commands.check import inspect_set
@@ -18,6 +19,7 @@ from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.class_names import read_class_names
 from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import (
@@ -220,6 +222,8 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
     data = checked(boxes)
     if not any(len(image.labels) for image in data.images):
         raise UserError(f"{path}: no object to learn from (crowds and empty boxes aside); give another file")
+    if previous and (args.output / CLASSES).exists():
+        refuse_other_classes(args.output / CLASSES, data)
     content = load_json(path, limits)
     train, val = boxes, boxes
     if args.val:
@@ -237,6 +241,15 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
     elif len(data.images) >= FEWEST and write_split(content, VALIDATION, args.seed, (own_train, own_val)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
     return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
+
+
+def refuse_other_classes(path: Path, data: CocoData) -> None:
+    """Raises UserError unless the data have the classes that a run has noted in ``path``, in their order."""
+    pairs = zip_longest(map(repr, data.class_names), map(repr, read_class_names(path)), fillvalue="missing")
+    for number, (given, noted) in enumerate(pairs):
+        if given != noted:
+            fault = f"class {number} is {given}, and {noted} in {path}"
+            raise UserError(f"{data.annotations_file}: {fault}; give the run's classes in its order")
 
 
 def checked(source: DatasetSource) -> CocoData:
