@@ -251,6 +251,29 @@ def test_a_run_does_not_go_on_with_its_classes_in_another_order(data, tmp_path, 
     assert f"class 0 is {names[2]!r}, and {names[0]!r} in" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_without_the_images_that_it_held_back(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    before = json.loads((tmp_path / "out/fit.val.json").read_text())["images"]
+    content = json.loads((data / "boxes.json").read_text())
+    for number in range(20):
+        image = {**content["images"][0], "id": 100 + number, "file_name": f"new{number}.png"}
+        shutil.copy(data / content["images"][0]["file_name"], data / image["file_name"])
+        content["images"].insert(0, image)
+    (data / "boxes.json").write_text(json.dumps(content))
+    begin(tmp_path / "out", "--resume")
+    train, val = (json.loads((tmp_path / f"out/fit.{name}.json").read_text()) for name in ("train", "val"))
+    assert val["images"] == before
+    assert len(train["images"]) == 25 - len(before)
+    assert len(train["annotations"]) + len(val["annotations"]) == len(content["annotations"])
+    held = {image["id"] for image in before}
+    content["images"] = [image for image in content["images"] if image["id"] not in held]
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] not in held]
+    (data / "boxes.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert "none of the annotated images are those that the run held back" in capsys.readouterr().err
+
+
 def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
     content = json.loads((data / "boxes.json").read_text())
     for image in content["images"]:

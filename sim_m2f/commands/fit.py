@@ -31,6 +31,7 @@ from sim_m2f.data.formats.registry import (
     output_formats,
     refuse_shared_files,
 )
+from sim_m2f.data.split import part
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -238,9 +239,30 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
             path = own_val
             write_file(path, json.dumps(same))
         val = DatasetSource(path.stem, path, images, limits)
-    elif len(data.images) >= FEWEST and write_split(content, VALIDATION, args.seed, (own_train, own_val)):
+    elif divide(content, args.seed, previous, (own_train, own_val)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
     return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
+
+
+def divide(content: Record, seed: int, previous: CfgNode | None, paths: tuple[Path, Path]) -> bool:
+    """Write what is for training and what is for validation; False where there are too few images to do so.
+
+    A run that goes on holds back the images that it has held back before: it has learned from the others.
+
+    Raises:
+        UserError: the seed is negative, or none of these images is left, or no other.
+    """
+    if previous is None or Path(previous.DATASETS.TRAIN_ANNOTATIONS).name != OWN[1]:
+        return len(content["images"]) >= FEWEST and write_split(content, VALIDATION, seed, paths)
+    before = {image["file_name"] for image in load_json(paths[1], previous.INPUT.LIMITS)["images"]}
+    held = {image["id"] for image in content["images"] if image["file_name"] in before}
+    rest = {image["id"] for image in content["images"]} - held
+    if not held or not rest:
+        fault = f"{'all' if held else 'none'} of the annotated images are those that the run held back"
+        raise UserError(f"--resume: {fault} ({paths[1]}); give the images of the run")
+    for path, ids in zip(paths, (rest, held), strict=True):
+        write_file(path, json.dumps(part(content, ids)))
+    return True
 
 
 def refuse_other_classes(path: Path, data: CocoData) -> None:
