@@ -133,13 +133,35 @@ def test_two_processes_do_not_label_into_one_folder(data, tmp_path, capsys):
     assert main(arguments(folder, tmp_path)) == 0  # a killed process leaves no lock behind
 
 
-def test_a_journal_of_something_else_is_not_used(tmp_path):
+def test_what_is_done_stays_where_other_images_change(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source = write_many(tmp_path / "set", tmp_path / "0.png", 6)
+    with pytest.raises(KeyboardInterrupt):
+        run.label_set(LargeMasks(4), source, tmp_path / "masks.json")
+    content = json.loads(source.annotations.read_text())
+    content["images"] = content["images"][1:]  # one is left out, as the message for a broken one says
+    content["annotations"] = content["annotations"][1:]
+    content["annotations"][0]["bbox"] = [1, 1, 6, 6]
+    content["annotations"][1]["category_id"] = 2
+    content["categories"].append({"id": 2, "name": "dust"})
+    source.annotations.write_text(json.dumps(content))
+    masker = LargeMasks(9)
+    run.label_set(masker, source, tmp_path / "masks.json")
+    assert 9 - masker.images == 4  # two with another box or class, and two that were not done
+    found = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    assert [len(each["segmentation"]) for each in found] == [LargeMasks.size] * 5
+
+
+def test_a_journal_of_something_else_is_not_used(tmp_path, capsys):
     path = tmp_path / "new" / "progress.jsonl"
     journal = Journal(path, "one")
     journal.add(3, {1: "mask"})
     assert 3 in Journal(path, "one")
     assert Journal(path, "one").labels(3) == {"1": "mask"}
+    assert capsys.readouterr().err == ""
     assert len(Journal(path, "other")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"note: {path}: what it holds was made by another network" in line
     assert len(Journal(path, "one")) == 0
 
 

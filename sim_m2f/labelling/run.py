@@ -32,15 +32,15 @@ class Masker(Protocol):
     """Whoever makes the masks of a data set's boxes."""
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes the masks."""
+        """Changes with anything that changes all masks: not with the annotations."""
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """What gives, of an image, the fields to add to each annotation by its id; UserError if it cannot."""
 
 
 def fingerprint(source: DatasetSource, network: nn.Module | None, *choices: object) -> str:
-    """Another text for another data set, network or choice."""
-    digest = hashlib.sha256(source.annotations.read_bytes())
+    """Another text for another folder of images, network or choice."""
+    digest = hashlib.sha256()
     for weight in network.state_dict().values() if network else ():
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     digest.update(repr((source.image_root.resolve(), *choices)).encode())
@@ -57,9 +57,9 @@ class Labeller:
     keep_overlaps: bool
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes the labels."""
+        """Changes with anything that changes all labels."""
         choices = self.quality, self.colors, self.keep_overlaps, self.model.cfg.dump()
-        return fingerprint(source, self.model, *choices)
+        return fingerprint(source, self.model, self.model.class_names, *choices)
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """See ``Masker``.
@@ -93,8 +93,8 @@ class Labeller:
 def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequence[str] = ()) -> None:
     """Write ``output``: the annotations as they are, each with its mask, its score and what comes with it.
 
-    Memory holds the boxes, never all masks. What a stopped call with the same network, data and options has
-    done is not done again.
+    Memory holds the boxes, never all masks. What a stopped call with the same network and options has done is
+    not done again, but for images whose boxes have changed.
 
     Args:
         masker: who makes the masks.
@@ -110,7 +110,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     data = read_coco(source, read_masks=False)
     refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
     labels = masker.labelling(data)
-    journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source))
+    digests = {image.id: image_digest(data, image) for image in data.images}
+    journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source), digests)
     with_boxes = [image for image in data.images if len(image.labels)]
     waiting = [image for image in with_boxes if image.id not in journal]
     problems = []
@@ -135,6 +136,13 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
         labelled = ((image, list(map(masks, own))) for image, own in images_of(content))
         WRITERS[name](output.parent, content["categories"], labelled)
     journal.remove()
+
+
+def image_digest(data: CocoData, image: ImageRecord) -> str:
+    """Another text for other boxes, classes or ids on an image, or another file or size of it."""
+    names = [data.class_names[label] for label in image.labels]
+    own = image.file_name, image.height, image.width, image.boxes.tolist(), names, image.annotation_ids
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:16]
 
 
 def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Journal) -> Record:
