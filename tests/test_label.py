@@ -267,6 +267,18 @@ def write_many(folder: Path, image: Path, count: int) -> DatasetSource:
     return DatasetSource("many", folder / "many.json", folder)
 
 
+def test_limits_of_the_network_hold(data, tmp_path, capsys):
+    folder, _ = data
+    model = from_pretrained(folder / "network")
+    model.cfg.defrost()
+    model.cfg.INPUT.LIMITS.PIXELS = 10
+    model.save_pretrained(tmp_path / "network")
+    given = arguments(folder, tmp_path / "out", "--model", str(tmp_path / "network"))
+    assert main(given) == 2
+    assert "more than INPUT.LIMITS.PIXELS (10)" in capsys.readouterr().err
+    assert main([*given, "--set", "INPUT.LIMITS.PIXELS", "100000"]) == 0
+
+
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
     folder, _ = data
     broken = folder / "2.png"
