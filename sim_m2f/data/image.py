@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.errors import UserError, first_line
@@ -92,6 +93,10 @@ def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
 
 def _upright_size(stored: Image.Image) -> tuple[int, int]:
     width, height = stored.size
+    if isinstance(
+        stored, TiffImageFile
+    ):  # decoded upright; what size is before depends on Pillow
+        width, height = stored.tag_v2[IMAGEWIDTH], stored.tag_v2[IMAGELENGTH]
     exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
     return (height, width) if exif.get(ExifTags.Base.Orientation) in LYING else (width, height)
 
@@ -103,7 +108,8 @@ def check_header(path: Path, height: int, width: int, limits: CfgNode) -> None:
         UserError: it has no header of an image, is too large, or has another size than its record.
     """
     with opened(path, limits) as stored:
-        size = stored.size if stored.size == (width, height) else _upright_size(stored)
+        as_stored = stored.size == (width, height) and not isinstance(stored, TiffImageFile)
+        size = stored.size if as_stored else _upright_size(stored)
     _refuse_other_size(path, size, height, width)
 
 
