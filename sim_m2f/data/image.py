@@ -93,9 +93,7 @@ def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
 
 def _upright_size(stored: Image.Image) -> tuple[int, int]:
     width, height = stored.size
-    if isinstance(
-        stored, TiffImageFile
-    ):  # decoded upright; what size is before depends on Pillow
+    if isinstance(stored, TiffImageFile):  # decoded upright; what size is before depends on Pillow
         width, height = stored.tag_v2[IMAGEWIDTH], stored.tag_v2[IMAGELENGTH]
     exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
     return (height, width) if exif.get(ExifTags.Base.Orientation) in LYING else (width, height)
