@@ -158,6 +158,18 @@ def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_keypoints_of_yolo_are_left_out(tmp_path, capsys):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "labels/1.txt").write_text("0 0.5 0.5 0.2 0.4 0.1 0.1 0.9 0.9\n" * 2 + "0 0.5 0.5 0.6 0.4\n")
+    (tmp_path / "data.yaml").write_text("{names: [cat], kpt_shape: [2, 2]}")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo")
+    np.testing.assert_allclose(boxes(back), [[4, 3, 2, 4], [4, 3, 2, 4], [2, 3, 6, 4]])
+    assert not any("segmentation" in each for each in back["annotations"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "note: " in line
+    assert "2 shapes of the kind 'keypoints'" in line
+
+
 def test_the_readme_of_an_export_is_no_label_of_yolo(tmp_path, capsys):
     write_yolo_set(tmp_path, {"train/labels/1.txt": 2}, ("train/images/1.jpg",))
     (tmp_path / "data.yaml").write_text("names: [cat, dog]")
