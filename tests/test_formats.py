@@ -131,6 +131,17 @@ def test_a_box_that_is_larger_than_its_mask_survives(tmp_path, name):
         np.testing.assert_array_equal(decoded(annotation, 100, 100), mask)
 
 
+def test_a_score_that_is_not_known_is_written_for_label_studio(data, tmp_path):
+    folder, content = data
+    content["annotations"][0]["score"] = None
+    content["annotations"][1]["score"] = 0.5
+    (folder / "set.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "out", folder / "set.json", "--format", "labelstudio")
+    tasks = json.loads((tmp_path / "out/labelstudio.json").read_text())
+    scores = [each["score"] for task in tasks for each in task["predictions"][0]["result"]]
+    assert sorted(scores) == [0.0] * (len(scores) - 1) + [0.5]
+
+
 def test_polygons_of_coco(data, tmp_path):
     folder, content = data
     convert(folder, tmp_path, folder / "set.json", "--format", "polygons")
@@ -299,7 +310,7 @@ def test_a_turned_rectangle_of_label_studio(tmp_path):
     result = {"type": "rectanglelabels", "original_width": 200, "original_height": 100, "value": value}
     task = {
         "id": 7,
-        "data": {"image": "/data/upload/1/3f2a-a%20b.png"},
+        "data": {"image": "/data/upload/1/3f2a09bc-a%20b.png"},
         "annotations": [{"result": [result]}],
     }
     (tmp_path / "tasks.json").write_text(json.dumps([task]))

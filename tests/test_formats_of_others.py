@@ -313,7 +313,7 @@ def test_shapes_that_are_left_out_are_counted(tmp_path, capsys, name):
 
 FIELDS = {
     "the control's": {"note": "2.png", "image": "1.png"},
-    "the only file's": {"note": "http://[see " + "1" * 5000, "photo": "/data/upload/3/ab12-1.png"},
+    "the only file's": {"note": "http://[see " + "1" * 5000, "photo": "/data/upload/3/ab12cd34-1.png"},
 }
 
 
@@ -326,6 +326,49 @@ def test_the_field_of_label_studio_that_is_the_image(tmp_path, name):
     }
     back = read_one("labelstudio", labelstudio(result, **FIELDS[name]), tmp_path, ("1.png", "2.png"))
     assert list(by_image(back)) == ["1.png"]
+
+
+def on_image(control: str, name: str, **more) -> dict:
+    value = RECTANGLE | {"rectanglelabels": [name]}
+    return {"type": "rectanglelabels", "to_name": control, "value": value, **more}
+
+
+@pytest.mark.parametrize("fields", [{"left": "1.png", "right": "2.png"}, {"both": ["1.png", "2.png"]}])
+def test_a_task_of_label_studio_with_two_images(tmp_path, fields):
+    controls = list(fields) if len(fields) == 2 else ["both", "both"]
+    results = [on_image(control, f"on {n}", item_index=n) for n, control in enumerate(controls)]
+    if len(fields) == 2:
+        results = [{key: value for key, value in each.items() if key != "item_index"} for each in results]
+    back = read_one("labelstudio", labelstudio(*results, *results, **fields), tmp_path, ("1.png", "2.png"))
+    names = {each["id"]: each["name"] for each in back["categories"]}
+    found = {file: {names[each["category_id"]] for each in own} for file, own in by_image(back).items()}
+    assert found == {"1.png": {"on 0"}, "2.png": {"on 1"}}
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        (("img1", "img2"), "which of several images 'img1' is cannot be told"),
+        (("img2",), "the image may be any of '1.png', '2.png'"),
+    ],
+)
+def test_two_images_of_label_studio_that_cannot_be_told_apart(tmp_path, capsys, controls, said):
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / name)
+    results = [on_image(control, "cat") for control in controls]
+    (tmp_path / "1.json").write_text(labelstudio(*results, left="1.png", right="2.png"))
+    paths = ["--annotations", str(tmp_path / "1.json"), "--images", str(tmp_path)]
+    assert main(["convert", "--from", "labelstudio", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_only_the_prefix_of_label_studio_is_taken_from_a_name(tmp_path):
+    images = "001.png", "deep/left-001.png"
+    back = read_one(
+        "labelstudio", labelstudio(on_image("image", "cat"), image="left-001.png"), tmp_path, images
+    )
+    assert list(by_image(back)) == ["deep/left-001.png"]
 
 
 BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox>"
