@@ -352,6 +352,16 @@ def test_the_worst_of_two_classes_is_told_by_name(data, tmp_path, capsys):
     assert "no class 'square'" in capsys.readouterr().err
 
 
+def test_classes_without_objects_are_not_asked_of_the_network(data, tmp_path):
+    folder, content = data
+    more = {**content, "categories": [{"id": 1, "name": "square"}, *content["categories"]]}
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert main(arguments(folder, tmp_path / "a")) == 0
+    assert main(arguments(folder, tmp_path / "b", "--annotations", str(tmp_path / "more.json"))) == 0
+    found = [json.loads((tmp_path / name / "masks.json").read_text()) for name in ("a", "b")]
+    assert found[0]["annotations"] == found[1]["annotations"]
+
+
 def test_validation_masks_choose_colours(data, tmp_path):
     folder, content = data
     content = {**content, "annotations": [each for each in content["annotations"] if "segmentation" in each]}

@@ -159,16 +159,17 @@ def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Jo
 
 
 def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:
-    """(C,) the network's label of each class of the data, by name.
+    """(C,) the network's label of each class of the data, by name; -1 of one without objects that it lacks.
 
     Raises:
-        UserError: the network has no class of a name.
+        UserError: the network has no class of an object's name.
     """
-    unknown = [name for name in data.class_names if name not in names]
+    used = {label for image in data.images for label in image.labels.tolist()}
+    unknown = [data.class_names[label] for label in sorted(used) if data.class_names[label] not in names]
     if unknown:
         known = f"the network knows {', '.join(names[:10])}"
         raise UserError(f"{data.annotations_file}: no class {unknown[0]!r}; {known}; rename the category")
-    return np.array([names.index(name) for name in data.class_names], np.int64)
+    return np.array([names.index(name) if name in names else -1 for name in data.class_names], np.int64)
 
 
 @dataclass(frozen=True)
