@@ -409,6 +409,16 @@ def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
     assert Quality(weights=[1, 1, 1, 1, 0.5]).score(found.signs)[0] == 0
 
 
+def test_an_image_of_one_pixel(data):
+    """Which NumPy calls contiguous even where it is mirrored, and PyTorch does not."""
+    model = from_pretrained(data[0] / "network")
+    found = masks.label(
+        model, np.zeros((1, 1, 3), np.uint8), np.array([[0.0, 0, 1, 1]]), np.array([0]), False
+    )
+    assert found.masks.shape == (1, 1, 1)
+    assert found.masks.all()
+
+
 @pytest.mark.parametrize("box", [[-1, 4, -1, 9], [4, -1, 9, -1], [-1, -1, -1, -1], [21, 11, 21, 11]])
 def test_an_ellipse_outside_of_the_image_is_the_nearest_pixel(box):
     x, y = np.clip(np.mean(np.reshape(box, (2, 2)), axis=0).astype(int), 0, (19, 9))
