@@ -146,6 +146,8 @@ def test_names_of_yolo_count_by_their_numbers(tmp_path, quote, label):
         ("person", "has no names of classes (they are no list); add them"),
         ("[2001-99-99]", "has no names of classes (month must be in 1..12); add them"),
         ("[person, 2001-02-03]", "has no names of classes (one of them is no text); add them"),
+        ("[on, off]", "a class is named on, off, yes, no, true or false; put its name in quotes"),
+        ("[cat, dog, cat]", "classes 0 and 2 are both named 'cat'; rename one of them"),
     ],
 )
 def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
@@ -156,6 +158,26 @@ def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"data.yaml: {said}" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_two_classes_of_one_name_in_a_list_of_yolo(tmp_path, capsys):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "classes.txt").write_text("cat\ncat\ndog\n")
+    paths = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *paths, "--output", str(tmp_path / "out")]) == 2
+    assert "classes.txt: classes 0 and 1 are both named 'cat'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["classes.txt", "data.yaml"])
+def test_the_mark_of_windows_is_no_part_of_yolo(tmp_path, names):
+    write_yolo_set(tmp_path, {}, ("images/1.jpg",))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/1.txt").write_text("0 0.5 0.5 0.5 0.5\n", encoding="utf-8-sig")
+    text = "cat\ndog\n" if names == "classes.txt" else "names: [cat, dog]"
+    (tmp_path / names).write_text(text, encoding="utf-8-sig")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo")
+    assert [each["name"] for each in back["categories"]] == ["cat", "dog"]
+    assert len(back["annotations"]) == 1
 
 
 def test_keypoints_of_yolo_are_left_out(tmp_path, capsys):

@@ -48,21 +48,34 @@ def _classes(file: Path) -> tuple[list[str], bool]:
     """The names of the classes in data.yaml or classes.txt, and whether their objects have keypoints.
 
     Raises:
-        UserError: it has none, or their numbers are not those from 0 on.
+        UserError: it has none, two are the same, or their numbers are not those from 0 on.
     """
     if file.suffix == ".txt":
-        return read_text(file).rstrip().splitlines(), False
+        return _apart(file, read_text(file).rstrip().splitlines()), False
     try:
         content: Any = yaml.safe_load(read_text(file))
         names: Any = content["names"]
         if not isinstance(names, dict | list):
             raise TypeError("they are no list")
         found = _by_number(file, names) if isinstance(names, dict) else names
+        if any(isinstance(name, bool) for name in found):
+            raise UserError(
+                f"{file}: a class is named on, off, yes, no, true or false; put its name in quotes"
+            )
         if not all(isinstance(name, str | int | float) for name in found):
             raise TypeError("one of them is no text")
-        return [str(name) for name in found], bool(content.get("kpt_shape"))
+        return _apart(file, [str(name) for name in found]), bool(content.get("kpt_shape"))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: has no names of classes ({first_line(error)}); add them") from error
+
+
+def _apart(file: Path, names: list[str]) -> list[str]:
+    """The names of classes; UserError where two are the same."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            fault = f"classes {names.index(name)} and {number} are both named {name!r}"
+            raise UserError(f"{file}: {fault}; rename one of them")
+    return names
 
 
 def _by_number(file: Path, names: dict[Any, Any]) -> list[Any]:
