@@ -404,6 +404,21 @@ def test_images_of_voc_are_found_below(tmp_path, told):
     assert list(by_image(back)) == ["day/0001.jpg"]
 
 
+@pytest.mark.parametrize("name", ["voc", "labelme"])
+def test_two_files_about_one_image_are_refused(tmp_path, capsys, name):
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    (tmp_path / "notes").mkdir()
+    shape = {"shape_type": "rectangle", "points": [[0, 0], [9, 9]]}
+    for number in (1, 2):
+        text = VOC.format("1.png") if name == "voc" else labelme(shape, image="1.png")
+        (tmp_path / f"notes/{number}.{'xml' if name == 'voc' else 'json'}").write_text(text)
+    paths = ["--annotations", str(tmp_path / "notes"), "--images", str(tmp_path)]
+    assert main(["convert", "--from", name, *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "notes/2." in line
+    assert "'1.png' has other annotations already" in line
+
+
 def test_two_images_of_voc_by_one_name(tmp_path, capsys):
     images = ("day/1.jpg", "night/1.jpg")
     for image in images:

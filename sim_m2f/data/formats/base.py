@@ -125,6 +125,7 @@ class Collected:
         self.folder, self.limits = folder, limits
         self.category_ids = {name: number for number, name in enumerate(names, start=1)}
         self.images: list[Record] = []
+        self.added: set[str] = set()  # the images' names
         self.annotations: list[Record] = []
         self.left_out: Counter[str] = Counter()  # shapes that are not read, by their kind
 
@@ -165,9 +166,12 @@ class Collected:
         """What is added next lies on this image, of this width and height in pixels; by default its file's.
 
         Raises:
-            ValueError: it lies outside of the folder, or has too many pixels or none.
+            ValueError: it lies outside of the folder, has too many pixels or none, or is there already.
             UserError: its file cannot be read.
         """
+        if os.path.normpath(file_name) in self.added:
+            raise ValueError(f"{file_name!r} has other annotations already; keep those of one file or record")
+        self.added.add(os.path.normpath(file_name))
         if not self.limits.OUTSIDE and is_outside(self.folder, file_name):
             raise ValueError(f"{file_name!r} is not in the folder of images; set INPUT.LIMITS.OUTSIDE True")
         width, height = size or image_size(self.folder / file_name, self.limits)
