@@ -279,6 +279,37 @@ def test_turned_boxes_and_ellipses_of_cvat(tmp_path):
     np.testing.assert_allclose(boxes(back), expected, atol=1e-9)
 
 
+def test_shapes_that_are_not_upright_may_reach_out_of_the_image(tmp_path):
+    turned = '<box label="cat" xtl="30" ytl="90" xbr="70" ybr="100" rotation="90"/>'
+    ellipse = '<ellipse label="cat" cx="10" cy="50" rx="30" ry="10"/>'
+    found = boxes(read_one("cvat", cvat(turned, ellipse), tmp_path / "a"))
+    np.testing.assert_allclose(found, [[45, 75, 10, 25], [0, 40, 40, 20]], atol=1e-9)
+    circle = {"shape_type": "circle", "points": [[95, 5], [95, 25]]}
+    assert boxes(read_one("labelme", labelme(circle), tmp_path / "b")) == [[75, 0, 25, 25]]
+    value = {"x": 90, "y": 50, "radiusX": 20, "radiusY": 5, "ellipselabels": ["cat"]}
+    text = labelstudio({"type": "ellipselabels", "value": value}, image="1.png")
+    np.testing.assert_allclose(boxes(read_one("labelstudio", text, tmp_path / "c")), [[70, 45, 30, 10]])
+
+
+def test_a_box_out_of_its_image_is_told_with_its_file(tmp_path, capsys):
+    texts = {
+        "voc": ("a.xml", VOC.format("1.png").replace("<xmax>3<", "<xmax>105<")),
+        "labelme": (
+            "a.json",
+            labelme({"shape_type": "rectangle", "points": [[0, 0], [9, 105]]}, image="1.png"),
+        ),
+        "csv": ("a.csv", "image,label,xmin,ymin,xmax,ymax\n1.png,cat,1,2,3,4\n1.png,cat,1,2,105,4\n"),
+    }
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    for name, (file, text) in texts.items():
+        (tmp_path / file).write_text(text)
+        paths = ["--annotations", str(tmp_path / file), "--images", str(tmp_path)]
+        assert main(["convert", "--from", name, *paths, "--output", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert file + (":3" if name == "csv" else "") in line
+        assert "box of 'cat' reaches out of its image, 100 x 100" in line
+
+
 @pytest.mark.parametrize("degrees", [0, 10, 45, 80, 200])
 def test_the_box_around_a_turned_ellipse(degrees):
     turn = np.linspace(0, 2 * np.pi, 100_000)

@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from sim_m2f.config import CfgNode
+from sim_m2f.data.coco import box_problem
 from sim_m2f.data.formats.boxes import Corners, around_mask
 from sim_m2f.data.image import image_files, image_size, is_outside, names_outside
 from sim_m2f.data.polygons import joined, mask_polygons
@@ -182,21 +183,33 @@ class Collected:
         self.images.append(record)
 
     def add_box(self, name: str, corners: Iterable[float]) -> None:
-        """An object of the last image: the name of its class and its box xyxy in pixels."""
+        """An object of the last image: the name of its class and its box xyxy in pixels.
+
+        Raises:
+            ValueError: the box is not finite or reaches out of its image.
+        """
         x0, y0, x1, y1 = (float(value) for value in corners)
         if not np.isfinite((x0, y0, x1, y1)).all():
             raise ValueError(f"box of {name!r} is not finite")
         x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+        image = self.images[-1]
+        if problem := box_problem([x0, y0, x1 - x0, y1 - y0], image["height"], image["width"]):
+            raise ValueError(f"box of {name!r} {problem.partition(';')[0]}")
         self.annotations.append(
             {
                 "id": len(self.annotations) + 1,
-                "image_id": self.images[-1]["id"],
+                "image_id": image["id"],
                 "category_id": self.category_ids.setdefault(name, len(self.category_ids) + 1),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0),
                 "iscrowd": 0,
             }
         )
+
+    def add_around(self, name: str, corners: Iterable[float]) -> None:
+        """An object by the upright box around a shape, as far as it lies in the last image."""
+        values = np.array([float(value) for value in corners])
+        self.add_box(name, np.clip(values, 0, (self.images[-1]["width"], self.images[-1]["height"]) * 2))
 
     def add_polygons(
         self, name: str, polygons: Iterable[Iterable[Iterable[float]]], box: Iterable[float] | None = None

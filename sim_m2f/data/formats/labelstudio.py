@@ -113,10 +113,11 @@ def _add(data: Collected, shape: Record, width: int, height: int) -> None:
         data.add_polygons(value[kind][0], [np.array(value["points"]) * scale], box)
     elif value.keys() >= {"x", "y", "width", "height"}:
         x, y, w, h = _pixels(value, "width", "height", scale)
-        data.add_box(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
+        add = data.add_around if degrees else data.add_box
+        add(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
     elif "radiusX" in value:
         x, y, rx, ry = _pixels(value, "radiusX", "radiusY", scale)
-        data.add_box(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
+        data.add_around(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
     else:
         data.left_out[kind] += 1
 
