@@ -425,6 +425,19 @@ def test_a_fault_of_validation_comes_first(data, tmp_path, capsys):
     assert "annotation id 1: segmentation has size [1, 2]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("share", [0, 1, 2])
+def test_boxes_are_no_validation_masks(data, capsys, share):
+    """Of every ``share``-th object; of none where it is 0."""
+    content = json.loads((data / "set.json").read_text())
+    for each in content["annotations"][::share] if share else []:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h, x, y]]
+    (data / "val.json").write_text(json.dumps(content))
+    _, sets = chosen(data, "--val", str(data / "val.json"))
+    assert sets.masks == (share != 1)
+    assert ("the four corners of their boxes" in capsys.readouterr().err) == (share == 1)
+
+
 def test_validation_classes_are_matched_by_name(data):
     content = json.loads((data / "set.json").read_text())
     new = {3: 1, 7: 2, 90: 3}

@@ -362,6 +362,17 @@ def test_classes_without_objects_are_not_asked_of_the_network(data, tmp_path):
     assert found[0]["annotations"] == found[1]["annotations"]
 
 
+def test_boxes_are_no_validation_masks(data, tmp_path, capsys):
+    folder, content = data
+    annotations = [dict(each) for each in content["annotations"] if "segmentation" in each]
+    for each in annotations:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": annotations}))
+    assert main(arguments(folder, tmp_path / "out", "--val", str(tmp_path / "val.json"))) == 2
+    assert "val.json: most of its masks are the four corners of their boxes" in capsys.readouterr().err
+
+
 def test_validation_masks_choose_colours(data, tmp_path):
     folder, content = data
     content = {**content, "annotations": [each for each in content["annotations"] if "segmentation" in each]}

@@ -31,6 +31,7 @@ from sim_m2f.data.formats.registry import (
     output_formats,
     refuse_shared_files,
 )
+from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
 from sim_m2f.data.split import part
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
@@ -241,7 +242,7 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
         val = DatasetSource(path.stem, path, images, limits)
     elif divide(content, args.seed, previous, (own_train, own_val)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
-    return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
+    return Sets(train, val, boxes, data, _has_masks(val))
 
 
 def divide(content: Record, seed: int, previous: CfgNode | None, paths: tuple[Path, Path]) -> bool:
@@ -285,11 +286,16 @@ def checked(source: DatasetSource) -> CocoData:
     return data
 
 
-def _has_masks(content: Record) -> bool:
-    annotations = content.get("annotations", [])
-    return bool(annotations) and all(
-        isinstance(each, dict) and each.get("segmentation") for each in annotations
-    )
+def _has_masks(val: DatasetSource) -> bool:
+    """Whether a checked data set has a mask of every object; a note tells where these are just boxes."""
+    annotations = load_json(val.annotations, val.limits).get("annotations", [])
+    if not annotations or not all(each.get("segmentation") for each in annotations):
+        return False
+    corners = ((x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in annotations))
+    if not mostly_boxes(zip((each["segmentation"] for each in annotations), corners, strict=True)):
+        return True
+    print(f"note: {val.annotations}: {JUST_BOXES}, and masks are not scored by them", file=sys.stderr)
+    return False
 
 
 def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:

@@ -16,7 +16,7 @@ from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
-from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.data.segmentation import JUST_BOXES, encode_masks, mostly_boxes
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.labelling.journal import Journal
@@ -200,13 +200,17 @@ def compared(model: Segmenter, source: DatasetSource) -> dict[bool, Compared]:
         source: a COCO JSON in which every object has a segmentation.
 
     Raises:
-        UserError: the data have a fault, or no object.
+        UserError: the data have a fault, no object, or boxes for masks.
     """
     data = read_coco(source, read_masks=True)
     classes = matching_classes(data, model.class_names)
     images = [image for image in data.images if len(image.labels)]
     if not images:
         raise UserError(f"{source.annotations}: no object to compare masks with; give another --val")
+    if mostly_boxes(
+        pair for image in images for pair in zip(image.segmentations or [], image.boxes, strict=True)
+    ):
+        raise UserError(f"{source.annotations}: {JUST_BOXES}; give true masks, or leave --val out")
     signs: dict[bool, list[np.ndarray]] = {True: [], False: []}
     ious: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for image in progress(images, "calibrate", len(images)):
