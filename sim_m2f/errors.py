@@ -13,6 +13,7 @@ _NO_RANK = (
     r"gloo/|DistNetworkError|remote process exited"
     r"|NCCL communicator was aborted|Watchdog caught collective operation timeout"
 )
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]")  # XML takes few of them
 _NO_SPACE = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 
 
@@ -59,8 +60,10 @@ def _says(error: BaseException, pattern: str) -> bool:
 
 
 def is_line(value: object) -> bool:
-    """Whether it is a text of one line that files and terminals take: no zeros, no halves of characters."""
-    if not isinstance(value, str) or "\0" in value or len(value.splitlines()) > 1:
+    """Whether it is a text of one line that files and terminals take: no characters of control but tabs, no
+    halves of characters.
+    """
+    if not isinstance(value, str) or _CONTROL.search(value) or len(value.splitlines()) > 1:
         return False
     return value.encode(errors="ignore").decode() == value
 

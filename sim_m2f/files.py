@@ -77,13 +77,14 @@ def _real(path: Path) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """
+    """The text of a file, without the mark that Windows' editors begin it with.
+
     Raises:
         UserError: the file cannot be read, or is not UTF-8.
     """
     refuse_special(path)
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: is no text ({first_line(error)}); correct it or remove it") from error
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import TiffImageFile
 
-from sim_m2f.data.image import LIMITS, check_header, read_image
+from sim_m2f.data.image import LIMITS, check_header, image_size, read_image
 from sim_m2f.errors import UserError
 
 HEIGHT, WIDTH = 24, 36
@@ -41,7 +42,7 @@ def test_grey_and_black_and_white(tmp_path, pixels):
     np.testing.assert_array_equal(read_image(path, HEIGHT, WIDTH), np.stack([(grey > 127) * 255] * 3, axis=2))
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
 @pytest.mark.parametrize("orientation", [None, *range(1, 9)])
 @pytest.mark.parametrize("size", [(HEIGHT, WIDTH), (WIDTH, HEIGHT), (HEIGHT, HEIGHT)])
 def test_a_header_is_accepted_when_the_image_is(tmp_path, pixels, name, orientation, size):
@@ -57,6 +58,21 @@ def test_a_header_is_accepted_when_the_image_is(tmp_path, pixels, name, orientat
         except UserError as error:
             said.append(str(error))
     assert said[0] == said[1]
+    assert image_size(path, LIMITS) == read_image(path).shape[1::-1]
+
+
+@pytest.mark.parametrize("lying", [False, True])
+def test_the_size_of_a_lying_tiff_is_that_of_every_pillow(tmp_path, pixels, monkeypatch, lying):
+    """Before it is decoded, newer ones have it upright and older ones as it is stored."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    path = save(tmp_path, Image.fromarray(pixels), "a.tif", exif=exif)
+    told = (WIDTH, HEIGHT) if lying else (HEIGHT, WIDTH)
+    monkeypatch.setattr(TiffImageFile, "size", told)
+    assert image_size(path, LIMITS) == (HEIGHT, WIDTH)
+    check_header(path, WIDTH, HEIGHT, LIMITS)
+    with pytest.raises(UserError, match="is 24 x 36 pixels, but 36 x 24"):
+        check_header(path, HEIGHT, WIDTH, LIMITS)
 
 
 def test_a_header_is_read_without_the_pixels(tmp_path, pixels):

@@ -230,6 +230,50 @@ def test_a_run_with_a_validation_set_does_not_go_on_without(data, tmp_path, begi
     begin(tmp_path / "out", "--resume", *val)
 
 
+def test_a_run_does_not_go_on_with_its_classes_in_another_order(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    names = [each["name"] for each in json.loads((data / "boxes.json").read_text())["categories"]]
+    (tmp_path / "out/classes.json").write_text(json.dumps({"class_names": names}))
+    begin(tmp_path / "out", "--resume")
+    content = json.loads((data / "boxes.json").read_text())
+    first, second = content["categories"][:2]
+    first["name"], second["name"] = second["name"], first["name"]
+    (data / "boxes.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert f"boxes.json: class 0 is {names[1]!r}, and {names[0]!r} in" in capsys.readouterr().err
+    content["categories"] = content["categories"][2:]
+    content["annotations"] = [
+        each for each in content["annotations"] if each["category_id"] == content["categories"][0]["id"]
+    ]
+    (data / "boxes.json").write_text(json.dumps(content))
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert f"class 0 is {names[2]!r}, and {names[0]!r} in" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_without_the_images_that_it_held_back(data, tmp_path, begin, capsys):
+    begin(tmp_path / "out")
+    before = json.loads((tmp_path / "out/fit.val.json").read_text())["images"]
+    content = json.loads((data / "boxes.json").read_text())
+    for number in range(20):
+        image = {**content["images"][0], "id": 100 + number, "file_name": f"new{number}.png"}
+        shutil.copy(data / content["images"][0]["file_name"], data / image["file_name"])
+        content["images"].insert(0, image)
+    (data / "boxes.json").write_text(json.dumps(content))
+    begin(tmp_path / "out", "--resume")
+    train, val = (json.loads((tmp_path / f"out/fit.{name}.json").read_text()) for name in ("train", "val"))
+    assert val["images"] == before
+    assert len(train["images"]) == 25 - len(before)
+    assert len(train["annotations"]) + len(val["annotations"]) == len(content["annotations"])
+    held = {image["id"] for image in before}
+    content["images"] = [image for image in content["images"] if image["id"] not in held]
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] not in held]
+    (data / "boxes.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main(arguments(data, tmp_path / "out", "--resume")) == 2
+    assert "none of the annotated images are those that the run held back" in capsys.readouterr().err
+
+
 def test_limits_of_a_run_hold_when_it_goes_on(data, tmp_path, begin):
     content = json.loads((data / "boxes.json").read_text())
     for image in content["images"]:
@@ -379,6 +423,19 @@ def test_a_fault_of_validation_comes_first(data, tmp_path, capsys):
     (data / "val.json").write_text(json.dumps(content))
     assert main(arguments(data, tmp_path / "out", "--val", str(data / "val.json"))) == 2
     assert "annotation id 1: segmentation has size [1, 2]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", [0, 1, 2])
+def test_boxes_are_no_validation_masks(data, capsys, share):
+    """Of every ``share``-th object; of none where it is 0."""
+    content = json.loads((data / "set.json").read_text())
+    for each in content["annotations"][::share] if share else []:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h, x, y]]
+    (data / "val.json").write_text(json.dumps(content))
+    _, sets = chosen(data, "--val", str(data / "val.json"))
+    assert sets.masks == (share != 1)
+    assert ("the four corners of their boxes" in capsys.readouterr().err) == (share == 1)
 
 
 def test_validation_classes_are_matched_by_name(data):

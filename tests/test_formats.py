@@ -131,6 +131,17 @@ def test_a_box_that_is_larger_than_its_mask_survives(tmp_path, name):
         np.testing.assert_array_equal(decoded(annotation, 100, 100), mask)
 
 
+def test_a_score_that_is_not_known_is_written_for_label_studio(data, tmp_path):
+    folder, content = data
+    content["annotations"][0]["score"] = None
+    content["annotations"][1]["score"] = 0.5
+    (folder / "set.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "out", folder / "set.json", "--format", "labelstudio")
+    tasks = json.loads((tmp_path / "out/labelstudio.json").read_text())
+    scores = [each["score"] for task in tasks for each in task["predictions"][0]["result"]]
+    assert sorted(scores) == [0.0] * (len(scores) - 1) + [0.5]
+
+
 def test_polygons_of_coco(data, tmp_path):
     folder, content = data
     convert(folder, tmp_path, folder / "set.json", "--format", "polygons")
@@ -293,13 +304,55 @@ def test_voc_and_csv(data, tmp_path):
                 np.testing.assert_allclose(one["bbox"], other["bbox"])
 
 
+HEAD = "image,label,xmin,ymin,xmax,ymax\n"
+TABLES = {
+    "semicolons": (HEAD.replace(",", ";") + "5.png;disc;1;2;3;4\n", "columns are separated by ';'; separate"),
+    "tabs": (HEAD.replace(",", "\t") + "5.png\tdisc\t1\t2\t3\t4\n", "columns are separated by '\\t'"),
+    "names alone": (HEAD, "has no box below the names of its columns"),
+    "a fault below blank lines": (HEAD + "\n\n5.png,disc,1,2,3,x\n", "table.csv:4: is no box"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_with_a_fault_is_one_line(data, tmp_path, capsys, name):
+    text, said = TABLES[name]
+    (tmp_path / "table.csv").write_text(text)
+    paths = ["--annotations", str(tmp_path / "table.csv"), "--images", str(data[0])]
+    assert main(["convert", "--from", "csv", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_blanks_behind_the_commas_of_a_table(data, tmp_path):
+    rows = "5.png,disc,1,2,3,4\n5.png, disc, 5, 6, 7, 8\n 5.png , ring , 1 , 2 , 3 , 4\n"
+    (tmp_path / "table.csv").write_text(HEAD.replace(",", ", ") + rows)
+    back = convert(data[0], tmp_path / "out", tmp_path / "table.csv", "--from", "csv")
+    assert [each["category_id"] for each in back["annotations"]] == [1, 1, 2]
+    assert [each["name"] for each in back["categories"]] == ["disc", "ring"]
+    assert len(back["images"]) == 1
+
+
+@pytest.mark.parametrize("character", ["\1", "\x1b", "\x7f", "\uffff"])
+def test_names_that_xml_does_not_take_are_refused(data, tmp_path, capsys, character):
+    folder, content = data
+    content["categories"][0]["name"] = f"a{character}b"
+    (folder / "set.json").write_text(json.dumps(content))
+    paths = ["--annotations", str(folder / "set.json"), "--images", str(folder)]
+    assert main(["convert", *paths, "--format", "cvat", "--output", str(tmp_path / "out")]) == 2
+    assert "not a text of one line" in capsys.readouterr().err
+    content["categories"][0]["name"] = "a\tb"
+    (folder / "set.json").write_text(json.dumps(content))
+    assert main(["convert", *paths, "--format", "cvat", "--output", str(tmp_path / "out")]) == 0
+    assert ElementTree.parse(tmp_path / "out/cvat.xml").getroot().tag == "annotations"
+
+
 def test_a_turned_rectangle_of_label_studio(tmp_path):
     Image.new("RGB", (200, 100)).save(tmp_path / "a b.png")
     value = {"x": 50, "y": 20, "width": 20, "height": 20, "rotation": 90, "rectanglelabels": ["cat"]}
     result = {"type": "rectanglelabels", "original_width": 200, "original_height": 100, "value": value}
     task = {
         "id": 7,
-        "data": {"image": "/data/upload/1/3f2a-a%20b.png"},
+        "data": {"image": "/data/upload/1/3f2a09bc-a%20b.png"},
         "annotations": [{"result": [result]}],
     }
     (tmp_path / "tasks.json").write_text(json.dumps([task]))

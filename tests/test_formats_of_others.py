@@ -70,6 +70,43 @@ def test_a_label_of_yolo_for_several_images_is_refused(tmp_path, capsys, name):
     assert all(text in line for text in said), line
 
 
+OUTSIDE = "--set", "INPUT.LIMITS.OUTSIDE", "True"
+
+
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_images_of_yolo_by_links_out_of_the_folder(tmp_path, capsys, linked):
+    write_yolo_set(tmp_path, {"labels/a/1.txt": 2, "labels/2.txt": 4}, ("away/1.png", "images/2.png"))
+    if linked == "file":
+        (tmp_path / "images/a").mkdir()
+        (tmp_path / "images/a/1.png").symlink_to(tmp_path / "away/1.png")
+    else:
+        (tmp_path / "images/a").symlink_to(tmp_path / "away")
+        (tmp_path / "images/b").symlink_to(tmp_path / "images")  # circles
+        (tmp_path / "away/c").symlink_to(tmp_path)
+    paths = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("INPUT.LIMITS.OUTSIDE True" in line) == (linked == "file")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo", *OUTSIDE)
+    assert list(by_image(back)) == ["2.png", "a/1.png"]
+
+
+@pytest.mark.parametrize("name", ["labelme", "voc"])
+def test_images_beside_the_folder_are_found_where_that_is_allowed(tmp_path, capsys, name):
+    for folder in ("images", "other"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "other/1.png")
+    shape = {"shape_type": "rectangle", "points": [[0, 0], [9, 9]]}
+    path = tmp_path / "notes/deep" / ("1.json" if name == "labelme" else "1.xml")
+    path.parent.mkdir(parents=True)
+    seen_from = {"labelme": "../../other/1.png", "voc": "../other/1.png"}  # the file, the folder of images
+    path.write_text(
+        labelme(shape, image=seen_from[name]) if name == "labelme" else VOC.format(seen_from[name])
+    )
+    back = convert(tmp_path / "images", tmp_path / "out", path, "--from", name, *OUTSIDE)
+    assert list(by_image(back)) == ["../other/1.png"]
+
+
 @pytest.mark.parametrize("names", ["data.yaml", "classes.txt"])
 @pytest.mark.parametrize("labels", ["labels", "labels/train"])
 def test_names_of_yolo_lie_above_the_labels(tmp_path, monkeypatch, names, labels):
@@ -109,6 +146,8 @@ def test_names_of_yolo_count_by_their_numbers(tmp_path, quote, label):
         ("person", "has no names of classes (they are no list); add them"),
         ("[2001-99-99]", "has no names of classes (month must be in 1..12); add them"),
         ("[person, 2001-02-03]", "has no names of classes (one of them is no text); add them"),
+        ("[on, off]", "a class is named on, off, yes, no, true or false; put its name in quotes"),
+        ("[cat, dog, cat]", "classes 0 and 2 are both named 'cat'; rename one of them"),
     ],
 )
 def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
@@ -119,6 +158,38 @@ def test_names_of_yolo_with_a_fault_are_one_line(tmp_path, capsys, names, said):
     (line,) = capsys.readouterr().err.splitlines()
     assert f"data.yaml: {said}" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_two_classes_of_one_name_in_a_list_of_yolo(tmp_path, capsys):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "classes.txt").write_text("cat\ncat\ndog\n")
+    paths = ["--annotations", str(tmp_path / "labels"), "--images", str(tmp_path / "images")]
+    assert main(["convert", "--from", "yolo", *paths, "--output", str(tmp_path / "out")]) == 2
+    assert "classes.txt: classes 0 and 1 are both named 'cat'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", ["classes.txt", "data.yaml"])
+def test_the_mark_of_windows_is_no_part_of_yolo(tmp_path, names):
+    write_yolo_set(tmp_path, {}, ("images/1.jpg",))
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/1.txt").write_text("0 0.5 0.5 0.5 0.5\n", encoding="utf-8-sig")
+    text = "cat\ndog\n" if names == "classes.txt" else "names: [cat, dog]"
+    (tmp_path / names).write_text(text, encoding="utf-8-sig")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo")
+    assert [each["name"] for each in back["categories"]] == ["cat", "dog"]
+    assert len(back["annotations"]) == 1
+
+
+def test_keypoints_of_yolo_are_left_out(tmp_path, capsys):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("images/1.jpg",))
+    (tmp_path / "labels/1.txt").write_text("0 0.5 0.5 0.2 0.4 0.1 0.1 0.9 0.9\n" * 2 + "0 0.5 0.5 0.6 0.4\n")
+    (tmp_path / "data.yaml").write_text("{names: [cat], kpt_shape: [2, 2]}")
+    back = convert(tmp_path / "images", tmp_path / "out", tmp_path / "labels", "--from", "yolo")
+    np.testing.assert_allclose(boxes(back), [[4, 3, 2, 4], [4, 3, 2, 4], [2, 3, 6, 4]])
+    assert not any("segmentation" in each for each in back["annotations"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "note: " in line
+    assert "2 shapes of the kind 'keypoints'" in line
 
 
 def test_the_readme_of_an_export_is_no_label_of_yolo(tmp_path, capsys):
@@ -208,6 +279,37 @@ def test_turned_boxes_and_ellipses_of_cvat(tmp_path):
     np.testing.assert_allclose(boxes(back), expected, atol=1e-9)
 
 
+def test_shapes_that_are_not_upright_may_reach_out_of_the_image(tmp_path):
+    turned = '<box label="cat" xtl="30" ytl="90" xbr="70" ybr="100" rotation="90"/>'
+    ellipse = '<ellipse label="cat" cx="10" cy="50" rx="30" ry="10"/>'
+    found = boxes(read_one("cvat", cvat(turned, ellipse), tmp_path / "a"))
+    np.testing.assert_allclose(found, [[45, 75, 10, 25], [0, 40, 40, 20]], atol=1e-9)
+    circle = {"shape_type": "circle", "points": [[95, 5], [95, 25]]}
+    assert boxes(read_one("labelme", labelme(circle), tmp_path / "b")) == [[75, 0, 25, 25]]
+    value = {"x": 90, "y": 50, "radiusX": 20, "radiusY": 5, "ellipselabels": ["cat"]}
+    text = labelstudio({"type": "ellipselabels", "value": value}, image="1.png")
+    np.testing.assert_allclose(boxes(read_one("labelstudio", text, tmp_path / "c")), [[70, 45, 30, 10]])
+
+
+def test_a_box_out_of_its_image_is_told_with_its_file(tmp_path, capsys):
+    texts = {
+        "voc": ("a.xml", VOC.format("1.png").replace("<xmax>3<", "<xmax>105<")),
+        "labelme": (
+            "a.json",
+            labelme({"shape_type": "rectangle", "points": [[0, 0], [9, 105]]}, image="1.png"),
+        ),
+        "csv": ("a.csv", "image,label,xmin,ymin,xmax,ymax\n1.png,cat,1,2,3,4\n1.png,cat,1,2,105,4\n"),
+    }
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    for name, (file, text) in texts.items():
+        (tmp_path / file).write_text(text)
+        paths = ["--annotations", str(tmp_path / file), "--images", str(tmp_path)]
+        assert main(["convert", "--from", name, *paths, "--output", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert file + (":3" if name == "csv" else "") in line
+        assert "box of 'cat' reaches out of its image, 100 x 100" in line
+
+
 @pytest.mark.parametrize("degrees", [0, 10, 45, 80, 200])
 def test_the_box_around_a_turned_ellipse(degrees):
     turn = np.linspace(0, 2 * np.pi, 100_000)
@@ -264,7 +366,7 @@ def test_shapes_that_are_left_out_are_counted(tmp_path, capsys, name):
 
 FIELDS = {
     "the control's": {"note": "2.png", "image": "1.png"},
-    "the only file's": {"note": "http://[see " + "1" * 5000, "photo": "/data/upload/3/ab12-1.png"},
+    "the only file's": {"note": "http://[see " + "1" * 5000, "photo": "/data/upload/3/ab12cd34-1.png"},
 }
 
 
@@ -279,6 +381,49 @@ def test_the_field_of_label_studio_that_is_the_image(tmp_path, name):
     assert list(by_image(back)) == ["1.png"]
 
 
+def on_image(control: str, name: str, **more) -> dict:
+    value = RECTANGLE | {"rectanglelabels": [name]}
+    return {"type": "rectanglelabels", "to_name": control, "value": value, **more}
+
+
+@pytest.mark.parametrize("fields", [{"left": "1.png", "right": "2.png"}, {"both": ["1.png", "2.png"]}])
+def test_a_task_of_label_studio_with_two_images(tmp_path, fields):
+    controls = list(fields) if len(fields) == 2 else ["both", "both"]
+    results = [on_image(control, f"on {n}", item_index=n) for n, control in enumerate(controls)]
+    if len(fields) == 2:
+        results = [{key: value for key, value in each.items() if key != "item_index"} for each in results]
+    back = read_one("labelstudio", labelstudio(*results, *results, **fields), tmp_path, ("1.png", "2.png"))
+    names = {each["id"]: each["name"] for each in back["categories"]}
+    found = {file: {names[each["category_id"]] for each in own} for file, own in by_image(back).items()}
+    assert found == {"1.png": {"on 0"}, "2.png": {"on 1"}}
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        (("img1", "img2"), "which of several images 'img1' is cannot be told"),
+        (("img2",), "the image may be any of '1.png', '2.png'"),
+    ],
+)
+def test_two_images_of_label_studio_that_cannot_be_told_apart(tmp_path, capsys, controls, said):
+    for name in ("1.png", "2.png"):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / name)
+    results = [on_image(control, "cat") for control in controls]
+    (tmp_path / "1.json").write_text(labelstudio(*results, left="1.png", right="2.png"))
+    paths = ["--annotations", str(tmp_path / "1.json"), "--images", str(tmp_path)]
+    assert main(["convert", "--from", "labelstudio", *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_only_the_prefix_of_label_studio_is_taken_from_a_name(tmp_path):
+    images = "001.png", "deep/left-001.png"
+    back = read_one(
+        "labelstudio", labelstudio(on_image("image", "cat"), image="left-001.png"), tmp_path, images
+    )
+    assert list(by_image(back)) == ["deep/left-001.png"]
+
+
 BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox>"
 VOC = "<a><filename>{}</filename><size><width>100</width><height>100</height></size><object><name>cat</name>"
 VOC += f"{BOX}</object></a>"
@@ -288,6 +433,21 @@ VOC += f"{BOX}</object></a>"
 def test_images_of_voc_are_found_below(tmp_path, told):
     back = read_one("voc", VOC.format(told), tmp_path, ("day/0001.jpg", "day/0002.jpg"))
     assert list(by_image(back)) == ["day/0001.jpg"]
+
+
+@pytest.mark.parametrize("name", ["voc", "labelme"])
+def test_two_files_about_one_image_are_refused(tmp_path, capsys, name):
+    Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "1.png")
+    (tmp_path / "notes").mkdir()
+    shape = {"shape_type": "rectangle", "points": [[0, 0], [9, 9]]}
+    for number in (1, 2):
+        text = VOC.format("1.png") if name == "voc" else labelme(shape, image="1.png")
+        (tmp_path / f"notes/{number}.{'xml' if name == 'voc' else 'json'}").write_text(text)
+    paths = ["--annotations", str(tmp_path / "notes"), "--images", str(tmp_path)]
+    assert main(["convert", "--from", name, *paths, "--output", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "notes/2." in line
+    assert "'1.png' has other annotations already" in line
 
 
 def test_two_images_of_voc_by_one_name(tmp_path, capsys):

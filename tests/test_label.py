@@ -133,13 +133,35 @@ def test_two_processes_do_not_label_into_one_folder(data, tmp_path, capsys):
     assert main(arguments(folder, tmp_path)) == 0  # a killed process leaves no lock behind
 
 
-def test_a_journal_of_something_else_is_not_used(tmp_path):
+def test_what_is_done_stays_where_other_images_change(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source = write_many(tmp_path / "set", tmp_path / "0.png", 6)
+    with pytest.raises(KeyboardInterrupt):
+        run.label_set(LargeMasks(4), source, tmp_path / "masks.json")
+    content = json.loads(source.annotations.read_text())
+    content["images"] = content["images"][1:]  # one is left out, as the message for a broken one says
+    content["annotations"] = content["annotations"][1:]
+    content["annotations"][0]["bbox"] = [1, 1, 6, 6]
+    content["annotations"][1]["category_id"] = 2
+    content["categories"].append({"id": 2, "name": "dust"})
+    source.annotations.write_text(json.dumps(content))
+    masker = LargeMasks(9)
+    run.label_set(masker, source, tmp_path / "masks.json")
+    assert 9 - masker.images == 4  # two with another box or class, and two that were not done
+    found = json.loads((tmp_path / "masks.json").read_text())["annotations"]
+    assert [len(each["segmentation"]) for each in found] == [LargeMasks.size] * 5
+
+
+def test_a_journal_of_something_else_is_not_used(tmp_path, capsys):
     path = tmp_path / "new" / "progress.jsonl"
     journal = Journal(path, "one")
     journal.add(3, {1: "mask"})
     assert 3 in Journal(path, "one")
     assert Journal(path, "one").labels(3) == {"1": "mask"}
+    assert capsys.readouterr().err == ""
     assert len(Journal(path, "other")) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"note: {path}: what it holds was made by another network" in line
     assert len(Journal(path, "one")) == 0
 
 
@@ -245,6 +267,18 @@ def write_many(folder: Path, image: Path, count: int) -> DatasetSource:
     return DatasetSource("many", folder / "many.json", folder)
 
 
+def test_limits_of_the_network_hold(data, tmp_path, capsys):
+    folder, _ = data
+    model = from_pretrained(folder / "network")
+    model.cfg.defrost()
+    model.cfg.INPUT.LIMITS.PIXELS = 10
+    model.save_pretrained(tmp_path / "network")
+    given = arguments(folder, tmp_path / "out", "--model", str(tmp_path / "network"))
+    assert main(given) == 2
+    assert "more than INPUT.LIMITS.PIXELS (10)" in capsys.readouterr().err
+    assert main([*given, "--set", "INPUT.LIMITS.PIXELS", "100000"]) == 0
+
+
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
     folder, _ = data
     broken = folder / "2.png"
@@ -318,6 +352,27 @@ def test_the_worst_of_two_classes_is_told_by_name(data, tmp_path, capsys):
     assert "no class 'square'" in capsys.readouterr().err
 
 
+def test_classes_without_objects_are_not_asked_of_the_network(data, tmp_path):
+    folder, content = data
+    more = {**content, "categories": [{"id": 1, "name": "square"}, *content["categories"]]}
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert main(arguments(folder, tmp_path / "a")) == 0
+    assert main(arguments(folder, tmp_path / "b", "--annotations", str(tmp_path / "more.json"))) == 0
+    found = [json.loads((tmp_path / name / "masks.json").read_text()) for name in ("a", "b")]
+    assert found[0]["annotations"] == found[1]["annotations"]
+
+
+def test_boxes_are_no_validation_masks(data, tmp_path, capsys):
+    folder, content = data
+    annotations = [dict(each) for each in content["annotations"] if "segmentation" in each]
+    for each in annotations:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    (tmp_path / "val.json").write_text(json.dumps({**content, "annotations": annotations}))
+    assert main(arguments(folder, tmp_path / "out", "--val", str(tmp_path / "val.json"))) == 2
+    assert "val.json: most of its masks are the four corners of their boxes" in capsys.readouterr().err
+
+
 def test_validation_masks_choose_colours(data, tmp_path):
     folder, content = data
     content = {**content, "annotations": [each for each in content["annotations"] if "segmentation" in each]}
@@ -363,6 +418,16 @@ def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):
     assert found.masks[0].sum() == pytest.approx(np.pi * 15 * 20, rel=0.02)
     assert not found.signs[0].any()
     assert Quality(weights=[1, 1, 1, 1, 0.5]).score(found.signs)[0] == 0
+
+
+def test_an_image_of_one_pixel(data):
+    """Which NumPy calls contiguous even where it is mirrored, and PyTorch does not."""
+    model = from_pretrained(data[0] / "network")
+    found = masks.label(
+        model, np.zeros((1, 1, 3), np.uint8), np.array([[0.0, 0, 1, 1]]), np.array([0]), False
+    )
+    assert found.masks.shape == (1, 1, 1)
+    assert found.masks.all()
 
 
 @pytest.mark.parametrize("box", [[-1, 4, -1, 9], [4, -1, 9, -1], [-1, -1, -1, -1], [21, 11, 21, 11]])

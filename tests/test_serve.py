@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL_FILE
+from conftest import ROOT, SMALL_FILE, held
 from PIL import Image
 from pycocotools.coco import COCO
 from serve_set import CROWD, open_set, write_labelled
@@ -313,6 +313,29 @@ def test_a_broken_input_gives_one_line_and_loses_nothing(network, tmp_path, monk
     for fault in faults:
         assert fault.format(used=used) in line
     assert {file: file.read_bytes() for file in before} == before
+
+
+def test_limits_of_a_set_can_be_raised(network, tmp_path, monkeypatch, capsys):
+    content = write_labelled(tmp_path / "set")
+    name = content["images"][0]["file_name"]
+    (tmp_path / "set" / name).rename(tmp_path / name)
+    content["images"][0]["file_name"] = f"../{name}"
+    (tmp_path / "set/masks.json").write_text(json.dumps(content))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    for module in [module for module in sys.modules if module.startswith("sim_m2f.serving.")]:
+        monkeypatch.delitem(sys.modules, module)
+    folders = "--labelled", str(tmp_path / "set"), "--images", str(tmp_path / "set"), "--port", "0"
+    assert main(["serve", str(network), *folders]) == 2
+    assert "set INPUT.LIMITS.OUTSIDE True" in capsys.readouterr().err
+    assert main(["serve", str(network), *folders, "--set", "INPUT.LIMITS.OUTSIDE", "True"]) == 2
+    assert "the page needs more packages" in capsys.readouterr().err  # the set was read
+
+
+def test_a_set_that_is_at_work_is_told_by_its_flag(network, tmp_path, capsys):
+    write_labelled(tmp_path)
+    with held(tmp_path / ".lock"):
+        assert main(["serve", str(network), "--labelled", str(tmp_path), "--port", "0"]) == 2
+    assert "or choose another --labelled" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from sim_m2f.commands.check import inspect_set
@@ -18,6 +19,7 @@ from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
+from sim_m2f.data.class_names import read_class_names
 from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import (
@@ -29,6 +31,8 @@ from sim_m2f.data.formats.registry import (
     output_formats,
     refuse_shared_files,
 )
+from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
+from sim_m2f.data.split import part
 from sim_m2f.data.survey import survey
 from sim_m2f.engine.run_folder import locked, refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -220,6 +224,8 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
     data = checked(boxes)
     if not any(len(image.labels) for image in data.images):
         raise UserError(f"{path}: no object to learn from (crowds and empty boxes aside); give another file")
+    if previous and (args.output / CLASSES).exists():
+        refuse_other_classes(args.output / CLASSES, data)
     content = load_json(path, limits)
     train, val = boxes, boxes
     if args.val:
@@ -234,9 +240,39 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
             path = own_val
             write_file(path, json.dumps(same))
         val = DatasetSource(path.stem, path, images, limits)
-    elif len(data.images) >= FEWEST and write_split(content, VALIDATION, args.seed, (own_train, own_val)):
+    elif divide(content, args.seed, previous, (own_train, own_val)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
-    return Sets(train, val, boxes, data, _has_masks(load_json(val.annotations, limits)))
+    return Sets(train, val, boxes, data, _has_masks(val))
+
+
+def divide(content: Record, seed: int, previous: CfgNode | None, paths: tuple[Path, Path]) -> bool:
+    """Write what is for training and what is for validation; False where there are too few images to do so.
+
+    A run that goes on holds back the images that it has held back before: it has learned from the others.
+
+    Raises:
+        UserError: the seed is negative, or none of these images is left, or no other.
+    """
+    if previous is None or Path(previous.DATASETS.TRAIN_ANNOTATIONS).name != OWN[1]:
+        return len(content["images"]) >= FEWEST and write_split(content, VALIDATION, seed, paths)
+    before = {image["file_name"] for image in load_json(paths[1], previous.INPUT.LIMITS)["images"]}
+    held = {image["id"] for image in content["images"] if image["file_name"] in before}
+    rest = {image["id"] for image in content["images"]} - held
+    if not held or not rest:
+        fault = f"{'all' if held else 'none'} of the annotated images are those that the run held back"
+        raise UserError(f"--resume: {fault} ({paths[1]}); give the images of the run")
+    for path, ids in zip(paths, (rest, held), strict=True):
+        write_file(path, json.dumps(part(content, ids)))
+    return True
+
+
+def refuse_other_classes(path: Path, data: CocoData) -> None:
+    """Raises UserError unless the data have the classes that a run has noted in ``path``, in their order."""
+    pairs = zip_longest(map(repr, data.class_names), map(repr, read_class_names(path)), fillvalue="missing")
+    for number, (given, noted) in enumerate(pairs):
+        if given != noted:
+            fault = f"class {number} is {given}, and {noted} in {path}"
+            raise UserError(f"{data.annotations_file}: {fault}; give the run's classes in its order")
 
 
 def checked(source: DatasetSource) -> CocoData:
@@ -250,11 +286,16 @@ def checked(source: DatasetSource) -> CocoData:
     return data
 
 
-def _has_masks(content: Record) -> bool:
-    annotations = content.get("annotations", [])
-    return bool(annotations) and all(
-        isinstance(each, dict) and each.get("segmentation") for each in annotations
-    )
+def _has_masks(val: DatasetSource) -> bool:
+    """Whether a checked data set has a mask of every object; a note tells where these are just boxes."""
+    annotations = load_json(val.annotations, val.limits).get("annotations", [])
+    if not annotations or not all(each.get("segmentation") for each in annotations):
+        return False
+    corners = ((x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in annotations))
+    if not mostly_boxes(zip((each["segmentation"] for each in annotations), corners, strict=True)):
+        return True
+    print(f"note: {val.annotations}: {JUST_BOXES}, and masks are not scored by them", file=sys.stderr)
+    return False
 
 
 def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:

@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
 def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it, in a folder that nobody else writes to."""
-    own, masks = limits(args), args.output / MASKS
+    model, masks = from_pretrained(args.model, args.config_file, args.device), args.output / MASKS
+    own = limits(args, model.cfg.clone())  # what is done stays where a limit is raised
     annotations = as_coco(args.annotations, args.images, args.input, masks.with_suffix(BOXES), own)
     source = DatasetSource(annotations.stem, annotations, args.images, own)
-    model = from_pretrained(args.model, args.config_file, args.device)
     if args.val:
         images = args.val_images or args.images
         quality = calibrate(model, DatasetSource(args.val.stem, args.val, images, own), args.output)

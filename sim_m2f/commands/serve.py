@@ -7,6 +7,7 @@ import socket
 import threading
 from pathlib import Path
 
+from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (7860); 0: a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_limits(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,10 +43,11 @@ def run(args: argparse.Namespace) -> int:
     if args.labelled and not (folder / MASKS).is_file():
         raise UserError(f"{folder}: holds no {MASKS}; give the output folder of label or fit")
     model = from_pretrained(args.model, args.config_file, args.device)
+    limits(args, model.cfg)
     with contextlib.ExitStack() as held:
         review = None
         if (folder / MASKS).is_file():
-            held.enter_context(locked(folder))
+            held.enter_context(locked(folder, "--labelled"))
             review = open_review(model, args.model, folder, args.images)
         try:
             from sim_m2f.serving.server import served
@@ -86,4 +89,4 @@ def open_review(model: Segmenter, name: str, folder: Path, images: Path | None) 
         raise UserError(f"--images: {fault}; give the folder of the images of {folder / MASKS}")
     quality = read_quality(expanded(name), model.colors_by_default)
     labeller = Labeller(model, quality, quality.colors, keep_overlaps=True)
-    return Review(labeller, DatasetSource("labelled", folder / MASKS, images))
+    return Review(labeller, DatasetSource("labelled", folder / MASKS, images, model.cfg.INPUT.LIMITS))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.errors import UserError, first_line
@@ -62,10 +63,22 @@ def opened(path: Path, limits: CfgNode, kinds: tuple[str, ...] | None = None) ->
         raise UserError(f"{path}: cannot be decoded ({reason}); give an image or leave it out") from error
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and below, told by their names' ends, in the order of their names."""
-    known = Image.registered_extensions()
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in known)
+def image_files(folder: Path, outside: bool = False) -> list[Path]:
+    """The images in a folder and below, told by their names' ends, in the order of their names.
+
+    Args:
+        folder: where they are.
+        outside: whether links to folders are followed that lead out of it, each of these folders once.
+    """
+    known, seen, found = Image.registered_extensions(), {os.path.realpath(folder)}, []
+    for place, below, names in os.walk(folder, followlinks=outside):
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in known]
+        for path in [Path(place, name) for name in below]:
+            real = os.path.realpath(path)
+            if real in seen or (path.is_symlink() and not links_outside(folder, path)):
+                below.remove(path.name)  # a circle, or a folder that is seen under its own name
+            seen.add(real)
+    return sorted(found)
 
 
 def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
@@ -80,6 +93,8 @@ def image_size(path: Path, limits: CfgNode) -> tuple[int, int]:
 
 def _upright_size(stored: Image.Image) -> tuple[int, int]:
     width, height = stored.size
+    if isinstance(stored, TiffImageFile):  # decoded upright; what size is before depends on Pillow
+        width, height = stored.tag_v2[IMAGEWIDTH], stored.tag_v2[IMAGELENGTH]
     exif = Image.Image.getexif(stored)  # PNG's own decodes every pixel where there is none
     return (height, width) if exif.get(ExifTags.Base.Orientation) in LYING else (width, height)
 
@@ -91,7 +106,8 @@ def check_header(path: Path, height: int, width: int, limits: CfgNode) -> None:
         UserError: it has no header of an image, is too large, or has another size than its record.
     """
     with opened(path, limits) as stored:
-        size = stored.size if stored.size == (width, height) else _upright_size(stored)
+        as_stored = stored.size == (width, height) and not isinstance(stored, TiffImageFile)
+        size = stored.size if as_stored else _upright_size(stored)
     _refuse_other_size(path, size, height, width)
 
 

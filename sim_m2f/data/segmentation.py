@@ -1,9 +1,12 @@
 """COCO segmentations (polygons, uncompressed and compressed RLE) as masks, through pycocotools."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+JUST_BOXES = "most of its masks are the four corners of their boxes"
 
 
 def segmentation_problem(segmentation: Any, height: int, width: int) -> str | None:
@@ -81,3 +84,19 @@ def run_lengths(counts: str) -> list[int]:
             lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
             value = shift = 0
     return lengths
+
+
+def mostly_boxes(shapes: Iterable[tuple[Any, Sequence[float]]]) -> bool:
+    """Whether more than half of the segmentations are polygons of four corners, those of their boxes (xyxy):
+    exporters write them for boxes without a mask.
+    """
+    found = [_is_box(shape, box) for shape, box in shapes]
+    return 2 * sum(found) > len(found)
+
+
+def _is_box(shape: Any, box: Sequence[float]) -> bool:
+    """The first corner may stand at the end again; a pixel of rounding is allowed."""
+    if not isinstance(shape, list) or len(shape) != 1 or len(shape[0]) not in (8, 10):
+        return False
+    away = np.abs(np.reshape(shape[0], (-1, 1, 2)) - np.reshape(box, (1, 2, 2)))
+    return bool(away.min(1).max() <= 1)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,15 @@ class Journal:
 
     Args:
         path: where it lies; its folder is created.
-        identity: of network, annotations and options; lines of another one are dropped.
+        identity: of network and options; lines of another one are dropped, with a note.
+        digests: of each image's own record and boxes, by its id; its line counts only with the same one.
 
     Raises:
         UserError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path = path
+    def __init__(self, path: Path, identity: str, digests: Mapping[int, str] | None = None) -> None:
+        self.path, self.digests = path, digests or {}
         self.places: dict[int, int] = {}  # image id -> offset of its line
         self.last: tuple[int, dict[str, Any]] = (-1, {})
         try:
@@ -42,9 +45,13 @@ class Journal:
                     record = json.loads(line)
                 except ValueError:  # a killed process left it unfinished
                     break
-                if not line.endswith(b"\n") or (not end and record != {"of": identity}):
+                if not line.endswith(b"\n"):
                     break
-                if end:
+                if not end and record != {"of": identity}:
+                    fault = "what it holds was made by another network or with other options"
+                    print(f"note: {self.path}: {fault}, and is made anew", file=sys.stderr)
+                    break
+                if end and record.get("digest") == self.digests.get(record["image"]):
                     self.places[record["image"]] = end
                 end += len(line)
         return end
@@ -62,7 +69,8 @@ class Journal:
             UserError: the disk is full; what was noted before stays, and more can be noted when it is not.
         """
         try:
-            self.places[image] = self._append({"image": image, "labels": labels})
+            digest = {"digest": self.digests[image]} if self.digests else {}
+            self.places[image] = self._append({"image": image, **digest, "labels": labels})
         except OSError as error:
             raise self._fault(error) from error
 

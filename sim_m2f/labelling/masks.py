@@ -44,7 +44,7 @@ def label(
     width = pixels.shape[1]
     mirrored = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     given, free = model.predict_both(pixels, boxes, labels, colors)
-    flipped = model.predict(pixels[:, ::-1], boxes=mirrored, labels=labels, colors=colors)
+    flipped = model.predict(pixels[:, ::-1].copy(), boxes=mirrored, labels=labels, colors=colors)
     masks = given.masks.cpu().numpy()
     again = encode_masks(flipped.masks.flip(-1).cpu().numpy())
     same_class = given.labels[:, None] == free.labels

@@ -33,7 +33,7 @@ class Proposer:
     network: nn.Module | None = None
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes the masks."""
+        """Changes with anything that changes all masks."""
         return fingerprint(source, self.network, self.name)
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:

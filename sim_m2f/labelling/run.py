@@ -16,7 +16,7 @@ from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
-from sim_m2f.data.segmentation import encode_masks
+from sim_m2f.data.segmentation import JUST_BOXES, encode_masks, mostly_boxes
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 from sim_m2f.labelling.journal import Journal
@@ -32,15 +32,15 @@ class Masker(Protocol):
     """Whoever makes the masks of a data set's boxes."""
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes the masks."""
+        """Changes with anything that changes all masks: not with the annotations."""
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """What gives, of an image, the fields to add to each annotation by its id; UserError if it cannot."""
 
 
 def fingerprint(source: DatasetSource, network: nn.Module | None, *choices: object) -> str:
-    """Another text for another data set, network or choice."""
-    digest = hashlib.sha256(source.annotations.read_bytes())
+    """Another text for another folder of images, network or choice."""
+    digest = hashlib.sha256()
     for weight in network.state_dict().values() if network else ():
         digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
     digest.update(repr((source.image_root.resolve(), *choices)).encode())
@@ -57,9 +57,9 @@ class Labeller:
     keep_overlaps: bool
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes the labels."""
+        """Changes with anything that changes all labels."""
         choices = self.quality, self.colors, self.keep_overlaps, self.model.cfg.dump()
-        return fingerprint(source, self.model, *choices)
+        return fingerprint(source, self.model, self.model.class_names, *choices)
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """See ``Masker``.
@@ -93,8 +93,8 @@ class Labeller:
 def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequence[str] = ()) -> None:
     """Write ``output``: the annotations as they are, each with its mask, its score and what comes with it.
 
-    Memory holds the boxes, never all masks. What a stopped call with the same network, data and options has
-    done is not done again.
+    Memory holds the boxes, never all masks. What a stopped call with the same network and options has done is
+    not done again, but for images whose boxes have changed.
 
     Args:
         masker: who makes the masks.
@@ -110,7 +110,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     data = read_coco(source, read_masks=False)
     refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
     labels = masker.labelling(data)
-    journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source))
+    digests = {image.id: image_digest(data, image) for image in data.images}
+    journal = Journal(output.with_suffix(".progress.jsonl"), masker.identity(source), digests)
     with_boxes = [image for image in data.images if len(image.labels)]
     waiting = [image for image in with_boxes if image.id not in journal]
     problems = []
@@ -137,6 +138,13 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     journal.remove()
 
 
+def image_digest(data: CocoData, image: ImageRecord) -> str:
+    """Another text for other boxes, classes or ids on an image, or another file or size of it."""
+    names = [data.class_names[label] for label in image.labels]
+    own = image.file_name, image.height, image.width, image.boxes.tolist(), names, image.annotation_ids
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:16]
+
+
 def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Journal) -> Record:
     """An annotation with its mask; one without area gets the pixel in its middle, a crowd stays as it is."""
     number, image = str(annotation["id"]), annotation["image_id"]
@@ -151,16 +159,17 @@ def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Jo
 
 
 def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:
-    """(C,) the network's label of each class of the data, by name.
+    """(C,) the network's label of each class of the data, by name; -1 of one without objects that it lacks.
 
     Raises:
-        UserError: the network has no class of a name.
+        UserError: the network has no class of an object's name.
     """
-    unknown = [name for name in data.class_names if name not in names]
+    used = {label for image in data.images for label in image.labels.tolist()}
+    unknown = [data.class_names[label] for label in sorted(used) if data.class_names[label] not in names]
     if unknown:
         known = f"the network knows {', '.join(names[:10])}"
         raise UserError(f"{data.annotations_file}: no class {unknown[0]!r}; {known}; rename the category")
-    return np.array([names.index(name) for name in data.class_names], np.int64)
+    return np.array([names.index(name) if name in names else -1 for name in data.class_names], np.int64)
 
 
 @dataclass(frozen=True)
@@ -191,13 +200,17 @@ def compared(model: Segmenter, source: DatasetSource) -> dict[bool, Compared]:
         source: a COCO JSON in which every object has a segmentation.
 
     Raises:
-        UserError: the data have a fault, or no object.
+        UserError: the data have a fault, no object, or boxes for masks.
     """
     data = read_coco(source, read_masks=True)
     classes = matching_classes(data, model.class_names)
     images = [image for image in data.images if len(image.labels)]
     if not images:
         raise UserError(f"{source.annotations}: no object to compare masks with; give another --val")
+    if mostly_boxes(
+        pair for image in images for pair in zip(image.segmentations or [], image.boxes, strict=True)
+    ):
+        raise UserError(f"{source.annotations}: {JUST_BOXES}; give true masks, or leave --val out")
     signs: dict[bool, list[np.ndarray]] = {True: [], False: []}
     ious: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for image in progress(images, "calibrate", len(images)):

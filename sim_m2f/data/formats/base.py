@@ -12,6 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from sim_m2f.config import CfgNode
+from sim_m2f.data.coco import box_problem
 from sim_m2f.data.formats.boxes import Corners, around_mask
 from sim_m2f.data.image import image_files, image_size, is_outside, names_outside
 from sim_m2f.data.polygons import joined, mask_polygons
@@ -125,6 +126,7 @@ class Collected:
         self.folder, self.limits = folder, limits
         self.category_ids = {name: number for number, name in enumerate(names, start=1)}
         self.images: list[Record] = []
+        self.added: set[str] = set()  # the images' names
         self.annotations: list[Record] = []
         self.left_out: Counter[str] = Counter()  # shapes that are not read, by their kind
 
@@ -132,14 +134,17 @@ class Collected:
     def _by_name(self) -> dict[str, list[str]]:
         """The images in the folder and below by their names, with and without the end."""
         found: dict[str, list[str]] = {}
-        for file in image_files(self.folder):
+        for file in image_files(self.folder, self.limits.OUTSIDE):
             for name in {file.name, file.stem}:
                 found.setdefault(name, []).append(file.relative_to(self.folder).as_posix())
         return found
 
     def has(self, name: str) -> bool:
-        """Whether the folder has a file of this name."""
-        return not names_outside(self.folder, name) and os.path.isfile(self.folder / name)
+        """Whether the folder has a file of this name; with INPUT.LIMITS.OUTSIDE, or one beside it."""
+        return self._allowed(name) and os.path.isfile(self.folder / name)
+
+    def _allowed(self, name: str) -> bool:
+        return self.limits.OUTSIDE or not names_outside(self.folder, name)
 
     def find(self, *names: str) -> str:
         """The first of the names that the folder has; else the only image below with the name of one of them,
@@ -148,10 +153,9 @@ class Collected:
         Raises:
             ValueError: several images below have the name.
         """
-        inside = [name for name in names if not names_outside(self.folder, name)]
-        for name in filter(self.has, inside):
+        for name in filter(self.has, names):
             return name
-        for name in inside:
+        for name in filter(self._allowed, names):
             found = self._by_name.get(PurePosixPath(name).name, [])
             if len(found) > 1:
                 raise ValueError(f"{name!r} may be {found[0]!r} or {found[1]!r}; write the path of the image")
@@ -163,9 +167,12 @@ class Collected:
         """What is added next lies on this image, of this width and height in pixels; by default its file's.
 
         Raises:
-            ValueError: it lies outside of the folder, or has too many pixels or none.
+            ValueError: it lies outside of the folder, has too many pixels or none, or is there already.
             UserError: its file cannot be read.
         """
+        if os.path.normpath(file_name) in self.added:
+            raise ValueError(f"{file_name!r} has other annotations already; keep those of one file or record")
+        self.added.add(os.path.normpath(file_name))
         if not self.limits.OUTSIDE and is_outside(self.folder, file_name):
             raise ValueError(f"{file_name!r} is not in the folder of images; set INPUT.LIMITS.OUTSIDE True")
         width, height = size or image_size(self.folder / file_name, self.limits)
@@ -176,21 +183,33 @@ class Collected:
         self.images.append(record)
 
     def add_box(self, name: str, corners: Iterable[float]) -> None:
-        """An object of the last image: the name of its class and its box xyxy in pixels."""
+        """An object of the last image: the name of its class and its box xyxy in pixels.
+
+        Raises:
+            ValueError: the box is not finite or reaches out of its image.
+        """
         x0, y0, x1, y1 = (float(value) for value in corners)
         if not np.isfinite((x0, y0, x1, y1)).all():
             raise ValueError(f"box of {name!r} is not finite")
         x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
+        image = self.images[-1]
+        if problem := box_problem([x0, y0, x1 - x0, y1 - y0], image["height"], image["width"]):
+            raise ValueError(f"box of {name!r} {problem.partition(';')[0]}")
         self.annotations.append(
             {
                 "id": len(self.annotations) + 1,
-                "image_id": self.images[-1]["id"],
+                "image_id": image["id"],
                 "category_id": self.category_ids.setdefault(name, len(self.category_ids) + 1),
                 "bbox": [x0, y0, x1 - x0, y1 - y0],
                 "area": (x1 - x0) * (y1 - y0),
                 "iscrowd": 0,
             }
         )
+
+    def add_around(self, name: str, corners: Iterable[float]) -> None:
+        """An object by the upright box around a shape, as far as it lies in the last image."""
+        values = np.array([float(value) for value in corners])
+        self.add_box(name, np.clip(values, 0, (self.images[-1]["width"], self.images[-1]["height"]) * 2))
 
     def add_polygons(
         self, name: str, polygons: Iterable[Iterable[Iterable[float]]], box: Iterable[float] | None = None

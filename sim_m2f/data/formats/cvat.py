@@ -39,10 +39,11 @@ def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
     if kind == "box":
         x0, y0, x1, y1 = (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
         centre = (x0 + x1) / 2, (y0 + y1) / 2
-        data.add_box(values["label"], around_rectangle((x0, y0, x1, y1), degrees, centre))
+        add = data.add_around if degrees else data.add_box
+        add(values["label"], around_rectangle((x0, y0, x1, y1), degrees, centre))
     elif kind == "ellipse":
         x, y, rx, ry = (float(values[key]) for key in ("cx", "cy", "rx", "ry"))
-        data.add_box(values["label"], around_ellipse(x, y, (rx, ry), degrees))
+        data.add_around(values["label"], around_ellipse(x, y, (rx, ry), degrees))
     elif kind == "polygon":
         points = [[float(number) for number in point.split(",")] for point in values["points"].split(";")]
         data.add_polygons(values["label"], [points])

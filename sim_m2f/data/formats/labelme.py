@@ -61,7 +61,8 @@ def _file_name(data: Collected, file: Path, root: Path, told: str) -> str:
             return image.relative_to(folder).as_posix()
     name = PurePosixPath(told).name
     below = file.parent.relative_to(root) if root.is_dir() else Path()
-    return data.find((below / name).as_posix(), told, name)
+    beside = os.path.relpath(os.path.realpath(place.parent), os.path.realpath(data.folder))
+    return data.find((below / name).as_posix(), (Path(beside) / place.name).as_posix(), told, name)
 
 
 def _kind(shape: Record) -> str:
@@ -92,11 +93,11 @@ def _add(data: Collected, label: str, shapes: list[Record]) -> None:
         data.add_box(label, (x0, y0, x1, y1))
     elif kind == "oriented_rectangle":
         x, y = zip(*points, strict=True)
-        data.add_box(label, (min(x), min(y), max(x), max(y)))
+        data.add_around(label, (min(x), min(y), max(x), max(y)))
     elif kind == "circle":
         (x, y), (x1, y1) = points
         radius = ((x1 - x) ** 2 + (y1 - y) ** 2) ** 0.5
-        data.add_box(label, (x - radius, y - radius, x + radius, y + radius))
+        data.add_around(label, (x - radius, y - radius, x + radius, y + radius))
     else:
         data.left_out[kind] += 1
 

@@ -1,5 +1,6 @@
 """Label Studio's JSON: tasks with boxes and polygons in percent of the image (https://labelstud.io/guide)."""
 
+import re
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
@@ -29,10 +30,10 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
     """An export of tasks: the rectangles, polygons and ellipses of each task's first annotation that was not
     cancelled, of its first prediction where there is none.
 
-    A rotated rectangle and an ellipse count as the upright box around them.
+    A rotated rectangle and an ellipse count as the upright box around them. A task may have several images.
 
     Raises:
-        UserError: it is no such file; names file and task.
+        UserError: it is no such file, or it does not tell which image is whose; names file and task.
     """
     data = Collected(images, limits)
     for task in read_json(path, list):
@@ -40,15 +41,8 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
             answers = task.get("annotations") or task.get("predictions") or []
             kept = [answer["result"] for answer in answers if not answer.get("was_cancelled")]
             shapes = [result for result in (kept[0] if kept else []) if "original_width" in result]
-            if shapes:
-                size = shapes[0]["original_width"], shapes[0]["original_height"]
-                data.add_image(_file_name(data, task["data"], shapes[0].get("to_name")), size)
-            labelled = {shape.get("id") for shape in shapes if shape["type"].endswith("labels")}
-            for shape in shapes:
-                if shape["type"].endswith("labels"):
-                    _add(data, shape, *size)
-                elif shape["type"] in BARE and shape.get("id") not in labelled:
-                    data.left_out[f"{shape['type']} without a label"] += 1
+            for text, own in _by_image(task["data"], shapes):
+                _add_image(data, task["data"], text, own)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             where = f"task {task.get('id', '?')}" if isinstance(task, dict) else "a task"
             fault = f"no task with an image ({type(error).__name__}: {error})"
@@ -56,15 +50,47 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
     return data.content(path)
 
 
-def _file_name(data: Collected, fields: dict[str, Any], control: str | None) -> str:
-    """The image's path in the folder: of the field that is called as the image's control, else of the first
-    one whose file is there, else of the first text.
+def _by_image(fields: dict[str, Any], shapes: list[Record]) -> Iterator[tuple[Any, list[Record]]]:
+    """The shapes on each image of a task, with what the field holds that is called as the image's control.
+
+    Raises:
+        ValueError: there are several controls, and one has no such field.
+    """
+    groups: dict[tuple[Any, int], list[Record]] = {}
+    for shape in shapes:
+        groups.setdefault((shape.get("to_name"), shape.get("item_index") or 0), []).append(shape)
+    for (control, number), own in groups.items():
+        text = fields.get(control)
+        if text is None and len(groups) > 1:
+            raise ValueError(f"which of several images {control!r} is cannot be told; call its field so")
+        yield (text[number] if isinstance(text, list) else text), own
+
+
+def _add_image(data: Collected, fields: dict[str, Any], text: Any, shapes: list[Record]) -> None:
+    size = shapes[0]["original_width"], shapes[0]["original_height"]
+    data.add_image(_file_name(data, fields, text), size)
+    labelled = {shape.get("id") for shape in shapes if shape["type"].endswith("labels")}
+    for shape in shapes:
+        if shape["type"].endswith("labels"):
+            _add(data, shape, *size)
+        elif shape["type"] in BARE and shape.get("id") not in labelled:
+            data.left_out[f"{shape['type']} without a label"] += 1
+
+
+def _file_name(data: Collected, fields: dict[str, Any], named: Any) -> str:
+    """The image's path in the folder: of the text that names it, else of the field whose file is there, else
+    of the first text.
+
+    Raises:
+        ValueError: the files of several fields are there.
     """
     texts = [value for value in fields.values() if isinstance(value, str)]
-    named = fields.get(control or "")
     names = [_names(text) for text in ([named] if isinstance(named, str) else texts)]
-    found = (name for own in names for name in own if data.has(name))
-    return next(found, None) or data.find(*(names[0] if names else [""]))
+    found = dict.fromkeys(name for name in (next(filter(data.has, own), None) for own in names) if name)
+    if len(found) > 1:
+        fault = f"the image may be any of {', '.join(map(repr, found))}"
+        raise ValueError(f"{fault}; call the field of the image as its control")
+    return next(iter(found), None) or data.find(*(names[0] if names else [""]))
 
 
 def _names(text: str) -> list[str]:
@@ -75,7 +101,7 @@ def _names(text: str) -> list[str]:
         return [text]
     local = urllib.parse.parse_qs(address.query).get("d", [urllib.parse.unquote(address.path)])[0]
     name = PurePosixPath(local).name
-    return [local.lstrip("/"), name, name.partition("-")[2], name]
+    return [local.lstrip("/"), name, re.sub(r"^[0-9a-f]{8}-", "", name), name]
 
 
 def _add(data: Collected, shape: Record, width: int, height: int) -> None:
@@ -87,10 +113,11 @@ def _add(data: Collected, shape: Record, width: int, height: int) -> None:
         data.add_polygons(value[kind][0], [np.array(value["points"]) * scale], box)
     elif value.keys() >= {"x", "y", "width", "height"}:
         x, y, w, h = _pixels(value, "width", "height", scale)
-        data.add_box(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
+        add = data.add_around if degrees else data.add_box
+        add(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
     elif "radiusX" in value:
         x, y, rx, ry = _pixels(value, "radiusX", "radiusY", scale)
-        data.add_box(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
+        data.add_around(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
     else:
         data.left_out[kind] += 1
 
@@ -113,7 +140,7 @@ def write_labelstudio(folder: Path, categories: list[Record], images: Iterable[L
 
 def _task(image: Record, annotations: list[Record], names: dict[int, str]) -> dict[str, Any]:
     results = [result for each in annotations for result in _results(image, each, names[each["category_id"]])]
-    scores = [annotation["score"] for annotation in annotations if "score" in annotation]
+    scores = [annotation["score"] for annotation in annotations if annotation.get("score") is not None]
     prediction = {"model_version": "sim-m2f", "score": min(scores, default=0.0), "result": results}
     address = f"/data/local-files/?d={urllib.parse.quote(image['file_name'])}"
     return {"data": {"image": address}, "predictions": [prediction]}
@@ -138,6 +165,6 @@ def _results(image: Record, annotation: Record, name: str) -> Iterator[dict[str,
             "original_width": width,
             "original_height": height,
             "image_rotation": 0,
-            "score": annotation.get("score", 0.0),
+            "score": annotation.get("score") or 0.0,
             "value": value | {kind: [name]},
         } | ({"meta": {BOX: apart}} if apart else {})

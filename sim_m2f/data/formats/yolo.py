@@ -21,42 +21,61 @@ def read_yolo(path: Path, images: Path, limits: CfgNode) -> Record:
     Raises:
         UserError: a line or the names of classes have a fault, a text has no image or several, or an image
             cannot be read; names the place.
+
+    Where data.yaml tells of keypoints (kpt_shape), lines are boxes, and what follows these is left out.
     """
     root, listed = path if path.is_dir() else path.parent, names_file(path)
-    names = _names(listed) if listed else []
-    data, files = Collected(images, limits, names), image_files(images)
+    names, pose = _classes(listed) if listed else ([], False)
+    data, files = Collected(images, limits, names), image_files(images, limits.OUTSIDE)
     labels = texts_of_images(root, images, files, listed)
     for image in files:
-        data.add_image(image.relative_to(images).as_posix())
+        try:
+            data.add_image(image.relative_to(images).as_posix())
+        except ValueError as error:
+            raise UserError(f"{images}: image {error}") from error
         size = data.images[-1]["width"], data.images[-1]["height"]
         lines = read_text(labels[image]).splitlines() if image in labels else []
         for number, line in enumerate(lines, start=1):
             try:
-                _add(data, names, line.split(), *size)
+                _add(data, names, line.split(), *size, pose)
             except (ValueError, IndexError, OverflowError) as error:
                 fault = f"is no line of YOLO ({first_line(error)})"
                 raise UserError(f"{labels[image]}:{number}: {fault}; write class x y width height") from error
     return data.content(path)
 
 
-def _names(file: Path) -> list[str]:
-    """The names of the classes in data.yaml or classes.txt.
+def _classes(file: Path) -> tuple[list[str], bool]:
+    """The names of the classes in data.yaml or classes.txt, and whether their objects have keypoints.
 
     Raises:
-        UserError: it has none, or their numbers are not those from 0 on.
+        UserError: it has none, two are the same, or their numbers are not those from 0 on.
     """
     if file.suffix == ".txt":
-        return read_text(file).rstrip().splitlines()
+        return _apart(file, read_text(file).rstrip().splitlines()), False
     try:
-        names: Any = yaml.safe_load(read_text(file))["names"]
+        content: Any = yaml.safe_load(read_text(file))
+        names: Any = content["names"]
         if not isinstance(names, dict | list):
             raise TypeError("they are no list")
         found = _by_number(file, names) if isinstance(names, dict) else names
+        if any(isinstance(name, bool) for name in found):
+            raise UserError(
+                f"{file}: a class is named on, off, yes, no, true or false; put its name in quotes"
+            )
         if not all(isinstance(name, str | int | float) for name in found):
             raise TypeError("one of them is no text")
-        return [str(name) for name in found]
+        return _apart(file, [str(name) for name in found]), bool(content.get("kpt_shape"))
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: has no names of classes ({first_line(error)}); add them") from error
+
+
+def _apart(file: Path, names: list[str]) -> list[str]:
+    """The names of classes; UserError where two are the same."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            fault = f"classes {names.index(name)} and {number} are both named {name!r}"
+            raise UserError(f"{file}: {fault}; rename one of them")
+    return names
 
 
 def _by_number(file: Path, names: dict[Any, Any]) -> list[Any]:
@@ -73,10 +92,13 @@ def _by_number(file: Path, names: dict[Any, Any]) -> list[Any]:
     return [given[number] for number in numbers]
 
 
-def _add(data: Collected, names: list[str], words: list[str], width: int, height: int) -> None:
+def _add(data: Collected, names: list[str], words: list[str], width: int, height: int, pose: bool) -> None:
     if not words:
         return
     label, numbers = int(words[0]), [float(word) for word in words[1:]]
+    if pose and len(numbers) > 4:
+        data.left_out["keypoints"] += 1
+        numbers = numbers[:4]
     if label < 0:
         raise ValueError("its class is negative")
     name = names[label] if names else f"class {label}"
