@@ -2,12 +2,10 @@
 
 import argparse
 import ast
-import contextlib
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -44,8 +42,11 @@ def _path(text: str) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Run ``sim-m2f COMMAND ...``; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with _interrupts_end_it():
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to put in order yet
+    try:
         found = _command(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
     return found if isinstance(found, int) else guarded(*found)
 
 
@@ -66,16 +67,6 @@ def _command(arguments: list[str]) -> tuple[ModuleType, argparse.Namespace] | in
             module.add_arguments(command)
     parsed = parser.parse_args(arguments)  # which ends where there is no such command
     return module, parsed
-
-
-@contextlib.contextmanager
-def _interrupts_end_it() -> Iterator[None]:
-    """Ctrl-C ends the process while packages are imported; there is nothing to put in order yet."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _missing(error: ModuleNotFoundError) -> int:

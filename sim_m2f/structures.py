@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from torch import Tensor
-from torchvision import tv_tensors
 from typing_extensions import NotRequired  # of Python 3.11; PyTorch brings it
 
 Size = tuple[int, int]  # height and width, in pixels
@@ -46,7 +45,7 @@ class Prompted(LayerOutputs):
     layers: NotRequired[LayerOutputs]
 
 
-class Outputs(LayerOutputs):
+class Outputs(Prompted):
     """What the network returns: the last layer's predictions, and with them:
 
     mask_features: (B, d, h, w) at stride 4.
@@ -56,8 +55,6 @@ class Outputs(LayerOutputs):
     """
 
     mask_features: Tensor
-    aux_outputs: list[LayerOutputs]
-    layers: NotRequired[LayerOutputs]
     prompted: NotRequired[Prompted]
 
 
@@ -107,17 +104,17 @@ class Annotated(TypedDict):
     proposal_scores: (N,) float32, their confidence, 0 to 1.
     """
 
-    image: tv_tensors.Image
-    boxes: tv_tensors.BoundingBoxes
+    image: Tensor
+    boxes: Tensor
     labels: Tensor
-    valid: tv_tensors.Mask
-    masks: NotRequired[tv_tensors.Mask]
+    valid: Tensor
+    masks: NotRequired[Tensor]
     known: NotRequired[Tensor]
-    proposals: NotRequired[tv_tensors.Mask]
+    proposals: NotRequired[Tensor]
     proposal_scores: NotRequired[Tensor]
 
 
-class Sample(TypedDict):
+class Sample(Annotated):
     """One image as the network sees it, before padding and normalising.
 
     image: (3, h, w) uint8 RGB.
@@ -132,14 +129,6 @@ class Sample(TypedDict):
     original_size: height and width in the JSON.
     """
 
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    valid: Tensor
-    masks: NotRequired[Tensor]
-    known: NotRequired[Tensor]
-    proposals: NotRequired[Tensor]
-    proposal_scores: NotRequired[Tensor]
     image_id: int
     original_size: Size
 

@@ -19,10 +19,8 @@ from sim_m2f import build_model, get_cfg
 from sim_m2f.errors import UserError
 from sim_m2f.modeling import mask2former
 from sim_m2f.modeling.backbone import build_backbone
-from sim_m2f.modeling.convolution import convolution
+from sim_m2f.modeling.convolution import PixelLinear, convolution, mask_product
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
-from sim_m2f.modeling.mask_product import mask_product
-from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.modeling.specks import SMALL, without_specks
 

@@ -1,7 +1,6 @@
 """Batches for the network: the same sequence for any number of workers and ranks, from any iteration on."""
 
 import atexit
-import contextlib
 import itertools
 import multiprocessing.queues
 import os
@@ -71,8 +70,11 @@ class Batches(DataLoader[Sample], Generic[Data]):
         )
 
     def __iter__(self) -> "BatchIterator":  # type: ignore[override]
-        with _signals_blocked():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:  # workers that begin now never receive these signals; the run decides when they end
             return BatchIterator(super().__iter__())
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -108,16 +110,6 @@ class BatchIterator(Iterator[Batch]):
         killing.start()
         self._batches = iter(())
         killing.cancel()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Processes that begin in the block never receive SIGINT and SIGTERM; the run decides when they end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -1,4 +1,4 @@
-"""Convolutions whose weights' gradient is fast on a CPU as well."""
+"""Products and convolutions that a CPU computes faster than PyTorch's own, as exactly."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ def convolution(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None)
     On a CPU PyTorch's gradient of a 3 x 3 weight takes several times the forward pass where maps are channels
     last; here it is nine matrix products of shifted maps.
     """
-    shifted = x.device.type == "cpu" and x.dtype == torch.float32 and weight.requires_grad
     shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    if (
-        not shifted
-        or shape != ((3, 3), UNIT, UNIT, UNIT, 1, "zeros")
-        or not torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
-        return conv._conv_forward(x, weight, bias)
-    return _Convolution3x3.apply(x, weight, bias)
+    shifted = shape == ((3, 3), UNIT, UNIT, UNIT, 1, "zeros") and x.dtype == torch.float32
+    if shifted and weight.requires_grad and _learns_on_cpu(x):
+        return _Convolution3x3.apply(x, weight, bias)
+    return conv._conv_forward(x, weight, bias)
+
+
+def _learns_on_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes with x what gradients are wanted of, in its own precision."""
+    own = x.device.type == "cpu" and torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    return own and not torch.compiler.is_compiling()
 
 
 class _Convolution3x3(torch.autograd.Function):
@@ -69,3 +69,45 @@ def _of_weight(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _bordered(maps: Tensor) -> Tensor:
     """(B, C, H, W) to (B * (H + 2) * (W + 2), C), zeros on the border."""
     return F.pad(maps.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(0, 2)
+
+
+def mask_product(embedding: Tensor, features: Tensor) -> Tensor:
+    """(B, N, D) times (B, D, P), the mask logits (B, N, P) of N queries at P pixels.
+
+    On a CPU the backward pass leaves out queries whose masks have no gradient, most of them: losses read the
+    masks that an object has claimed.
+    """
+    return _MaskProduct.apply(embedding, features) if _learns_on_cpu(embedding) else embedding @ features
+
+
+class _MaskProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, embedding: Tensor, features: Tensor) -> Tensor:
+        ctx.save_for_backward(embedding, features)
+        return embedding @ features
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        embedding, features = ctx.saved_tensors
+        of_embedding, of_features = torch.zeros_like(embedding), torch.empty_like(features)
+        for image, own in enumerate(gradient):
+            rows = own.abs().amax(-1).nonzero().flatten()
+            read = own[rows]
+            of_embedding[image, rows] = read @ features[image].T
+            torch.mm(embedding[image, rows].T, read, out=of_features[image])
+        return of_embedding, of_features
+
+
+class PixelLinear(nn.Linear):
+    """nn.Linear for (B, S, width), S being pixels.
+
+    In inference on a CPU it is computed as the 1 x 1 convolution that it is: PyTorch's convolutions reach
+    more of the processor's speed than its matrix products.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().forward(x)
+        maps = x[:, :, None].permute(0, 3, 1, 2)
+        return F.conv2d(maps, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).flatten(1, 2)

@@ -6,7 +6,7 @@ import torch
 from MultiScaleDeformableAttention import ms_deform_attn_fused
 from torch import Tensor, nn
 
-from sim_m2f.modeling.pixel_linear import PixelLinear
+from sim_m2f.modeling.convolution import PixelLinear
 
 Shapes = list[tuple[int, int]]
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
+from sim_m2f.modeling.convolution import mask_product
 from sim_m2f.modeling.low_precision import lowered
-from sim_m2f.modeling.mask_product import mask_product
 from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.prompts import PromptEncoder, grown, pixels_in_boxes
 from sim_m2f.structures import LayerOutputs, Prompts

@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
-from sim_m2f.modeling.convolution import convolution
+from sim_m2f.modeling.convolution import PixelLinear, convolution
 from sim_m2f.modeling.deformable_attention import MSDeformAttn, Shapes
-from sim_m2f.modeling.pixel_linear import PixelLinear
 from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.recompute import recomputed
 

@@ -1,7 +1,6 @@
 """What supervision by boxes and by masks share: deep supervision, classification, the step counter."""
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,9 +13,11 @@ from sim_m2f.structures import Outputs, Prompted, Prompts, Target
 from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
-from sim_m2f.supervision.prompting import annotated_prompts
+from sim_m2f.supervision.prompting import annotated_prompts, match_prompts
 from sim_m2f.supervision.pseudo_masks import PseudoLabels
 from sim_m2f.supervision.targets import STRIDE, Numbers, Targets, flatten_targets, map_size, own_numbers
+
+Losses = Callable[..., dict[str, Tensor]]  # of layers, what is matched, and whether to count the background
 
 
 @dataclass(frozen=True)
@@ -70,25 +71,6 @@ class Criterion(nn.Module):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.step = 0
 
-    @abstractmethod
-    def forward(
-        self,
-        outputs: Outputs,
-        targets: Sequence[Target],
-        images: Tensor,
-        teacher_outputs: Outputs | None = None,
-        prepared: Prepared | None = None,
-    ) -> tuple[dict[str, Tensor], Matched]:
-        """See the class.
-
-        Args:
-            outputs: of the network.
-            targets: one per image.
-            images: (B, 3, H, W), as the network got them.
-            teacher_outputs: the teacher's outputs for the same images.
-            prepared: where they are part of a batch, in place of the teacher's outputs.
-        """
-
     @torch.no_grad()
     def prepare(
         self, targets: Sequence[Target], images: Tensor, teacher_outputs: Outputs | None = None
@@ -130,11 +112,17 @@ class Criterion(nn.Module):
             return None
         return annotated_prompts(targets, map_size(images), images.device)
 
-    def named_prompted(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Losses of the prompted queries under their own names, weighted."""
-        return {
-            name.replace("loss_", "loss_prompt_"): self.prompts.WEIGHT * loss for name, loss in losses.items()
-        }
+    def all_losses(
+        self, outputs: Outputs, layers: Layers, matched: Matched, losses: Losses
+    ) -> dict[str, Tensor]:
+        """``losses`` of the learned queries and, weighted and under their own names, of the prompted ones."""
+        found = losses(layers, matched)
+        if "prompted" in outputs:
+            layers = self.layers(outputs["prompted"])
+            prompted = replace(matched, match=match_prompts(layers, matched.objects), predicted=layers.masks)
+            for name, loss in losses(layers, prompted, background=False).items():
+                found[name.replace("loss_", "loss_prompt_")] = self.prompts.WEIGHT * loss
+        return found
 
     def layers(self, outputs: Outputs | Prompted) -> Layers:
         """The predictions that are supervised, the last layer's last."""

@@ -87,13 +87,7 @@ class SIMCriterion(Criterion):
             colors = self._colors(outputs, objects, match, supervision)
             supervision = replace(supervision, colors=colors, truth=known_truth(targets, images.device))
             matched = MatchedBoxes(objects, match, layers.masks, supervision)
-            losses = self._losses(layers, matched)
-            if "prompted" in outputs:
-                layers = self.layers(outputs["prompted"])
-                match = match_prompts(layers, objects)
-                prompted = replace(matched, match=match, predicted=layers.masks)
-                losses |= self.named_prompted(self._losses(layers, prompted, background=False))
-        return losses, matched
+            return self.all_losses(outputs, layers, matched, self._losses), matched
 
     @torch.no_grad()
     def prepare(

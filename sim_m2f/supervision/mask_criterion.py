@@ -1,7 +1,7 @@
 """The losses of a training step from masks: Mask2Former's own, the upper bound for learning from boxes."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from sim_m2f.supervision.base import Criterion, Prepared, normalised
 from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.mask_supervision import MaskMatcher, mask_losses
 from sim_m2f.supervision.matched import Matched, per_object
-from sim_m2f.supervision.prompting import match_prompts
 
 
 class MaskCriterion(Criterion):
@@ -41,13 +40,8 @@ class MaskCriterion(Criterion):
             objects = normalised(objects, numbers)
             truth = [target["masks"].to(images.device, non_blocking=True) for target in targets]
             matched = Matched(objects, self.matcher(layers, truth, objects), layers.masks)
-            losses = self._losses(layers, matched, torch.cat(truth))
-            if "prompted" in outputs:
-                layers = self.layers(outputs["prompted"])
-                match = match_prompts(layers, objects)
-                prompted = replace(matched, match=match, predicted=layers.masks)
-                losses |= self.named_prompted(self._losses(layers, prompted, torch.cat(truth), False))
-        return losses, matched
+            losses = partial(self._losses, truth=torch.cat(truth))
+            return self.all_losses(outputs, layers, matched, losses), matched
 
     def _losses(
         self, layers: Layers, matched: Matched, truth: Tensor, background: bool = True

@@ -20,7 +20,7 @@ from urllib3.exceptions import HTTPError
 
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import cache_folder
-from sim_m2f.weights.weight_files import HEAD, size_problem, weights_problem
+from sim_m2f.weights.weight_files import HEAD, refuse_size, weights_problem
 
 BLOCK = 1 << 20
 SLOWEST, STALL = 1 << 14, 60.0  # bytes that have to arrive within so many seconds
@@ -125,7 +125,7 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
             for old in (known, part):
                 old.unlink(missing_ok=True)
         whole = None if length is None else held + length
-        _refuse_size(url, whole or 0)
+        refuse_size(url, whole or 0)
         _refuse_full_disk(part.parent, (whole or 0) - held)
         if length and not held and etag.startswith('"'):  # others may stay when the file changes
             known.write_text(f"{length} {etag}")
@@ -134,17 +134,12 @@ def _fetch(url: str, part: Path, hashed: bool) -> None:
             with part.open("ab" if held else "wb") as file, bar:
                 for block in _blocks(response):
                     bar.update(file.write(block))
-                    _refuse_size(url, file.tell())
+                    refuse_size(url, file.tell())
         except BaseException:
             if not known.exists():  # nothing can go on with it
                 part.unlink(missing_ok=True)
             raise
     known.unlink(missing_ok=True)
-
-
-def _refuse_size(url: str, size: int) -> None:
-    if problem := size_problem(size):
-        raise UserError(f"{url}: {problem}; take a smaller file")
 
 
 def _refuse_full_disk(folder: Path, missing: int) -> None:

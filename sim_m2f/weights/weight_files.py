@@ -57,12 +57,12 @@ def read_weight_file(path: Path) -> Any:
         raise UserError(f"{path}: {problem}") from error
 
 
-def size_problem(size: int) -> str | None:
-    """What is wrong with weights of so many bytes: the memory cannot hold them."""
+def refuse_size(where: object, size: int) -> None:
+    """Raises UserError for weights of so many bytes that the memory cannot hold them."""
     memory = psutil.virtual_memory().total
-    if size <= memory:
-        return None
-    return f"has {size / 1e9:,.1f} GB, more than this machine's memory ({memory / 1e9:,.1f} GB)"
+    if size > memory:
+        fault = f"has {size / 1e9:,.1f} GB, more than this machine's memory ({memory / 1e9:,.1f} GB)"
+        raise UserError(f"{where}: {fault}; take a smaller file")
 
 
 def weights_problem(head: bytes) -> str | None:
@@ -74,7 +74,7 @@ def weights_problem(head: bytes) -> str | None:
 
 def _read(path: Path) -> Any:
     refuse_special(path)
-    _refuse_size(path, path.stat().st_size)
+    refuse_size(path, path.stat().st_size)
     with path.open("rb") as file:
         kind = WEIGHTS.match(head := file.read(HEAD))
     if not kind:
@@ -99,13 +99,8 @@ def _read(path: Path) -> Any:
 def _read_shards(index: Path) -> dict[str, Any]:
     names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     shards = [index.parent / Path(name).name for name in sorted(set(names))]
-    _refuse_size(index, sum(shard.stat().st_size for shard in shards if shard.is_file()))
+    refuse_size(index, sum(shard.stat().st_size for shard in shards if shard.is_file()))
     weights: dict[str, Any] = {}
     for shard in shards:
         weights.update(read_weight_file(shard))
     return weights
-
-
-def _refuse_size(path: Path, size: int) -> None:
-    if problem := size_problem(size):
-        raise UserError(f"{path}: {problem}; take a smaller file")
