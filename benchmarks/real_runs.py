@@ -71,6 +71,11 @@ def configuration(name: str, row: str, seed: int, args: argparse.Namespace, *cha
     return cfg
 
 
+def row_name(row: str) -> str:
+    """As it stands in the results: of a file its name, without the depth of the shapes' networks."""
+    return Path(row).stem.removesuffix("_R18")
+
+
 def end_with_parent() -> None:
     """This process is killed when the one that started it ends, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -139,12 +144,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sets", nargs="+", metavar="SET", help="people, pennfudan, nuclei or coco_more")
+    parser.add_argument("sets", nargs="+", metavar="SET", help="people, pennfudan, nuclei, coco_more, shapes")
     parser.add_argument("--rows", nargs="+", required=True, metavar="ROW")
     add_run_arguments(parser)
     args = parser.parse_args()
     jobs = [
-        Job(Path(row).stem, configuration(name, row, seed, args), args.results / f"real_{name}.json")
+        Job(row_name(row), configuration(name, row, seed, args), args.results / f"real_{name}.json")
         for seed in args.seeds
         for name in args.sets
         for row in args.rows
