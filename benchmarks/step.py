@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT), str(ROOT / "ops")]
@@ -402,7 +401,6 @@ def main() -> None:
             compare(report["results"])
             if args.output:
                 write(report, args.output)
-            AcceleratorState._reset_state(reset_partial_state=True)  # else a process has one precision
             gc.collect()  # the trainer and its watched functions hold each other
             if args.device == "cuda":
                 torch.cuda.empty_cache()
