@@ -40,6 +40,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SIM_M2F_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.area}: {kind.what}")
 def test_it_is_one_line(sound, tmp_path, address, kind: Kind):
     folder = copied(sound, tmp_path / "folder")
@@ -51,6 +52,7 @@ def test_it_is_one_line(sound, tmp_path, address, kind: Kind):
     assert not (folder / "payload_ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 @settings(max_examples=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(random=st.randoms(use_true_random=False))

@@ -20,6 +20,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_every_case_is_compiled_anew(benchmark, monkeypatch):
     """A case takes two compilations, one for each direction, as many as are allowed here."""
     compile_function = torch.compile

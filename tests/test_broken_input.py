@@ -240,6 +240,7 @@ class Payload:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.slow
 def test_checkpoints(capsys, tmp_path):
     (tmp_path / "text.pth").write_text("no checkpoint")
     (tmp_path / "empty.pth").touch()

@@ -200,6 +200,7 @@ def test_a_download_of_timms_that_fails_without_a_word_is_refused_in_a_line(monk
         load_checkpoint(network, "timm://resnet18")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".pkl"])
 def test_swin(tmp_path, suffix):
     """The authors' file of tensors, and the same pickled as Mask2Former's script does it."""
@@ -218,6 +219,7 @@ def test_swin(tmp_path, suffix):
     assert sorted(report.skipped) == ["head.weight", "norm.bias"]
 
 
+@pytest.mark.slow
 def test_transformers_weights_as_they_are_in_memory(tmp_path):
     library = pytest.importorskip("transformers")
     from sim_m2f.weights.transformers import transformers_config

@@ -93,6 +93,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_masks(tmp_path, transf
     torch.testing.assert_close(ours["pred_logits"], found.class_queries_logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transformers):
     cfg, network = small_network("ResNet-18")
     export(trained(network, cfg), "transformers", tmp_path)
@@ -112,6 +113,7 @@ def test_the_image_processor_and_the_pipeline_take_the_folder(tmp_path, transfor
     assert all(item["mask"].size == image.size for item in found)
 
 
+@pytest.mark.slow
 def test_a_network_returns_from_transformers_with_its_classes(tmp_path):
     cfg, network = small_network("Swin")
     export(trained(network, cfg), "transformers", tmp_path)
@@ -204,6 +206,7 @@ def test_an_export_replaces_nothing_that_is_needed(
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_not_replaced_by_its_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cfg, network = small_network("ResNet-18")
@@ -217,6 +220,7 @@ def test_a_checkpoint_is_not_replaced_by_its_export(tmp_path, monkeypatch, capsy
     assert cli.main([*command, "original.pth"]) == 0
 
 
+@pytest.mark.slow
 def test_an_export_is_written_anew_over_the_one_before(tmp_path):
     cfg, network = small_network("ResNet-18")
     Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")

@@ -40,6 +40,7 @@ def test_every_key_is_documented_where_its_default_is(name):
     assert undocumented(yaml.compose(text)) == []
 
 
+@pytest.mark.slow
 def test_every_config_file_loads():
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     assert files
@@ -193,6 +194,7 @@ def test_extents_far_apart_are_told(low, high, warned):
     assert "\n" not in extent_warning(cfg)
 
 
+@pytest.mark.slow
 def test_no_configuration_tests_on_other_extents_than_it_trains_on():
     for file in sorted((ROOT / "configs").rglob("*.yaml")):
         cfg = sim_m2f.get_cfg()

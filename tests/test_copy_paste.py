@@ -339,6 +339,7 @@ def test_as_many_objects_of_each_number():
     assert all(len(target["labels"].unique()) == len(target["labels"]) for target in new)
 
 
+@pytest.mark.slow
 def test_objects_are_drawn_by_the_cube_of_their_score():
     scores = torch.tensor([0.9, 0.3, 0.0, 0.6, 0.7, 1.0])
     masks = [cells(0, 0)] * 5 + [cells([], [])]

@@ -252,6 +252,7 @@ def test_a_worker_is_silent_when_the_run_ends_while_it_takes_a_batch(source, cap
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_ends_while_its_workers_wait(source):
     """Python ends the processes that are left with SIGTERM and waits for them; workers block that signal."""
     script = f"""

@@ -113,6 +113,7 @@ def test_every_configuration_is_on_the_page_of_the_models():
         assert file.stem == "base" or f"({Path('..') / file.relative_to(ROOT)})" in text, file
 
 
+@pytest.mark.slow
 def test_the_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)

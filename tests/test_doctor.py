@@ -70,6 +70,7 @@ def test_other_commands_name_it_too(name):
     assert done.stderr == f"error: the package {name} is missing; see 'sim-m2f doctor'\n"
 
 
+@pytest.mark.slow
 def test_a_package_that_a_command_misses_while_it_runs_is_named(tmp_path):
     done = run("export", str(tmp_path), "--format", "safetensors", "--output", "out", hidden="safetensors")
     assert done.returncode == 2

@@ -181,6 +181,7 @@ def many_squares(folder: Path, number: int) -> tuple[Path, Path, list[dict]]:
     return *paths, entries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [100, 200])
 def test_numbers_of_many_objects_are_pycocotools_to_the_last_digit(tmp_path, number):
     annotations, results, entries = many_squares(tmp_path, number)
@@ -192,6 +193,7 @@ def test_numbers_of_many_objects_are_pycocotools_to_the_last_digit(tmp_path, num
         assert metrics[f"{kind}/AP"] == pytest.approx(metrics[f"{kind}/AP-square"])
 
 
+@pytest.mark.slow
 def test_more_than_100_detections_of_an_image_count(tmp_path):
     annotations, _, _ = many_squares(tmp_path, 200)
     truth = coco_metrics.load_truth(annotations)

@@ -157,6 +157,7 @@ def test_images_that_cannot_be_split_are_learned_from_and_validated_with(data):
     assert sets.train == sets.val == sets.boxes
 
 
+@pytest.mark.slow
 def test_a_batch_that_memory_does_not_hold_is_taken_in_parts(data, monkeypatch):
     """Nothing but the failure is made up: a step of more than two images at once has no memory."""
     steps, step = [], Trainer._losses
@@ -230,6 +231,7 @@ def test_a_run_with_a_validation_set_does_not_go_on_without(data, tmp_path, begi
     begin(tmp_path / "out", "--resume", *val)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_its_classes_in_another_order(data, tmp_path, begin, capsys):
     begin(tmp_path / "out")
     names = [each["name"] for each in json.loads((data / "boxes.json").read_text())["categories"]]
@@ -316,6 +318,7 @@ def test_masks_are_made_on_the_device_of_the_run(data, tmp_path, monkeypatch):
     assert devices == ["cpu"]
 
 
+@pytest.mark.slow
 def test_each_trial_and_run_has_its_own_peak_of_memory(data, monkeypatch):
     """Without a GPU, by the calls alone: before a trial's first step, and before a run's."""
     device, calls, step = torch.device("cuda", 0), [], Trainer.step

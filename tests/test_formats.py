@@ -218,6 +218,7 @@ def large(data, tmp_path) -> tuple[Path, dict[str, dict[str, np.ndarray]]]:
     return folder, masks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["labelme", "yolo"])
 def test_supervision_reads_masks(large, tmp_path, name):
     dataset = pytest.importorskip("supervision").DetectionDataset
@@ -234,6 +235,7 @@ def test_supervision_reads_masks(large, tmp_path, name):
             assert (mask & truth).sum() / (mask | truth).sum() > 0.98
 
 
+@pytest.mark.slow
 def test_datumaro_reads_masks_of_cvat(large, tmp_path):
     datumaro = pytest.importorskip("datumaro")
     folder, masks = large
@@ -249,6 +251,7 @@ def test_datumaro_reads_masks_of_cvat(large, tmp_path):
             np.testing.assert_array_equal(mask, expected[label])
 
 
+@pytest.mark.slow
 def test_label_studio_converter_reads_masks(large, tmp_path):
     converter = pytest.importorskip("label_studio_converter")
     _, masks = large

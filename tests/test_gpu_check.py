@@ -34,6 +34,7 @@ def check(tmp_path, monkeypatch, *arguments: str) -> tuple[int, dict]:
     return int(ended.value.code), json.loads((tmp_path / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     codes = {

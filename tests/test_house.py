@@ -81,6 +81,7 @@ def test_imports_run_down_and_in_no_circle():
     assert faults(ROOT / "sim_m2f") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "line", "fault"),
     [

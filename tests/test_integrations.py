@@ -28,6 +28,7 @@ def example(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_the_criterion_trains_hugging_faces_network(example, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)

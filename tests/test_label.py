@@ -75,6 +75,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
     return ["label", "--model", str(folder / "network"), *given, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["resolve", "keep"])
 def test_every_box_has_a_mask(data, tmp_path, choice):
     folder, content = data
@@ -99,6 +100,7 @@ def test_every_box_has_a_mask(data, tmp_path, choice):
     assert {file.name for file in tmp_path.iterdir()} == {".lock", "masks.json"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     folder, _ = data
     assert main(arguments(folder, tmp_path / "whole")) == 0
@@ -123,6 +125,7 @@ def test_a_stopped_run_goes_on(data, tmp_path, monkeypatch):
     assert (tmp_path / "cut/masks.json").read_bytes() == (tmp_path / "whole/masks.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_label_into_one_folder(data, tmp_path, capsys):
     folder, _ = data
     with held(tmp_path / ".lock"):
@@ -267,6 +270,7 @@ def write_many(folder: Path, image: Path, count: int) -> DatasetSource:
     return DatasetSource("many", folder / "many.json", folder)
 
 
+@pytest.mark.slow
 def test_limits_of_the_network_hold(data, tmp_path, capsys):
     folder, _ = data
     model = from_pretrained(folder / "network")
@@ -279,6 +283,7 @@ def test_limits_of_the_network_hold(data, tmp_path, capsys):
     assert main([*given, "--set", "INPUT.LIMITS.PIXELS", "100000"]) == 0
 
 
+@pytest.mark.slow
 def test_a_broken_image_does_not_cost_the_others(data, tmp_path, capsys):
     folder, _ = data
     broken = folder / "2.png"
@@ -352,6 +357,7 @@ def test_the_worst_of_two_classes_is_told_by_name(data, tmp_path, capsys):
     assert "no class 'square'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_classes_without_objects_are_not_asked_of_the_network(data, tmp_path):
     folder, content = data
     more = {**content, "categories": [{"id": 1, "name": "square"}, *content["categories"]]}
@@ -373,6 +379,7 @@ def test_boxes_are_no_validation_masks(data, tmp_path, capsys):
     assert "val.json: most of its masks are the four corners of their boxes" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_validation_masks_choose_colours(data, tmp_path):
     folder, content = data
     content = {**content, "annotations": [each for each in content["annotations"] if "segmentation" in each]}
@@ -386,6 +393,7 @@ def test_validation_masks_choose_colours(data, tmp_path):
     assert (tmp_path / "out/reliability.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile", "same"), [(0, "on"), (64, "off")])
 def test_without_validation_masks_colours_are_for_networks_without_tiles(data, tmp_path, tile, same):
     folder, _ = data

@@ -57,6 +57,7 @@ def _signals():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize("name", ENDS)
 def test_one_rank_ends_the_others_and_its_error_is_told_last(capsys, tmp_path, name):

@@ -168,6 +168,7 @@ def test_drawn_colours_cell_by_cell(explained):
         np.testing.assert_allclose(labels[y, x], [*rgb(colour), 255])
 
 
+@pytest.mark.slow
 def test_cells_are_drawn_where_they_are_on_the_pale_image(explained):
     maps, *_ = explained
     maps = replace(maps, boxes=np.full_like(maps.boxes, 2), classes=np.full_like(maps.classes, ""))
@@ -216,6 +217,7 @@ def test_long_names_are_cut(explained, tmp_path):
     assert [evolution.caption for evolution in read_method(tmp_path)] == ["é" * 100]
 
 
+@pytest.mark.slow
 def test_a_damaged_figure_is_left_out_and_told(explained, tmp_path, capsys):
     maps, *_ = explained
     for step in (0, 5, 10):

@@ -74,6 +74,7 @@ def test_known_masks_are_learned_as_in_supervision_by_masks_and_nothing_else_of_
     assert torch.equal(moved, known)
 
 
+@pytest.mark.slow
 def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
     """Cross-entropy and dice equal those of the mask criterion at the same points, weighted by 5."""
     batch = next(batches(mixed_cfg))
@@ -111,6 +112,7 @@ def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cf
         read_coco(source, read_masks=True)
 
 
+@pytest.mark.slow
 def test_the_loss_is_per_annotated_object(mixed_cfg):
     batch = next(batches(mixed_cfg))
     _, matched, _ = step(mixed_cfg, batch)
@@ -120,6 +122,7 @@ def test_the_loss_is_per_annotated_object(mixed_cfg):
     assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
 
 
+@pytest.mark.slow
 def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     """The same losses as if the pasted objects with true masks were the images' own."""
     mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = mixed_cfg.MODEL.SIM.COLOR_MODEL.ENABLED = True

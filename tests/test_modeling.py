@@ -151,6 +151,7 @@ def test_folded_norms_change_nothing():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
 def test_compiled_maps_are_those_of_the_network_itself(network):
     compiled = copy.deepcopy(network)
     mask2former.compile_maps(compiled, "aot_eager")

@@ -33,6 +33,7 @@ def zoo(name):
         return cfg, build_model(cfg).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_namings_of_the_zoo_are_one_to_one(name):
     _, weights = zoo(name)
@@ -45,6 +46,7 @@ def test_namings_of_the_zoo_are_one_to_one(name):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_transformers_has_exactly_these_names_and_shapes(name):
     library = pytest.importorskip("transformers")

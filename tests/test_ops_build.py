@@ -44,6 +44,7 @@ def install(folder, **environment):
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_installs_and_plain_pytorch_serves(tmp_path):
     done = install(tmp_path)
     assert done.returncode == 0, done.stderr

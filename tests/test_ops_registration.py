@@ -30,6 +30,7 @@ def fused_arguments(device="cpu", dtype=torch.float32):
     return value, shapes, starts, reference, locations, logits
 
 
+@pytest.mark.slow
 @compiled
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):

@@ -257,6 +257,7 @@ def test_a_folder_that_does_not_exist_is_named():
         sim_m2f.from_pretrained("no/such/folder")
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_coco_json_and_overlays(model, image, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
@@ -291,6 +292,7 @@ def test_an_overlay_of_16_bits_shows_what_the_network_saw(model, tmp_path):
     np.testing.assert_allclose(shown, ramp / 65535 * 255, atol=8)
 
 
+@pytest.mark.slow
 def test_images_of_the_same_name_stay_apart(model, image, tmp_path):
     model.save_pretrained(tmp_path / "model")
     for name in ("a/1.jpg", "a/1.png", "b/1.jpg", "b/2.jpg"):
@@ -307,6 +309,7 @@ def test_images_of_the_same_name_stay_apart(model, image, tmp_path):
     assert written == {f"{name}.png" for name in names}
 
 
+@pytest.mark.slow
 def test_overlays_of_an_earlier_call_are_no_images(model, image, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "photos").mkdir()
@@ -328,6 +331,7 @@ def test_the_command_without_images_says_so(model, tmp_path, capsys):
     assert "holds no image" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_overlay_that_cannot_be_written_costs_no_prediction(model, image, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -343,6 +347,7 @@ def test_a_threshold_that_no_score_reaches_is_refused(model, tmp_path, capsys):
     assert "--threshold is 2.0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_broken_image_costs_no_other_one(model, image, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "a.png").write_bytes(b"no image")

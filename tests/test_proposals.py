@@ -234,6 +234,7 @@ def small_sam(folder: Path, version: int) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_sam_answers_boxes(data, tmp_path, monkeypatch, version):
     """Each box by itself, through the whole network and the processor as their documentation has it."""
@@ -266,6 +267,7 @@ def test_sam_answers_boxes(data, tmp_path, monkeypatch, version):
             assert other["score"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_sam_saved_in_half_precision_answers_in_float32(data, tmp_path, version, kind):
@@ -379,6 +381,7 @@ def test_proposals_follow_the_augmentation(training_cfg):
     assert {round(score, 3) for score in scores[some].tolist()} <= known
 
 
+@pytest.mark.slow
 def test_segmentations_stay_unread_when_proposals_are(training_cfg):
     cfg = training_cfg
     cfg.MODEL.SIM.SUPERVISION = "box"
@@ -387,6 +390,7 @@ def test_segmentations_stay_unread_when_proposals_are(training_cfg):
     assert target["proposals"].shape[1:] == (cfg.INPUT.IMAGE_SIZE, cfg.INPUT.IMAGE_SIZE)
 
 
+@pytest.mark.slow
 def test_whole_masks_are_learned_from_proposals_at_once(training_cfg):
     """An untrained teacher's own masks do not pass the gate. In the second step objects are pasted, too."""
     sim, training_cfg.SOLVER.IMS_PER_BATCH = training_cfg.MODEL.SIM, 4

@@ -96,6 +96,7 @@ def test_one_rank_then_two_then_one_learn_what_one_does(run, tmp_path):
     assert result["weights"] < 1e-6, result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("supervision", ["mask", "mixed"])
 def test_parts_of_a_batch_add_up_from_masks_too(tmp_path, supervision):
     losses = []
@@ -122,6 +123,7 @@ def gradients(network: nn.Module, images: torch.Tensor) -> tuple[list, list, int
     return [parameter.grad for parameter in network.parameters()], statistics, kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -71,6 +71,7 @@ def page_of(output: Path, data: CocoData, **options) -> Reader:
     return Reader(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_page_holds_everything_in_one_file(evaluated):
     output, data = evaluated
     page = page_of(output, data)
@@ -100,6 +101,7 @@ def test_report_is_made_from_files_and_always_the_same(evaluated):
     assert write_report(str(output), data).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_markup_in_the_data_stays_text(evaluated, tmp_path):
     output, _ = evaluated
     content = json.loads((tmp_path / "set/set.json").read_text())
@@ -111,6 +113,7 @@ def test_markup_in_the_data_stays_text(evaluated, tmp_path):
     assert "<script>alert(1)</script>" in page.text
 
 
+@pytest.mark.slow
 def test_absent_parts_are_left_out(evaluated, tmp_path):
     output, _ = evaluated
     content = json.loads((tmp_path / "set/set.json").read_text())
@@ -139,6 +142,7 @@ def test_absent_parts_are_left_out(evaluated, tmp_path):
     assert len(page.images()) == len(SIZES)
 
 
+@pytest.mark.slow
 def test_score_from_which_predictions_are_drawn(evaluated):
     output, data = evaluated
     entries = json.loads((output / RESULTS_FILE).read_text())
@@ -160,6 +164,7 @@ def test_results_of_another_test_set_are_refused(evaluated, tmp_path):
         write_report(output, read_coco(source, read_masks=False))
 
 
+@pytest.mark.slow
 def test_command(evaluated, tmp_path, capsys):
     output, _ = evaluated
     assert main(["report", str(output)]) == 0
@@ -255,6 +260,7 @@ def test_contact_sheet_shows_every_panel():
         assert (sheet == (number, 255, 0)).all(-1).sum() == panel.width * panel.height
 
 
+@pytest.mark.slow
 def test_dollars_in_names_are_no_mathematics():
     """The name "a$_$b" is none that can be set as mathematics."""
     image = Image.new("RGB", (200, 200))

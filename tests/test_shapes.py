@@ -50,6 +50,7 @@ def digest(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.mark.slow
 def test_files(folder):
     for split, count in COUNTS.items():
         assert len(list((folder / split).iterdir())) == count
@@ -109,6 +110,7 @@ def test_tags_say_what_is_there(train):
             assert any(a["category_id"] != b["category_id"] for (a, _), (b, _) in pairs)
 
 
+@pytest.mark.slow
 def test_colour_fails_on_camouflage_only(train, folder):
     """Lab distance of an object from the pixels around it, averaged by 4 x 4 as for the colour affinity."""
     distances = {True: [], False: []}
@@ -140,6 +142,7 @@ def test_camouflaged_objects_can_be_seen(train, folder):
     assert np.median(contrasts) > 1.8
 
 
+@pytest.mark.slow
 def test_every_run_gives_the_same_files(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"train": 30, "val": 20})
     other = digest(shapes.write_shapes(tmp_path / "again"))

@@ -59,6 +59,7 @@ def counted_step(cfg: CfgNode, steps: int = 2) -> StepCounts:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bf16")
 @pytest.mark.parametrize(
     ("name", "calls", "casts", "waits"),

@@ -29,6 +29,7 @@ def outputs(learning: bool) -> Outputs:
 
 # GiB at 1024 x 1024 pixels beside the network's outputs and their gradients; kept for the backward pass alone
 # were 0.84 and 2.7 when every loss kept what autograd keeps by itself.
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "most"), [(0.1, 0.5), (0.5, 1.2)])
 def test_memory_grows_with_the_boxes_area(share, most):
     cfg = get_cfg()

@@ -121,6 +121,7 @@ def test_evaluation_takes_the_last_checkpoint(few, tmp_path, flags, weights):
     assert results.read_bytes() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_as", [True, False])
 def test_evaluation_takes_the_network_that_is_asked_for(small_cfg, tmp_path, monkeypatch, trained_as):
     network = build_model(small_cfg).state_dict()
@@ -225,6 +226,7 @@ def test_scores_of_an_earlier_step_are_not_those_of_the_last(tmp_path):
         assert not MetricsLogger(tmp_path, step + 101, accelerator).scored
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_again_has_one_curve(tmp_path):
     """Killed before its first checkpoint, it goes on from step 0."""
     for steps in (5, 2):
