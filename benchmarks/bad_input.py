@@ -20,6 +20,13 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "ops")]
 RESULTS, PAGE = ROOT / "benchmarks/results/bad_input.json", ROOT / "docs/bad_input.md"
 SEEDS = range(10)  # files changed at random, of each kind
 CHANGED = "changed at random"
+ABOUT_CHANGED = f"""
+Each kind of file was damaged at random {len(SEEDS)} times (seeds {SEEDS[0]} to {SEEDS[-1]}). "One line": the
+command refused it with one line. "Runs": the damage changed nothing that is checked, and the command went on.
+
+| file | one line | runs |
+|---|---|---|
+"""
 LONGEST = 200  # characters of a line that are shown
 Result = dict[str, str]
 
@@ -28,15 +35,15 @@ def tables(results: list[Result]) -> str:
     """The part of the page that is made of the results: a table per area, and counts of what was random."""
     text = ""
     for area, rows in itertools.groupby(results, key=lambda each: each["area"]):
-        heading = f"\n## {area[0].upper()}{area[1:]}\n\n"
+        text += f"\n## {area[0].upper()}{area[1:]}\n"
         if area == CHANGED:
             counts = Counter((each["what"].partition(":")[0], each["outcome"]) for each in rows)
             files = dict.fromkeys(name for name, _ in counts)
             lines = [f"| {name} | {counts[name, 'one line']} | {counts[name, 'runs']} |" for name in files]
-            text += f"{heading}| file | one line | runs |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+            text += ABOUT_CHANGED + "\n".join(lines) + "\n"
         else:
             lines = [f"| {each['what']} | `{each['line'].replace('|', chr(92) + '|')}` |" for each in rows]
-            text += f"{heading}| what | what is said |\n|---|---|\n" + "\n".join(lines) + "\n"
+            text += "\n| what | what is said |\n|---|---|\n" + "\n".join(lines) + "\n"
     return text
 
 

@@ -22,6 +22,8 @@ from statistics import fmean
 import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -46,6 +48,21 @@ from sim_m2f.weights.checkpoint import load_checkpoint
 RESULTS = Path(__file__).parent / "results"
 SCORES = ("segm/AP", "segm/AP75", "boxfill/AP")
 LABELS = ("label/mIoU", "label/mIoU colors")
+BOXES, MASKS, SEED = "#56b4e9", "#000000", "#d55e00"  # colours of the figure
+NAMES = {  # of rows in the figure
+    "boxinst": "BoxInst",
+    "feature_affinity": "BoxInst + features",
+    "pseudo_semantic": "BoxInst + pseudo masks",
+    "self_correction": "SIM without weighting",
+    "sim": "SIM",
+    "copy_paste": "SIM + copy-paste",
+    "level_set": "BoxInst + level set",
+    "gate": "BoxInst + quality gate",
+    "prompts": "BoxInst + prompts",
+    "colors": "BoxInst + colours",
+    "best": "best recipe",
+    "mask": "masks",
+}
 
 
 def trained(run: Path) -> tuple[CfgNode, Mask2Former]:
@@ -185,21 +202,25 @@ def print_table(rows: Sequence[dict]) -> None:
 
 
 def draw(name: str, rows: Sequence[dict], file: Path) -> None:
-    """Bars of the means, a dot per seed: AP and AP75 of the rows that have no special settings."""
-    found = {key: group for key, group in groups(rows).items() if not key[1]}
+    """Bars of means, a dot per seed: AP and AP75 of rows without settings, if masks have as many steps."""
+    usual = {key: group for key, group in groups(rows).items() if not key[1]}
+    found = {key: group for key, group in usual.items() if ("mask", "", key[2]) in usual}
     figure = Figure(figsize=(8, 0.9 + 0.42 * len(found)), dpi=150, layout="constrained")
     for place, (key, title) in enumerate({"segm/AP": "mask AP", "segm/AP75": "mask AP75"}.items()):
         axes = figure.add_subplot(1, 2, place + 1, xlabel=title)
         for height, group in enumerate(found.values()):
             values = [row[key] for row in group]
-            axes.barh(
-                height, fmean(values), color="#000000" if group[0]["row"] == "mask" else "#56b4e9", alpha=0.6
-            )
-            axes.plot(values, [height] * len(values), "o", color="#d55e00", markersize=4)
-        names = [f"{row} ({steps} steps)" for row, _, steps in found]
+            color = MASKS if group[0]["row"] == "mask" else BOXES
+            axes.barh(height, fmean(values), color=color, alpha=0.6)
+            axes.plot(values, [height] * len(values), "o", color=SEED, markersize=4)
+        names = [f"{NAMES.get(row, row)} ({steps} steps)" for row, _, steps in found]
         axes.set_yticks(range(len(found)), names if not place else [""] * len(found))
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{name}: mean, and each seed", fontsize=10, x=0.01, ha="left")
+    kinds = [Patch(color=color, alpha=0.6) for color in (BOXES, MASKS)]
+    kinds.append(Line2D([], [], color=SEED, marker="o", markersize=4, linestyle=""))
+    labels = ["from boxes, mean", "from masks, mean", "each seed"]
+    figure.legend(kinds, labels, loc="outside upper right", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(name, fontsize=10, x=0.01, ha="left")
     figure.savefig(file)
 
 

@@ -26,6 +26,7 @@ def train(config: str, output: Path) -> dict[str, float]:
         "train_net.py",
         "--config-file",
         f"configs/shapes/{config}.yaml",
+        "--overwrite",
         "OUTPUT_DIR",
         str(output),
     ]
