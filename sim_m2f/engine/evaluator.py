@@ -111,7 +111,7 @@ def _detect(
         for batch in progress(loader, "evaluate", len(loader), shown=shown):
             with accelerator.autocast():
                 images = pixels.of_batch(batch["images"], batch["image_sizes"])
-                outputs = tiled(network, images, cfg.TEST.TILE)
+                outputs = tiled(network, images, cfg.TEST.TILE, objects=cfg.TEST.DETECTIONS_PER_IMAGE)
             sizes = batch["image_sizes"], batch["original_sizes"]
             found = detections(outputs, batch["images"], *sizes, cfg, cfg.TEST.COLORS.ENABLED)
             for image_id, instances in zip(batch["image_ids"], found, strict=True):
