@@ -23,6 +23,9 @@ from sim_m2f.errors import UserError
 
 LARGEST = 100_000  # bytes of a file; PyYAML takes seconds for as many
 LONGEST = 200  # characters of a key
+ELEMENTS: dict[
+    str, Any
+] = {}  # the first one of each list and tuple of the defaults; what an empty one may hold
 
 
 class CfgNode(FvcoreNode):
@@ -171,22 +174,13 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
         elements = [decoded] if isinstance(decoded, str) else decoded
         numbered = enumerate(elements)
-        first = default[0] if default else _usual_element(path)
+        first = default[0] if default else ELEMENTS.get(path, "")
         decoded = type(default)(_coerced(item, first, f"{path}[{i}]", source) for i, item in numbered)
     if isinstance(decoded, Mapping) or (default is not None and type(decoded) is not type(default)):
         expected, found = type(default).__name__, type(decoded).__name__
         given = f"not {reprlib.repr(value)} ({found})"
         raise UserError(f"{source}: {path} takes a {expected} such as {default!r}, {given}")
     return decoded
-
-
-def _usual_element(path: str) -> Any:
-    """The first element that a list or tuple has by default; a text where it has none."""
-    from sim_m2f.config.defaults import get_cfg  # which is made of this class
-
-    with contextlib.suppress(KeyError, IndexError):
-        return value_of(get_cfg(), path)[0]
-    return ""
 
 
 def leaf_keys(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
