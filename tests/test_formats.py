@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
 from sim_m2f.data.coco import clipped_xyxy
-from sim_m2f.data.formats.registry import WRITERS, WRITTEN
+from sim_m2f.data.formats.registry import WRITERS
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.data.split import split_images
@@ -235,7 +235,7 @@ def test_instance_maps_hold_few_masks_at_a_time(tmp_path):
     image = {"id": 1, "file_name": "x.png", "width": side, "height": side}
     own = [{"id": i, "bbox": [5, 5, 20, 20], "segmentation": shape} for i in range(1, 201)]
     tracemalloc.start()
-    WRITERS["png"](tmp_path, [{"id": 1, "name": "cat"}], [(image, own)])
+    WRITERS["png"].write(tmp_path, [{"id": 1, "name": "cat"}], [(image, own)])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20 * side**2
@@ -509,7 +509,7 @@ def test_formats_are_written_where_they_are_said_to_be(data, tmp_path):
     folder, _ = data
     convert(folder, tmp_path / "out", folder / "set.json", "--format", ",".join(WRITERS))
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"annotations.json", *(WRITTEN[name] for name in WRITERS)}
+    assert names == {"annotations.json", *(writer.place for writer in WRITERS.values())}
 
 
 OVER_INPUTS = {
