@@ -140,16 +140,12 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
     if cfg.MODEL.BACKBONE.USE_CHECKPOINT or cfg.MODEL.SWIN.USE_CHECKPOINT:
         recompute_blocks(backbone.body)
     if cfg.MODEL.BACKBONE.FREEZE_NORMS:
-        _freeze_batch_norms(backbone.body)
+        freeze_batch_norm_2d(backbone.body)
+        fold_frozen_norms(backbone.body)
         for module in backbone.modules():
             if isinstance(module, LEARNING_NORMS):
                 module.requires_grad_(False)
     return backbone
-
-
-def _freeze_batch_norms(body: nn.Module) -> None:
-    freeze_batch_norm_2d(body)
-    fold_frozen_norms(body)
 
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:
@@ -163,7 +159,7 @@ def _resnet(cfg: CfgNode) -> TimmBackbone:
     channels = tuple(width * 2**stage for stage in range(4))
     backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS.get(norm, nn.BatchNorm2d), channels=channels)
     if norm == "FrozenBN":
-        _freeze_batch_norms(backbone.body)
+        freeze_batch_norm_2d(backbone.body)
     if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         _stride_in_1x1(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]

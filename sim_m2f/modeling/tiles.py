@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from sim_m2f.geometry import extent
-from sim_m2f.modeling.postprocess import STRIDE
-from sim_m2f.structures import LayerOutputs, Outputs, Predictions, Prompts
+from sim_m2f.structures import STRIDE, LayerOutputs, Outputs, Predictions, Prompts
 
 OVERLAP = 0.25  # least share of a tile that its neighbour sees too: objects up to this size are whole in one
 BATCH = 8  # tiles that the network sees together
