@@ -28,9 +28,10 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.modeling import build_model
 from sim_m2f.pixels import Pixels
+from sim_m2f.structures import STRIDE
 from sim_m2f.supervision.color_model import corrected
 from sim_m2f.supervision.prototypes import Prototypes
-from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets
+from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels, flatten_targets
 from sim_m2f.weights.checkpoint import load_checkpoint
 
 OUTPUT = Path(__file__).parent / "results/backbone_prototypes.json"

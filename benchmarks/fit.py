@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import get_cfg
 from sim_m2f.config.shipped import find_config
-from sim_m2f.data.catalog import DatasetSource, train_sources
+from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.image import read_image
 
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = get_cfg()
     cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
-    (source,) = train_sources(cfg)
+    (source,) = data_sources(cfg, "TRAIN")
     output = args.output / args.set
     minutes = fit_minutes(without_masks(source, args.output / f"{args.set}.json"), source, output, args)
     truth = read_coco(source, read_masks=True)

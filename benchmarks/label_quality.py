@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.config.shipped import find_config
-from sim_m2f.data.catalog import DatasetSource, eval_sources
+from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.image import read_image
@@ -45,9 +45,9 @@ from sim_m2f.modeling.postprocess import masks_in_boxes
 from sim_m2f.modeling.specks import without_specks
 from sim_m2f.pixels import Pixels
 from sim_m2f.segmenter import Segmenter
-from sim_m2f.structures import Batch
+from sim_m2f.structures import STRIDE, Batch
 from sim_m2f.supervision.color_model import FINER, corrected, corrected_masks
-from sim_m2f.supervision.targets import STRIDE, flatten_targets
+from sim_m2f.supervision.targets import flatten_targets
 
 
 def filled(image: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -125,7 +125,7 @@ def labelled(
     cfg: CfgNode, network: Mask2Former | None, truth: CocoData
 ) -> Iterator[tuple[ImageRecord, dict[str, np.ndarray]]]:
     """Every image with boxes, and by row its masks (N, H, W)."""
-    batches = eval_loader(cfg, eval_sources(cfg)[0])
+    batches = eval_loader(cfg, data_sources(cfg, "TEST")[0])
     for batch, image in zip(tqdm(batches, disable=None), truth.images, strict=True):
         if not len(image.labels):
             continue
@@ -165,7 +165,7 @@ def main() -> None:
     cfg, network = get_cfg(), None
     cfg.merge_from_file(find_config(f"configs/{args.set}/boxes.yaml"))
     for run in args.scores:
-        for row in sorting(run, eval_sources(cfg)[0]):
+        for row in sorting(run, data_sources(cfg, "TEST")[0]):
             store(RESULTS / f"quality_{args.set}.json", row)
             print(json.dumps(row))
     if args.scores:
@@ -173,7 +173,7 @@ def main() -> None:
     if args.run:
         cfg, network = trained(args.run)
         network.cpu()
-    truth = read_coco(eval_sources(cfg)[0], read_masks=True)
+    truth = read_coco(data_sources(cfg, "TEST")[0], read_masks=True)
     comparison = Comparison(truth)
     for image, rows in labelled(cfg, network, truth):
         for row, masks in rows.items():

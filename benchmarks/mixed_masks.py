@@ -21,13 +21,13 @@ from real import RESULTS, cell, read_rows, share_of
 from real_runs import Job, add_run_arguments, configuration, run_all
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import train_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.errors import UserError
 
 
 def with_some_masks(cfg: CfgNode, share: float, folder: Path) -> CfgNode:
     """The configuration with annotations of which so many percent keep their segmentation."""
-    (source,) = train_sources(cfg)
+    (source,) = data_sources(cfg, "TRAIN")
     content = json.loads(source.annotations.read_text())
     annotations = content["annotations"]
     order = np.random.default_rng(cfg.SEED).permutation(len(annotations))

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.loader import eval_loader
@@ -91,7 +91,7 @@ def box_masks(cfg: CfgNode, network: Mask2Former, images: Tensor, targets: list[
 
 def label_ious(cfg: CfgNode, network: Mask2Former) -> Tensor:
     """(2, N): IoU of the true masks of validation and the network's for their boxes, then corrected ones."""
-    source = eval_sources(cfg)[0]
+    source = data_sources(cfg, "TEST")[0]
     truth = read_coco(source, read_masks=True)
     batches = eval_loader(cfg, source)
     device = next(network.parameters()).device

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from sim_m2f.config import get_cfg
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.engine.evaluator import RESULTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def compare(ablation: Path) -> Iterator[dict[str, Any]]:
     configs = sorted(ablation.glob("*/seed*/config.yaml"))
     cfg = get_cfg()
     cfg.merge_from_file(configs[0])
-    (source,) = eval_sources(cfg)
+    (source,) = data_sources(cfg, "TEST")
     truth = load(source.annotations)
     rows = sorted({config.parents[1] for config in configs})
     for tag, images in tagged(truth).items():

@@ -32,6 +32,7 @@ X86_KERNELS = {  # instruction set: name, bytes of a vector, flags
     "avx512": ("AVX-512", 64, ("-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mfma")),
 }
 OTHER_KERNELS = {"baseline": (platform.machine(), 16, ())}
+CACHES = "ccache", "sccache", "distcc"  # words of CXX before the compiler
 
 
 class BuildError(Exception):
@@ -133,8 +134,9 @@ def kernel_commands(compile_cxx: list[str], folder: Path) -> list[list[str]]:
 
 
 def nvcc_command(tools: Toolchain, arguments: list[str]) -> list[str]:
-    """nvcc with the host compiler of the C++ part."""
-    return [tools.nvcc, "-ccbin", tools.cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden", *arguments]
+    """nvcc with the host compiler of the C++ part, which may stand behind a cache."""
+    host = next(word for word in tools.cxx if Path(word).name not in CACHES)
+    return [tools.nvcc, "-ccbin", host, "-Xcompiler", "-fPIC,-fvisibility=hidden", *arguments]
 
 
 def link_command(tools: Toolchain, objects: list[str], library: Path) -> list[str]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from sim_m2f.config import CfgNode
 from sim_m2f.geometry import mask_extents
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
+from sim_m2f.modeling.prompts import grown
 from sim_m2f.modeling.specks import without_specks
 from sim_m2f.structures import Detections, LayerOutputs, Size
 from sim_m2f.supervision.color_model import FINER, corrected_masks
@@ -51,7 +52,8 @@ def _correct(found: Detections, logits: Tensor, image: Tensor, size: Size, cfg: 
     index = good.nonzero()[:, 0]
     queries, place = found["queries"][index].unique(return_inverse=True)  # classes of a query share its mask
     boxes = found["boxes"].new_empty(len(queries), 4)
-    boxes[place] = _grown(found["boxes"][index], test.GROW, original)
+    limits = boxes.new_tensor([original[1], original[0]] * 2)
+    boxes[place] = grown(found["boxes"][index], test.GROW).clamp(min=0).minimum(limits)
     scale = boxes.new_tensor([new / old for old, new in zip(original[::-1], size[::-1], strict=True)] * 2)
     image = image.to(logits.device)
     fine_size: Size = (FINER * size[0], FINER * size[1])
@@ -65,11 +67,3 @@ def _correct(found: Detections, logits: Tensor, image: Tensor, size: Size, cfg: 
     kept = corrected.any((1, 2))  # colours may leave nothing
     index, corrected = index[kept], corrected[kept]
     found["masks"][index], found["boxes"][index] = corrected, mask_extents(corrected).to(boxes.dtype)
-
-
-def _grown(boxes: Tensor, share: float, size: Size) -> Tensor:
-    """Boxes (N, 4) with sides so much farther out, inside the image."""
-    wider = share * (boxes[:, 2:] - boxes[:, :2])
-    limits = boxes.new_tensor([size[1], size[0]])
-    first, last = (boxes[:, :2] - wider).clamp(min=0), (boxes[:, 2:] + wider).minimum(limits)
-    return torch.cat([first, last], dim=1)

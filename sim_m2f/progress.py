@@ -11,9 +11,7 @@ T = TypeVar("T")
 PERIOD = 30.0  # seconds between two lines; shorter work tells nothing
 
 
-def progress(
-    items: Iterable[T], name: str, total: int, done: int = 0, shown: bool = True, period: float = PERIOD
-) -> Iterator[T]:
+def progress(items: Iterable[T], name: str, total: int, done: int = 0, shown: bool = True) -> Iterator[T]:
     """The items as they are, while standard error tells how many are done and how long the others will take.
 
     Args:
@@ -22,7 +20,6 @@ def progress(
         total: of the items, with those that are done before.
         done: so many of them.
         shown: False on ranks that are silent.
-        period: seconds between two lines of a log.
     """
     if not shown or sys.stderr.isatty():
         yield from tqdm(items, name, total, initial=done, unit="image", disable=not shown, leave=False)
@@ -31,7 +28,7 @@ def progress(
     for number, item in enumerate(items, start=1):
         yield item
         now = time.monotonic()
-        if now - told > period:
+        if now - told > PERIOD:
             told = now
             print(_line(name, done + number, total, number / (now - start)), file=sys.stderr, flush=True)
 

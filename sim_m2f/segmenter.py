@@ -181,7 +181,8 @@ class Segmenter(nn.Module):
         training = self.network.training
         if training:  # asking all modules takes as long as a small image does
             self.network.eval()
-        outputs = tiled(self.network, images, self.cfg.TEST.TILE, prompts)
+        test = self.cfg.TEST
+        outputs = tiled(self.network, images, test.TILE, prompts, test.DETECTIONS_PER_IMAGE)
         if training:
             self.network.train()
         return outputs

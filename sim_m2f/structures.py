@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import NotRequired  # of Python 3.11; PyTorch brings it
 
 Size = tuple[int, int]  # height and width, in pixels
+STRIDE = 4  # of masks, in pixels of the network's input
 
 
 class LayerOutputs(TypedDict):

@@ -96,7 +96,7 @@ def boxes(files: tuple[str, ...]) -> dict:
 def write_formats(folder: Path, content: dict) -> None:
     """The same in all formats that are read."""
     for name in ("cvat", "labelme", "labelstudio"):
-        WRITERS[name](folder, content["categories"], images_of(content))
+        WRITERS[name].write(folder, content["categories"], images_of(content))
     tasks = json.loads((folder / "labelstudio.json").read_text())
     value = {"x": 12.5, "y": 20, "width": 50, "height": 40, "rectanglelabels": ["cat"]}
     result = {"type": "rectanglelabels", "original_width": 64, "original_height": 48, "value": value}

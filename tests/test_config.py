@@ -71,6 +71,16 @@ def test_overrides_take_the_type_of_the_default():
     assert cfg.MODEL.PIXEL_STD == [1, 2, 3]
 
 
+def test_a_tuple_that_was_empty_keeps_the_type_of_its_elements():
+    cfg = sim_m2f.get_cfg()
+    cfg.merge_from_list(["SOLVER.STEPS", "()", "TRACKERS", "()"])
+    cfg.merge_from_list(["SOLVER.STEPS", "(100,)", "TRACKERS", "('wandb',)"])
+    assert (cfg.SOLVER.STEPS, cfg.TRACKERS) == ((100,), ("wandb",))
+    cfg.merge_from_list(["SOLVER.STEPS", "()"])
+    with pytest.raises(UserError, match=r"SOLVER\.STEPS\[0\] takes a"):
+        cfg.merge_from_list(["SOLVER.STEPS", "('a',)"])
+
+
 def test_a_written_configuration_reads_back(tmp_path):
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_file(ROOT / "configs/shapes/sim_R18.yaml")
@@ -114,6 +124,8 @@ def test_steps_may_be_fractions_of_the_run():
         ("TRACKERS", ("tensorboard", "visdom"), "'visdom' does not exist"),
         ("MODEL.DEVICE", "cuda:1", "take auto, cpu or cuda"),
         ("SOLVER.OPTIMIZER", "SGD", "the only choice is 'ADAMW'"),
+        ("MODEL.SWIN.PATCH_SIZE", 2, "2 does not exist here; the only choice is 4"),
+        ("MODEL.SWIN.EMBED_DIM", 1, "is 1; use a number of at least 8"),
         ("INPUT.IMAGE_SIZE", 0, "is 0; use a number of at least 1"),
         ("SOLVER.IMS_PER_BATCH", 0, "is 0; use a number of at least 1"),
         ("SEED", -1, "is -1; use a number of at least 0"),

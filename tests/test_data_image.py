@@ -1,5 +1,7 @@
 """Decoding images: every mode of pixel, EXIF orientations, and what cannot be decoded."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
@@ -92,6 +94,29 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path, name):
     read = read_image(path, HEIGHT, WIDTH)
     for channel in range(3):
         np.testing.assert_array_equal(read[..., channel], expected)
+
+
+@pytest.mark.parametrize(("bits", "order"), [(12, "<"), (12, ">"), (16, "<"), (16, ">")])
+def test_colours_of_16_bits_in_a_tiff_are_never_nearly_black(tmp_path, bits, order):
+    """A file of one strip, by the definition of TIFF 6: Pillow writes no such colours."""
+    values = np.random.default_rng(0).integers(0, 2**bits, (40, 60, 3))
+    data = values.astype(f"{order}u2").tobytes()
+    tags = [(256, 60), (257, 40), (258, 8 + len(data)), (259, 1), (262, 2), (273, 8), (277, 3), (278, 40)]
+    tags += [(279, len(data)), (284, 1)]
+    counts = {258: 3}
+    entries = b"".join(
+        struct.pack(f"{order}HHII", tag, 3 if tag == 258 else 4, counts.get(tag, 1), value)
+        for tag, value in tags
+    )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 14 + len(data))
+    listed = struct.pack(f"{order}3HH", 16, 16, 16, len(tags)) + entries + bytes(4)
+    (tmp_path / "a.tif").write_bytes(head + data + listed)
+    if bits == 16:
+        np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), values >> 8)
+        return
+    with pytest.raises(UserError, match=r"a\.tif: .*16-bit colours of a TIFF.*convert it to PNG") as error:
+        read_image(tmp_path / "a.tif")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("transparency", [None, 3, bytes(range(256))])

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from coloured_coco import SIZES, ColourNetwork, coloured_cfg, write_coloured
 
 import sim_m2f
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.detections import detections
 from sim_m2f.engine.evaluator import RESULTS_FILE, evaluate
@@ -100,7 +100,7 @@ def test_evaluation_and_predict_correct_alike(tmp_path):
     masks = []
     for enabled in (True, False):
         cfg.TEST.COLORS.ENABLED = enabled
-        loader = eval_loader(cfg, eval_sources(cfg)[0])
+        loader = eval_loader(cfg, data_sources(cfg, "TEST")[0])
         evaluate(ColourNetwork(), loader, tmp_path / "out", Accelerator(cpu=True), cfg)
         entries = json.loads((tmp_path / "out" / RESULTS_FILE).read_text())
         masks.append([entry["segmentation"] for entry in entries if entry["image_id"] == number])

@@ -22,7 +22,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from sim_m2f.data.catalog import eval_sources as sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.loader import eval_loader as loader_of
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, encode, evaluate
@@ -32,7 +32,7 @@ NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def run(cfg, output: Path, model=None, rank=0, world_size=1) -> dict[str, float]:
-    loader = loader_of(cfg, sources(cfg)[0], rank, world_size)
+    loader = loader_of(cfg, data_sources(cfg, "TEST")[0], rank, world_size)
     return evaluate(model or ColourNetwork(), loader, output, Accelerator(cpu=True), cfg)
 
 
@@ -211,13 +211,13 @@ import sys
 from pathlib import Path
 from accelerate import Accelerator
 from coloured_coco import ColourNetwork, coloured_cfg
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.distributed import leave_group
 from sim_m2f.engine.evaluator import evaluate
 accelerator = Accelerator(cpu=True)
 cfg = coloured_cfg(Path(sys.argv[1]))
-loader = eval_loader(cfg, eval_sources(cfg)[0], accelerator.process_index, accelerator.num_processes)
+loader = eval_loader(cfg, data_sources(cfg, "TEST")[0], accelerator.process_index, accelerator.num_processes)
 metrics = evaluate(ColourNetwork(), loader, Path(sys.argv[2]), accelerator, cfg)
 Path(sys.argv[2], f"rank{accelerator.process_index}of{accelerator.num_processes}").write_text(repr(metrics))
 leave_group()

@@ -4,19 +4,22 @@ import csv
 import json
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 import pytest
+import yaml
 from coloured_coco import CATEGORIES, write_coloured
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import gaussian_filter
 
 from sim_m2f.cli import main
-from sim_m2f.data.formats.registry import WRITERS, WRITTEN
+from sim_m2f.data.coco import clipped_xyxy
+from sim_m2f.data.formats.registry import WRITERS
 from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.data.split import split_images
@@ -96,13 +99,68 @@ def test_boxes_without_masks_survive(data, tmp_path, name):
     for annotation in content["annotations"]:
         del annotation["segmentation"]
         annotation["bbox"] = [value + 0.25 for value in annotation["bbox"]]
+    first = content["annotations"][0]
+    first["bbox"] = [-0.5, -0.5, first["bbox"][2], first["bbox"][3]]
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     (folder / "boxes.json").write_text(json.dumps(content))
     convert(folder, tmp_path / "out", folder / "boxes.json", "--format", name)
     back = by_image(convert(folder, tmp_path / "back", tmp_path / "out" / FILES[name], "--from", name))
     for file, annotations in by_image(content).items():
         for one, other in zip(annotations, back[file], strict=True):
-            np.testing.assert_allclose(other["bbox"], one["bbox"], atol=0.01)
+            box = clipped_xyxy(other["bbox"], *sizes[one["image_id"]])  # as it is: nothing reaches out
+            np.testing.assert_allclose(corners(other["bbox"]), box, rtol=0, atol=1e-4)
+            np.testing.assert_allclose(box, clipped_xyxy(one["bbox"], *sizes[one["image_id"]]), atol=0.01)
             assert "segmentation" not in other
+
+
+def corners(bbox: list[float]) -> list[float]:
+    x, y, width, height = bbox
+    return [x, y, x + width, y + height]
+
+
+def read_by_ultralytics(text: str) -> np.ndarray:
+    """(N, 4) boxes xyxy in shares of a text of YOLO: ``verify_image_label`` and ``segments2boxes`` of 8.3."""
+    lines = [line.split() for line in text.strip().splitlines() if line]
+    if any(len(line) > 6 for line in lines):
+        segments = [np.array(line[1:], np.float32).reshape(-1, 2) for line in lines]
+        found = np.array([[*points.min(0), *points.max(0)] for points in segments])
+    else:
+        numbers = np.array(lines, np.float32)
+        assert numbers.shape == (len(lines), 5)
+        found = np.concatenate(
+            [numbers[:, 1:3] - numbers[:, 3:] / 2, numbers[:, 1:3] + numbers[:, 3:] / 2], 1
+        )
+        assert numbers[:, 1:].max() <= 1
+    assert found.min() > -1e-6
+    assert found.max() < 1 + 1e-6
+    return found
+
+
+@pytest.mark.parametrize("masks", [0, 1, 2])
+def test_ultralytics_reads_boxes_beside_polygons(data, tmp_path, masks):
+    folder, content = data
+    for number, annotation in enumerate(content["annotations"]):
+        if number % 2 >= masks:
+            del annotation["segmentation"]
+            x, y, width, height = annotation["bbox"]
+            annotation["bbox"] = [x - 0.5, y - 0.5, width + 1, height + 1]
+    (folder / "some.json").write_text(json.dumps(content))
+    convert(folder, tmp_path / "out", folder / "some.json", "--format", "yolo")
+    for image in content["images"]:
+        own = [each["bbox"] for each in content["annotations"] if each["image_id"] == image["id"]]
+        size = image["height"], image["width"]
+        text = (tmp_path / f"out/yolo/labels/{image['id']}.txt").read_text()
+        if own:
+            found = read_by_ultralytics(text) * (size[::-1] * 2)
+            np.testing.assert_allclose(found, [clipped_xyxy(box, *size) for box in own], atol=0.01)
+
+
+def test_images_of_yolo_lie_beside_its_names(data, tmp_path):
+    folder, _ = data
+    convert(folder, tmp_path, folder / "set.json", "--format", "yolo")
+    content = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())
+    assert "path" not in content  # which Ultralytics takes from where it runs, not from the file's folder
+    assert content["train"] == content["val"] == "images"
 
 
 @pytest.mark.parametrize("name", ["labelme", "cvat", "labelstudio"])
@@ -170,6 +228,17 @@ def test_instance_maps(data, tmp_path):
             covered |= mask
             assert (mask[numbers == number]).all()
         np.testing.assert_array_equal(numbers > 0, covered)
+
+
+def test_instance_maps_hold_few_masks_at_a_time(tmp_path):
+    side, shape = 400, [[5, 5, 25, 5, 25, 25, 5, 25]]
+    image = {"id": 1, "file_name": "x.png", "width": side, "height": side}
+    own = [{"id": i, "bbox": [5, 5, 20, 20], "segmentation": shape} for i in range(1, 201)]
+    tracemalloc.start()
+    WRITERS["png"].write(tmp_path, [{"id": 1, "name": "cat"}], [(image, own)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20 * side**2
 
 
 def test_globox_reads_what_is_written(data, tmp_path):
@@ -443,7 +512,7 @@ def test_formats_are_written_where_they_are_said_to_be(data, tmp_path):
     folder, _ = data
     convert(folder, tmp_path / "out", folder / "set.json", "--format", ",".join(WRITERS))
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"annotations.json", *(WRITTEN[name] for name in WRITERS)}
+    assert names == {"annotations.json", *(writer.place for writer in WRITERS.values())}
 
 
 OVER_INPUTS = {

@@ -399,6 +399,21 @@ def test_a_task_of_label_studio_with_two_images(tmp_path, fields):
 
 
 @pytest.mark.parametrize(
+    "fields", [{"image": "2.png"}, {"both": ["2.png", "3.png"]}, {"a": "2.png", "b": "3.png"}]
+)
+def test_images_of_label_studio_without_objects_count_where_somebody_has_looked(tmp_path, fields):
+    tasks = json.loads(labelstudio(on_image("image", "cat"), image="1.png"))
+    tasks.append({"data": fields, "annotations": [{"result": []}]})
+    unseen = [{"annotations": []}, {"annotations": [{"result": [], "was_cancelled": True}]}]
+    tasks += [{"data": {"image": "4.png"}, **each} for each in unseen]
+    images = "1.png", "2.png", "3.png", "4.png"
+    back = read_one("labelstudio", json.dumps(tasks), tmp_path, images)
+    empty = ["2.png"] if "image" in fields else ["2.png", "3.png"]
+    assert [image["file_name"] for image in back["images"]] == ["1.png", *empty]
+    assert {(image["width"], image["height"]) for image in back["images"]} == {(SIDE, SIDE)}
+
+
+@pytest.mark.parametrize(
     ("controls", "said"),
     [
         (("img1", "img2"), "which of several images 'img1' is cannot be told"),

@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from sim_m2f import build_model, get_cfg
 from sim_m2f.errors import UserError
 from sim_m2f.modeling import mask2former
-from sim_m2f.modeling.backbone import build_backbone
+from sim_m2f.modeling.backbone import TimmBackbone, build_backbone
 from sim_m2f.modeling.convolution import PixelLinear, convolution, mask_product
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
+from sim_m2f.modeling.position import sine_positions
 from sim_m2f.modeling.postprocess import instances, masks_in_boxes
 from sim_m2f.modeling.specks import SMALL, without_specks
 
@@ -59,6 +61,48 @@ def test_a_resnet_has_whole_groups_and_bottlenecks(depth, norm, width, divisor):
     else:
         (maps, *_) = build_backbone(cfg)(torch.zeros(1, 3, 32, 32)).values()
         assert maps.shape[1] == width
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224", "coat_lite_tiny", "hiera_tiny_224"]
+)
+def test_a_backbone_of_one_size_of_images_is_told(name):
+    with pytest.raises(UserError, match=f"MODEL.BACKBONE.NAME: {name} does not take images") as error:
+        TimmBackbone(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "convnext_atto"])
+def test_a_backbone_of_images_of_any_size(name):
+    maps = TimmBackbone(name)(torch.zeros(1, 3, 64, 96))
+    assert [tuple(each.shape[2:]) for each in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+def test_images_of_one_pixel_of_the_coarsest_map(network):
+    for training in (False, True):
+        outputs = network.train(training)(torch.zeros(1, 3, 32, 32))
+        assert outputs["pred_masks"].shape == (1, 12, 8, 8)
+        assert outputs["pred_masks"].isfinite().all()
+
+
+def encoded_by_definition(height, length, width):
+    """Vaswani et al., sine and cosine of 10000^(-2i/d) times the place, 1 to 2 pi; y before x."""
+    channel = np.arange(width // 2)
+    frequency = 10000.0 ** -(channel // 2 * 4 / width)
+    y, x = (2 * np.pi * np.arange(1, size + 1)[:, None] / size * frequency for size in (height, length))
+    y, x = (np.where(channel % 2, np.cos(axis), np.sin(axis)) for axis in (y, x))
+    grid = np.concatenate([np.repeat(y, length, 0), np.tile(x, (height, 1))], 1)
+    return torch.from_numpy(grid)[None].float()
+
+
+def test_positions_are_their_definition_and_few_are_kept():
+    torch.testing.assert_close(
+        sine_positions(5, 7, 32, torch.device("cpu")), encoded_by_definition(5, 7, 32), rtol=0, atol=1e-5
+    )
+    before = psutil.Process().memory_info().rss
+    for side in range(30):
+        sine_positions(300, 300 + side, 64, torch.device("cpu"))
+    assert psutil.Process().memory_info().rss - before < 50e6  # one map has 23 MB
 
 
 def resized(tensor, size):

@@ -79,6 +79,12 @@ def test_a_cuda_part_that_does_not_compile_is_an_error(tmp_path):
     assert "broken kernel" in done.stderr
 
 
+@pytest.mark.parametrize("cxx", [["g++-12"], ["ccache", "g++-12"], ["/usr/bin/sccache", "g++-12", "-m64"]])
+def test_the_host_compiler_of_nvcc_is_no_cache(cxx):
+    tools = build.Toolchain(Path("torch"), cxx, "nvcc")
+    assert build.nvcc_command(tools, [])[:3] == ["nvcc", "-ccbin", "g++-12"]
+
+
 def test_architectures(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 10.0+PTX")
     flags, listed = build.cuda_architectures("nvcc")

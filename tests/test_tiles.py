@@ -48,12 +48,12 @@ class Components(torch.nn.Module):
         return {"pred_logits": torch.zeros(*prompts.labels.shape, 2), "pred_masks": masks}
 
 
-def squares(seed: int) -> Tensor:
-    """(1, 3, SIDE, SIDE): bright squares of 8 to 16 pixels that do not touch, a quarter of a tile at most."""
+def squares(seed: int, side: int = SIDE) -> Tensor:
+    """(1, 3, side, side): bright squares of 8 to 16 pixels that do not touch, a quarter of a tile at most."""
     generator = np.random.default_rng(seed)
-    image = torch.zeros(1, 3, SIDE, SIDE)
-    for y in range(0, SIDE, 24):
-        for x in range(0, SIDE, 24):
+    image = torch.zeros(1, 3, side, side)
+    for y in range(0, side, 24):
+        for x in range(0, side, 24):
             height, width = 4 * generator.integers(2, 5, 2)
             top, left = 4 * generator.integers(0, 2, 2)
             if generator.random() < 0.5:
@@ -61,11 +61,12 @@ def squares(seed: int) -> Tensor:
     return image
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_every_object_is_found_once_and_whole(seed: int) -> None:
-    image = squares(seed)
+@pytest.mark.parametrize(("seed", "side"), [*((seed, SIDE) for seed in range(5)), (5, 768)])
+def test_every_object_is_found_once_and_whole(seed: int, side: int) -> None:
+    image = squares(seed, side)
     truth, count = ndimage.label((image[0, 0, ::4, ::4] > 0.5).numpy())
-    masks = tiled(Components(), image, TILE)["pred_masks"][0] > 0
+    assert (count > 500) == (side > SIDE)
+    masks = tiled(Components(), image, TILE, objects=600)["pred_masks"][0] > 0
     assert len(masks) == count
     expected = {np.flatnonzero(truth == label).tobytes() for label in range(1, count + 1)}
     assert {np.flatnonzero(mask.numpy()).tobytes() for mask in masks} == expected
@@ -131,6 +132,37 @@ def test_duplicates_are_counted_to_the_pixel(shared: int, count: int, kind: torc
     with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
         found = tiled(HalfShared(shared), torch.zeros(1, 3, 384, 416), 384)
     assert found["pred_masks"].shape == (1, count, 96, 104)
+
+
+class Nested(torch.nn.Module):
+    """Sees an object of the first class in every tile that has bright pixels, and in it a dark part of the
+    second class; with ``twice`` the bright object as one of the second class as well.
+    """
+
+    def __init__(self, twice: bool = False) -> None:
+        super().__init__()
+        self.twice = twice
+
+    def forward(self, images: Tensor, auxiliary: bool = True) -> dict:
+        shown = images[:, 0, ::4, ::4]
+        whole = shown > 0.2
+        part = whole if self.twice else whole & (shown < 0.8)
+        masks = torch.where(torch.stack([whole, part], 1), 8.0, -8.0)
+        return {
+            "pred_logits": torch.diag(torch.tensor([6.0, 5.0, 0.0]))[:2].repeat(len(images), 1, 1),
+            "pred_masks": masks,
+        }
+
+
+@pytest.mark.parametrize(("twice", "classes"), [(False, [0, 1]), (True, [0])])
+def test_an_object_in_one_of_another_class_stays_and_a_duplicate_does_not(twice, classes) -> None:
+    image = torch.zeros(1, 3, 256, 448)
+    image[..., 40:160, 200:256] = 1.0
+    image[..., 80:112, 220:240] = 0.5
+    found = tiled(Nested(twice), image, 256)
+    assert found["pred_logits"][0].argmax(-1).tolist() == classes
+    if not twice:
+        assert (found["pred_masks"][0] > 0).sum((1, 2)).tolist() == [30 * 14, 8 * 5]
 
 
 def test_configuration(small_cfg) -> None:

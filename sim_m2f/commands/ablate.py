@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sim_m2f.commands.train import configuration
 from sim_m2f.config import CfgNode
 from sim_m2f.config.shipped import find_config, shipped_configs
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.ablation_runs import Run, train_all
@@ -149,7 +149,7 @@ class Ablation:
         bar.update()
 
     def _add_result(self, run: Run) -> None:
-        truth = coco_metrics.load_truth(eval_sources(run.cfg)[0].annotations)
+        truth = coco_metrics.load_truth(data_sources(run.cfg, "TEST")[0].annotations)
         self.results.append(read_result(run.row, run.seed, run.folder, run.minutes(), truth))
 
     def _write(self) -> None:
@@ -158,7 +158,7 @@ class Ablation:
 
 def _check_test_set(base: CfgNode) -> None:
     """Raises UserError for a test set without objects, or without their masks."""
-    data = read_coco(eval_sources(base)[0], read_masks=False)
+    data = read_coco(data_sources(base, "TEST")[0], read_masks=False)
     if not data.has_annotations or not coco_metrics.has_masks(coco_metrics.load_truth(data.annotations_file)):
         fault = "annotations without segmentation"
     elif not any(len(image.labels) for image in data.images):

@@ -13,7 +13,6 @@ from sim_m2f.data.formats.registry import (
     COCO,
     INPUTS,
     WRITERS,
-    WRITTEN,
     output_formats,
     read_annotations,
     refuse_shared_files,
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--split is {args.split}; give a share between 0 and 1, such as 0.2")
     formats = output_formats(args.format)
     parts = [args.output / name for name in PARTS] if args.split else []
-    outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITTEN[name] for name in formats)]
+    outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITERS[name].place for name in formats)]
     refuse_inputs(outputs, [args.annotations], [args.images])
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.annotations}: {error}") from error
     write_file(args.output / ANNOTATIONS, json.dumps(content))
     for name in formats:
-        WRITERS[name](args.output, content["categories"], images_of(content))
+        WRITERS[name].write(args.output, content["categories"], images_of(content))
     for path, one in zip(parts, split, strict=True):
         write_file(path, json.dumps(one))
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")

@@ -26,7 +26,6 @@ from sim_m2f.data.formats.registry import (
     COCO,
     INPUTS,
     WRITERS,
-    WRITTEN,
     as_coco,
     output_formats,
     refuse_shared_files,
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.val_images and not args.val:
         raise UserError("--val-images: give --val, the annotations of these images, too")
     formats = output_formats(args.format)
-    outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITTEN[name] for name in formats))]
+    outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITERS[name].place for name in formats))]
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     if not args.resume and not args.overwrite:
         refuse_used(args.output)

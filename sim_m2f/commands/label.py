@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, WRITTEN, as_coco, output_formats
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, as_coco, output_formats
 from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the arguments, the network or the data have a fault; see ``label_set``.
     """
     formats = output_formats(args.format)
-    outputs = args.output / MASKS, *(args.output / WRITTEN[name] for name in formats)
+    outputs = args.output / MASKS, *(args.output / WRITERS[name].place for name in formats)
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     with locked(args.output, "--output"):
         label_boxes(args, formats)

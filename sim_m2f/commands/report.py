@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.config import get_cfg
-from sim_m2f.data.catalog import DatasetSource, eval_sources
+from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.errors import UserError
 from sim_m2f.report.run_report import write_report
@@ -42,4 +42,4 @@ def _source(args: argparse.Namespace) -> DatasetSource:
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     limits(args, cfg)
-    return eval_sources(cfg)[0]
+    return data_sources(cfg, "TEST")[0]

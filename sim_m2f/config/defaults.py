@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode as FvcoreNode
 
-from sim_m2f.config.node import CfgNode, leaf_keys
+from sim_m2f.config.node import ELEMENTS, CfgNode, leaf_keys, value_of
 from sim_m2f.errors import UserError
 
 
@@ -31,6 +31,10 @@ _DEFAULTS = CfgNode()
 add_keys(_DEFAULTS, read_yaml(Path(__file__).with_suffix(".yaml")))
 add_keys(_DEFAULTS, _IGNORED)
 WITHOUT_EFFECT = tuple(leaf_keys(_IGNORED))
+_VALUES = {key: value_of(_DEFAULTS, key) for key in leaf_keys(_DEFAULTS)}
+ELEMENTS.update(
+    (key, value[0]) for key, value in _VALUES.items() if value and isinstance(value, list | tuple)
+)
 
 
 def get_cfg() -> CfgNode:

@@ -23,6 +23,9 @@ from sim_m2f.errors import UserError
 
 LARGEST = 100_000  # bytes of a file; PyYAML takes seconds for as many
 LONGEST = 200  # characters of a key
+ELEMENTS: dict[
+    str, Any
+] = {}  # the first one of each list and tuple of the defaults; what an empty one may hold
 
 
 class CfgNode(FvcoreNode):
@@ -171,7 +174,7 @@ def _coerced(value: Any, default: Any, path: str, source: str) -> Any:
     elif isinstance(default, (list, tuple)) and isinstance(decoded, (list, tuple, str)):
         elements = [decoded] if isinstance(decoded, str) else decoded
         numbered = enumerate(elements)
-        first = default[0] if default else ""
+        first = default[0] if default else ELEMENTS.get(path, "")
         decoded = type(default)(_coerced(item, first, f"{path}[{i}]", source) for i, item in numbered)
     if isinstance(decoded, Mapping) or (default is not None and type(decoded) is not type(default)):
         expected, found = type(default).__name__, type(decoded).__name__

@@ -23,7 +23,7 @@ class LargeScaleJitter(v2.ScaleJitter):
         height, width = v2.query_size(flat_inputs)
         least, most = self.scale_range
         scale = least + (most - least) * torch.rand(()).item()
-        factor = scale * min(self.target_size) / max(height, width)
+        factor = scale * self.target_size[0] / max(height, width)
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
 
 

@@ -7,6 +7,7 @@ import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from sim_m2f.config import CfgNode
 from sim_m2f.config.defaults import read_yaml
@@ -53,13 +54,9 @@ def find_source(name: str, limits: CfgNode = LIMITS) -> DatasetSource:
     return DatasetSource(name, folder / "annotations" / f"{annotations}.json", folder / images, limits)
 
 
-def eval_sources(cfg: CfgNode) -> list[DatasetSource]:
-    """What to evaluate on, as ``train_sources`` with TEST for TRAIN."""
-    return train_sources(cfg, "TEST")
-
-
-def train_sources(cfg: CfgNode, split: str = "TRAIN") -> list[DatasetSource]:
-    """What to train on: DATASETS.TRAIN_ANNOTATIONS and TRAIN_IMAGES if set, else the names in DATASETS.TRAIN.
+def data_sources(cfg: CfgNode, split: Literal["TRAIN", "TEST"]) -> list[DatasetSource]:
+    """What to train or evaluate on: DATASETS.TRAIN_ANNOTATIONS and TRAIN_IMAGES if set, else the names in
+    DATASETS.TRAIN; or the same with TEST.
 
     Raises:
         UserError: one of the two paths is missing, a name is unknown, or nothing is named.

@@ -5,7 +5,7 @@ from pathlib import Path
 from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.coco import load_json
 from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json
@@ -20,7 +20,7 @@ def class_names(cfg: CfgNode) -> list[str]:
     """
     number = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     try:
-        source = eval_sources(cfg)[0]
+        source = data_sources(cfg, "TEST")[0]
         categories = load_json(source.annotations, source.limits)["categories"]
         names = [item["name"] for item in sorted(categories, key=lambda item: item["id"])]
     except (UserError, KeyError, TypeError):

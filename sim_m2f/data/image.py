@@ -134,14 +134,18 @@ def read_image(
         bits, nearly black ones (12 bits or fewer) by their own range.
 
     Raises:
-        UserError: the file cannot be decoded, is too large, or has another size.
+        UserError: the file cannot be decoded, is too large, or has another size, or is a nearly black TIFF
+            of 16 bits a colour.
     """
     with opened(path, limits, kinds) as stored:
+        upper_bits = _tiff_has_16_bits(stored)
         image = _of_16_bits(path, stored) if _has_16_bits(stored) else stored
         image.load()
         upright = ImageOps.exif_transpose(image)
         image = image if upright.size != (width, height) == image.size else upright
         size, pixels = image.size, to_rgb(image)
+        if upper_bits and pixels.max() <= DARK >> 8:
+            raise ValueError(f"16-bit colours of a TIFF without a value above {DARK}; convert it to PNG")
     if height and width:
         _refuse_other_size(path, size, height, width)
     return pixels
@@ -157,6 +161,12 @@ def _has_16_bits(stored: Image.Image) -> bool:
     """Whether it is a PNG whose colours, not its grey alone, have 16 bits; before it is decoded."""
     tiles = str(getattr(stored, "tile", ""))  # with the layout of the pixels that are to be decoded
     return stored.format == "PNG" and stored.mode != "I;16" and "16B" in tiles
+
+
+def _tiff_has_16_bits(stored: Image.Image) -> bool:
+    """Whether it is a TIFF of 16 bits a colour, of which Pillow takes the upper 8; before it is decoded."""
+    tiles = str(getattr(stored, "tile", ""))
+    return stored.format == "TIFF" and not stored.mode.startswith("I") and ";16" in tiles
 
 
 def _of_16_bits(path: Path, stored: Image.Image) -> Image.Image:

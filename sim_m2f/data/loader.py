@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import DatasetSource, train_sources
+from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import CocoData, check_categories, read_coco
 from sim_m2f.data.dataset import EvalDataset, TrainDataset
 from sim_m2f.data.proposals import with_proposals
@@ -173,7 +173,7 @@ def train_loader(
 def _train_data(cfg: CfgNode) -> list[CocoData]:
     """The data sets that are trained on, with their proposals where there are some."""
     kind = cfg.MODEL.SIM.SUPERVISION
-    data = [read_coco(source, kind != "box", kind == "mixed") for source in train_sources(cfg)]
+    data = [read_coco(source, kind != "box", kind == "mixed") for source in data_sources(cfg, "TRAIN")]
     check_classes(cfg, data)
     if not cfg.DATASETS.TRAIN_PROPOSALS:
         return data

@@ -14,20 +14,25 @@ FINE = 2  # half pixels: where the contour cuts a corner of a pixel, both its en
 
 def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
     """One polygon (n, 2) of x and y per connected part of a mask (H, W) bool; none for an empty one."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
+    if not mask.any():
         return []
-    part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    left, top, right, bottom = around_mask(mask)
+    part = mask[top:bottom, left:right]
     fine = np.pad(np.kron(part, np.ones((FINE, FINE), np.uint8)), 1).astype(np.float32)
     x, y = ((np.arange(length) - 0.5) / FINE for length in fine.shape[::-1])
     contours = contour_generator(x, y, fine, fill_type=FillType.OuterOffset)
     shapes, offsets = cast(tuple[list[np.ndarray], list[np.ndarray]], contours.filled(0.5, 2.0))
-    corner = np.array([columns[0], rows[0]])
     polygons = []
     for points, ends in zip(shapes, offsets, strict=True):
-        rings = [_straightened(ring) + corner for ring in np.split(points, ends[1:-1])]
+        rings = [_straightened(ring) + np.array([left, top]) for ring in np.split(points, ends[1:-1])]
         polygons.append(joined(rings))
     return polygons
+
+
+def around_mask(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The box xyxy around a mask (H, W) bool that is not empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def joined(rings: list[np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sim_m2f.data.coco import MAX_LINES, CocoData, ImageRecord, load_json
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json, refuse
 from sim_m2f.data.segmentation import segmentation_problem
 from sim_m2f.errors import UserError
 
@@ -27,8 +27,7 @@ def with_proposals(data: CocoData, path: Path) -> CocoData:
     given = {item["id"]: item for item in records}
     problems: list[str] = []
     images = [_of_image(image, given, path, problems) for image in data.images]
-    if problems:
-        raise UserError("\n".join(problems[:MAX_LINES]))
+    refuse(problems)
     if not any(any(image.proposals or []) for image in images):
         fault = f"has no mask for an annotation of {data.annotations_file}"
         raise UserError(f"{path}: {fault}; let sim-m2f propose make them of that file")

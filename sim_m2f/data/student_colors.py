@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 
 from sim_m2f.draws import Seed, generator, uniform
 from sim_m2f.pixels import Pixels
+from sim_m2f.structures import Size
 
 CHANGES = v2.Compose(
     [
@@ -18,7 +19,9 @@ CHANGES = v2.Compose(
 )
 
 
-def student_colors(images: Tensor, pixels: Pixels, share: float, seeds: Sequence[Seed]) -> Tensor:
+def student_colors(
+    images: Tensor, pixels: Pixels, share: float, seeds: Sequence[Seed], sizes: Sequence[Size]
+) -> Tensor:
     """Each image, with probability ``share``, in other colours, grey or blurred; padding stays.
 
     Args:
@@ -26,11 +29,13 @@ def student_colors(images: Tensor, pixels: Pixels, share: float, seeds: Sequence
         pixels: how they are normalised.
         share: of the images, 0 to 1.
         seeds: of the images.
+        sizes: height and width of each image without its padding.
     """
     changed = images.clone()
     for index in (uniform(seeds, "student colors", 1) < share).nonzero()[:, 0].tolist():
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(generator(seeds[index], "colors").get_state())
             rgb = CHANGES((pixels.undo(images[index]) / 255).clamp(0, 1))
-        changed[index] = pixels.normalise(255 * rgb).where(images[index] != 0, 0)
+        height, width = sizes[index]
+        changed[index, :, :height, :width] = pixels.normalise(255 * rgb)[:, :height, :width]
     return changed

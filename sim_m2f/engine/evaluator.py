@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import eval_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.coco import CocoData
 from sim_m2f.data.dataset import EvalDataset
 from sim_m2f.data.loader import Batches, eval_loader
@@ -42,7 +42,7 @@ def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> di
         the metrics; before those of all but the first test set stand its name and "/".
     """
     metrics: dict[str, float] = {}
-    sources, folder = eval_sources(cfg), Path(cfg.OUTPUT_DIR)
+    sources, folder = data_sources(cfg, "TEST"), Path(cfg.OUTPUT_DIR)
     for source in sources:
         loader = eval_loader(cfg, source, accelerator.process_index, accelerator.num_processes)
         below = "" if source is sources[0] else f"{source.name}/"
@@ -111,7 +111,7 @@ def _detect(
         for batch in progress(loader, "evaluate", len(loader), shown=shown):
             with accelerator.autocast():
                 images = pixels.of_batch(batch["images"], batch["image_sizes"])
-                outputs = tiled(network, images, cfg.TEST.TILE)
+                outputs = tiled(network, images, cfg.TEST.TILE, objects=cfg.TEST.DETECTIONS_PER_IMAGE)
             sizes = batch["image_sizes"], batch["original_sizes"]
             found = detections(outputs, batch["images"], *sizes, cfg, cfg.TEST.COLORS.ENABLED)
             for image_id, instances in zip(batch["image_ids"], found, strict=True):

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.catalog import eval_sources, train_sources
+from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.coco import check_images, read_coco
 from sim_m2f.data.loader import check_classes
 from sim_m2f.data.notes import notes
@@ -30,7 +30,7 @@ class Notes(Hook):
         if not trainer.accelerator.is_main_process:
             return
         train = list({id(data): data for data, _ in trainer.loader.dataset.images}.values())
-        test = [read_coco(source, read_masks=False) for source in eval_sources(trainer.cfg)]
+        test = [read_coco(source, read_masks=False) for source in data_sources(trainer.cfg, "TEST")]
         check_classes(trainer.cfg, [*train, *test])
         for data in test:
             check_images(data)
@@ -55,7 +55,7 @@ class CleanFolder(Hook):
 
 def _inputs(cfg: CfgNode) -> set[Path]:
     """The files of annotations and masks that a run reads."""
-    sources = *train_sources(cfg), *eval_sources(cfg)
+    sources = *data_sources(cfg, "TRAIN"), *data_sources(cfg, "TEST")
     proposals = expanded(cfg.DATASETS.TRAIN_PROPOSALS)
     return {path.resolve() for path in (proposals, *(source.annotations for source in sources))}
 

@@ -19,10 +19,10 @@ from sim_m2f.data.dataset import SampleReader, TrainDataset
 from sim_m2f.data.loader import collate
 from sim_m2f.engine.evaluator import evaluation_mode
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Batch, Outputs, Prompts, Size
+from sim_m2f.structures import STRIDE, Batch, Outputs, Prompts, Size
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.pseudo_masks import positive_thresholds
-from sim_m2f.supervision.targets import STRIDE, Targets, flatten_targets
+from sim_m2f.supervision.targets import Targets, flatten_targets
 
 OUTSIDE = -2  # label of a pixel outside the object's box
 

@@ -26,7 +26,7 @@ from sim_m2f.engine.stop_signal import StopSignal
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling import build_model, compile_maps
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Batch, Outputs, Target
+from sim_m2f.structures import Batch, Outputs, Size, Target
 from sim_m2f.supervision.base import Criterion, Prepared, together
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import build_criterion
@@ -35,7 +35,7 @@ from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
 
-Part = tuple[Tensor, Sequence[Target], Sequence[Seed]]  # images, their targets and seeds
+Part = tuple[Tensor, Sequence[Target], Sequence[Seed], Sequence[Size]]  # images, their targets, seeds, sizes
 
 
 class Hook:
@@ -187,7 +187,7 @@ class Trainer:
         ]
         if self.copy_paste:
             images, targets = self.copy_paste(images, targets, self.iteration)
-        losses, matched = self._add_gradients(images, targets, seeds)
+        losses, matched = self._add_gradients((images, targets, seeds, batch["image_sizes"]))
         self.criterion.update(*matched)
         if self.copy_paste:
             self.copy_paste.remember(images, matched)
@@ -204,17 +204,16 @@ class Trainer:
         self.iteration += 1
         return losses
 
-    def _add_gradients(
-        self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed]
-    ) -> tuple[dict[str, Tensor], list[Matched]]:
+    def _add_gradients(self, batch: Part) -> tuple[dict[str, Tensor], list[Matched]]:
         """Those of this rank's images, SOLVER.IMAGES_AT_ONCE together; returns the sums of their losses."""
-        parts: list[Part] = [(images, targets, seeds)]
+        parts = [batch]
         prepared: Sequence[Prepared | None] = [None]
         if self.in_parts:
             number = self.cfg.SOLVER.IMAGES_AT_ONCE
+            images, targets, seeds, sizes = batch
             cuts = [slice(start, start + number) for start in range(0, len(images), number)]
-            parts = [(images[cut], targets[cut], seeds[cut]) for cut in cuts]
-            prepared = together([self._prepared(part, own) for part, own, _ in parts])
+            parts = [(images[cut], targets[cut], seeds[cut], sizes[cut]) for cut in cuts]
+            prepared = together([self._prepared(part, own) for part, own, *_ in parts])
         sums: dict[str, Tensor] = {}
         self.observed: dict[str, Tensor] = {}
         done: list[Matched] = []
@@ -237,11 +236,16 @@ class Trainer:
         return self.criterion.prepare(targets, images, self._teacher_outputs(images, targets))
 
     def _losses(
-        self, images: Tensor, targets: Sequence[Target], seeds: Sequence[Seed], prepared: Prepared | None
+        self,
+        images: Tensor,
+        targets: Sequence[Target],
+        seeds: Sequence[Seed],
+        sizes: Sequence[Size],
+        prepared: Prepared | None,
     ) -> tuple[dict[str, Tensor], Matched]:
         """What the criterion makes of images that go through the networks together."""
         colors = self.cfg.INPUT.STUDENT_COLORS
-        seen = student_colors(images, self.pixels, colors, seeds) if colors else images
+        seen = student_colors(images, self.pixels, colors, seeds, sizes) if colors else images
         prompts = self.criterion.student_prompts(targets, images)
         self.accelerator.unwrap_model(self.model).backbone.draw_paths(seeds)
         with self.accelerator.autocast():

@@ -134,7 +134,7 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
         file.write("}\n")
     for name in formats:
         labelled = ((image, list(map(masks, own))) for image, own in images_of(content))
-        WRITERS[name](output.parent, content["categories"], labelled)
+        WRITERS[name].write(output.parent, content["categories"], labelled)
     journal.remove()
 
 

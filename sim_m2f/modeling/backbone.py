@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.draws import Seed, uniform
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, first_line
 from sim_m2f.modeling.frozen_norm import fold_frozen_norms
 from sim_m2f.modeling.recompute import recompute_blocks
 
@@ -35,7 +35,8 @@ class TimmBackbone(nn.Module):
         options: further arguments of ``timm.create_model``.
 
     Raises:
-        UserError: timm does not know the name, or the model has no maps of strides 4 to 32.
+        UserError: timm does not know the name, or the model has no maps of strides 4 to 32, or takes no
+            images of any size.
     """
 
     def __init__(self, name: str, **options: Any) -> None:
@@ -48,6 +49,7 @@ class TimmBackbone(nn.Module):
         if missing:
             fault = f"{name} has no map of stride {missing[0]}"
             raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take a pyramid model")
+        _try(name, options)
         indices = tuple(reductions.index(stride) for stride in STRIDES.values())
         self.body = timm.create_model(name, features_only=True, out_indices=indices, **options)
         self.channels = dict(zip(STRIDES, feature_info(self.body).channels(), strict=True))
@@ -70,6 +72,16 @@ class TimmBackbone(nn.Module):
         if self.channels_last:
             maps = [feature.permute(0, 3, 1, 2) for feature in maps]
         return dict(zip(STRIDES, maps, strict=True))
+
+
+def _try(name: str, options: dict[str, Any]) -> None:
+    """Raises UserError where a model does not take an image of a size of ours; nothing is computed."""
+    with torch.device("meta"), torch.no_grad():
+        try:
+            timm.create_model(name, features_only=True, **options).eval()(torch.empty(1, 3, 64, 96))
+        except Exception as error:  # models refuse other sizes by anything
+            fault = f"{name} does not take images of any size ({first_line(error)})"
+            raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take another model") from error
 
 
 class SeededDropPath(DropPath):
@@ -128,16 +140,12 @@ def build_backbone(cfg: CfgNode) -> TimmBackbone:
     if cfg.MODEL.BACKBONE.USE_CHECKPOINT or cfg.MODEL.SWIN.USE_CHECKPOINT:
         recompute_blocks(backbone.body)
     if cfg.MODEL.BACKBONE.FREEZE_NORMS:
-        _freeze_batch_norms(backbone.body)
+        freeze_batch_norm_2d(backbone.body)
+        fold_frozen_norms(backbone.body)
         for module in backbone.modules():
             if isinstance(module, LEARNING_NORMS):
                 module.requires_grad_(False)
     return backbone
-
-
-def _freeze_batch_norms(body: nn.Module) -> None:
-    freeze_batch_norm_2d(body)
-    fold_frozen_norms(body)
 
 
 def _resnet(cfg: CfgNode) -> TimmBackbone:
@@ -151,7 +159,7 @@ def _resnet(cfg: CfgNode) -> TimmBackbone:
     channels = tuple(width * 2**stage for stage in range(4))
     backbone = TimmBackbone(f"resnet{depth}", norm_layer=NORMS.get(norm, nn.BatchNorm2d), channels=channels)
     if norm == "FrozenBN":
-        _freeze_batch_norms(backbone.body)
+        freeze_batch_norm_2d(backbone.body)
     if cfg.MODEL.RESNETS.STRIDE_IN_1X1:
         _stride_in_1x1(backbone.body)
     stages = ["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]

@@ -16,12 +16,22 @@ from sim_m2f.modeling.recompute import recomputed
 CHUNK = 4096  # pixels that go through an MLP together on a CPU, so that the hidden layer stays in the caches
 
 
+class Norm(nn.GroupNorm):
+    """GroupNorm (32 groups), which also takes a map of one pixel with one channel per group: to its bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(32, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class ConvNorm(nn.Conv2d):
-    """A convolution without bias, followed by GroupNorm (32 groups)."""
+    """A convolution without bias, followed by a norm."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.GroupNorm(32, outputs)
+        self.norm = Norm(outputs)
         nn.init.kaiming_uniform_(self.weight, a=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +120,7 @@ class PixelDecoder(nn.Module):
         for projection in projections:
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        normed = (nn.Sequential(projection, nn.GroupNorm(32, width)) for projection in projections)
+        normed = (nn.Sequential(projection, Norm(width)) for projection in projections)
         self.input_proj = nn.ModuleList(normed)
         self.transformer = Transformer(cfg)
         self.adapter_1 = ConvNorm(channels[self.fine_feature], width, 1)

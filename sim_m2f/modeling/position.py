@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def sine_positions(height: int, length: int, width: int, device: torch.device) -> Tensor:
-    """Embedding of every pixel of a map, computed once per size.
+    """Embedding of every pixel of a map; that of rows and columns is computed once per length.
 
     Args:
         height, length: size of the map in its own pixels.
@@ -17,24 +17,20 @@ def sine_positions(height: int, length: int, width: int, device: torch.device) -
     Returns:
         (1, height * length, width), float32.
     """
-    if torch.compiler.is_exporting():  # sizes are symbols, which no cache can look up
-        return _encoded(height, length, width, device)
-    return _cached(height, length, width, device)
-
-
-def _encoded(height: int, length: int, width: int, device: torch.device) -> Tensor:
     half = width // 2
-    channel = torch.arange(half, device=device)
-    frequency = 10000 ** (2 * (channel // 2) / half)
-
-    def encode(size: int) -> Tensor:
-        position = torch.arange(1, size + 1, device=device) / (size + 1e-6) * (2 * math.pi)
-        angle = position[:, None] / frequency
-        return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
-
-    y = encode(height)[:, None].expand(height, length, half)
-    x = encode(length)[None].expand(height, length, half)
+    encoded = _encoded if torch.compiler.is_exporting() else _cached  # symbols: no cache can look them up
+    y = encoded(height, half, device)[:, None].expand(height, length, half)
+    x = encoded(length, half, device)[None].expand(height, length, half)
     return torch.cat([y, x], dim=-1).reshape(1, height * length, width)
 
 
-_cached = lru_cache(maxsize=64)(_encoded)
+def _encoded(size: int, width: int, device: torch.device) -> Tensor:
+    """(size, width): of each place along one axis."""
+    channel = torch.arange(width, device=device)
+    frequency = 10000 ** (2 * (channel // 2) / width)
+    position = torch.arange(1, size + 1, device=device) / (size + 1e-6) * (2 * math.pi)
+    angle = position[:, None] / frequency
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos())
+
+
+_cached = lru_cache(maxsize=128)(_encoded)

@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.geometry import extent, missing_logits
-from sim_m2f.structures import Detections, LayerOutputs, Size
+from sim_m2f.structures import STRIDE, Detections, LayerOutputs, Size
 
-STRIDE = 4
 MOST_RISE = 8.0  # logits, of a mask that has to span its box
 CHUNK = 4  # masks that are brought to full size together
 

@@ -3,6 +3,7 @@
 For images of many small objects, as of nuclei: a tile shows as few of them as a training crop does.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import cast
 
@@ -10,32 +11,37 @@ import torch
 from torch import Tensor
 
 from sim_m2f.geometry import extent
-from sim_m2f.modeling.postprocess import STRIDE
-from sim_m2f.structures import LayerOutputs, Outputs, Predictions, Prompts
+from sim_m2f.structures import STRIDE, LayerOutputs, Outputs, Predictions, Prompts
 
 OVERLAP = 0.25  # least share of a tile that its neighbour sees too: objects up to this size are whole in one
 BATCH = 8  # tiles that the network sees together
 OUTSIDE = -10.0  # mask logit outside of the tile
 LEAST_SCORE = 0.02  # of a query that counts
-MOST = 400  # queries of an image
-DUPLICATE = 0.5  # two masks are one object when they share so much of the smaller one
+MOST = 400  # queries of an image, before duplicates go; twice as many as objects that are wanted, if more
+DUPLICATE = 0.5  # two masks are one object when they share more of the smaller one; of two classes, of both
 
 
 def tiled(
-    network: Callable[..., Outputs], images: Tensor, tile: int, prompts: Prompts | None = None
+    network: Callable[..., Outputs],
+    images: Tensor,
+    tile: int,
+    prompts: Prompts | None = None,
+    objects: int = 0,
 ) -> Predictions:
     """The last layer's outputs for one image, tile by tile where it is larger than one.
 
     A mask that an inner border of its tile cuts is left out where a neighbour sees it whole, that is, where
     it ends within OVERLAP of this border. Of two masks that cover each other one stays: one that its tile
-    does not cut before one that it does, else that of the higher score. A prompted box goes to the tile in
-    whose middle it lies.
+    does not cut before one that it does, else that of the higher score. Masks of two classes have to cover
+    each other both: a part of a thing, as a nucleus of a cell, stays with the whole. A prompted box goes to
+    the tile in whose middle it lies.
 
     Args:
         network: ``Mask2Former``.
         images: (1, 3, H, W), as the network takes it.
         tile: side of a tile in pixels, a multiple of 32; 0 takes every image as a whole.
         prompts: boxes whose masks are wanted, in shares of the whole image.
+        objects: so many of the image are wanted.
 
     Returns:
         "pred_logits" (1, K, C+1), "pred_masks" (1, K, H/4, W/4), and with prompts "prompted", the same of the
@@ -58,7 +64,7 @@ def tiled(
     logits = torch.cat([part["pred_logits"].float() for part in parts])
     masks = torch.cat([part["pred_masks"].float() for part in parts])
     canvas = height // STRIDE, width // STRIDE
-    outputs: Predictions = {**_joined(logits, masks, corners // STRIDE, canvas)}
+    outputs: Predictions = {**_joined(logits, masks, corners // STRIDE, canvas, max(MOST, 2 * objects))}
     if placed:
         tiles, places = placed[1]
         logits = torch.cat([part["prompted"]["pred_logits"].float() for part in parts])[tiles, places]
@@ -98,7 +104,9 @@ def _tile_of_boxes(
     return Prompts(own, labels), (tiles, places)
 
 
-def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, int]) -> LayerOutputs:
+def _joined(
+    logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, int], most: int
+) -> LayerOutputs:
     """The queries of all tiles, those that show one object reduced to one.
 
     Args:
@@ -106,6 +114,7 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
         masks: (n, Q, h, w) logits.
         corners: (n, 2) top and left of the tiles in pixels of the masks.
         canvas: height and width of the whole.
+        most: queries that are looked at, those of the highest scores.
     """
     inside = masks > 0
     area = inside.sum((2, 3))
@@ -113,19 +122,42 @@ def _joined(logits: Tensor, masks: Tensor, corners: Tensor, canvas: tuple[int, i
     score = logits.softmax(-1)[..., :-1].amax(-1) * confidence
     cut, rest = _cut(inside, corners, canvas)
     rank = (score - cut.float()).masked_fill((score < LEAST_SCORE) | (area == 0) | rest, -2.0).flatten()
-    order = rank.argsort(descending=True)[: max(1, min(MOST, int((rank > -2).sum())))]
+    order = rank.argsort(descending=True)[: max(1, min(most, int((rank > -2).sum())))]
     tiles, queries = order // masks.shape[1], order % masks.shape[1]
-    full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
-    flat, areas = (full > 0).flatten(1).float(), area[tiles, queries]
-    smaller = torch.minimum(areas[:, None], areas)
-    with torch.autocast(flat.device.type, enabled=False):  # counts of pixels: 16 bits would round them
-        same = flat @ flat.T > DUPLICATE * smaller
+    areas, kinds = area[tiles, queries], logits[tiles, queries][:, :-1].argmax(-1)
+    shared = _shared(inside[tiles, queries], tiles, corners)
+    smaller, union = torch.minimum(areas[:, None], areas), areas[:, None] + areas - shared
+    same = shared > DUPLICATE * smaller.where(kinds[:, None] == kinds, union)
     kept = torch.ones(len(order), dtype=torch.bool)
     for index, duplicates in enumerate(same.cpu()):
         if kept[index]:
             kept[index + 1 :] &= ~duplicates[index + 1 :]
-    kept = kept.to(full.device)
-    return {"pred_logits": logits[tiles, queries][kept][None], "pred_masks": full[kept][None]}
+    kept = kept.to(masks.device)
+    tiles, queries = tiles[kept], queries[kept]
+    full = _on_canvas(masks[tiles, queries], corners[tiles], canvas)
+    return {"pred_logits": logits[tiles, queries][None], "pred_masks": full[None]}
+
+
+def _shared(inside: Tensor, tiles: Tensor, corners: Tensor) -> Tensor:
+    """(K, K) float32: how many pixels two masks share.
+
+    Args:
+        inside: (K, h, w) bool, each mask in its tile.
+        tiles: (K,) 0..n-1, which tile that is.
+        corners: (n, 2) top and left of the tiles in pixels of the masks.
+    """
+    height, width = inside.shape[-2:]
+    shared = torch.zeros(len(inside), len(inside), device=inside.device)
+    own = [(tiles == tile).nonzero()[:, 0] for tile in range(len(corners))]
+    parts = zip(corners.tolist(), own, [inside[index].float() for index in own], strict=True)
+    for ((y, x), first, one), ((other_y, other_x), second, other) in itertools.product(parts, repeat=2):
+        down, right = other_y - y, other_x - x
+        if abs(down) < height and abs(right) < width:
+            here = one[:, max(down, 0) : height + down, max(right, 0) : width + right].flatten(1)
+            there = other[:, max(-down, 0) : height - down, max(-right, 0) : width - right].flatten(1)
+            with torch.autocast(inside.device.type, enabled=False):  # 16 bits would round counts of pixels
+                shared[first[:, None], second] = here @ there.T
+    return shared
 
 
 def _cut(inside: Tensor, corners: Tensor, canvas: tuple[int, int]) -> tuple[Tensor, Tensor]:

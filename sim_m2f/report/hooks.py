@@ -5,7 +5,7 @@ import time
 from torch import Tensor
 from tqdm import tqdm
 
-from sim_m2f.data.catalog import DatasetSource, eval_sources
+from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.engine.method_maps import MethodView
 from sim_m2f.engine.trainer import Hook, Trainer
@@ -90,6 +90,6 @@ class RunPage(Hook):
 
     def after_train(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
-            source = eval_sources(trainer.cfg)[0]
+            source = data_sources(trainer.cfg, "TEST")[0]
             page = write_report(trainer.output_dir, read_coco(source, read_masks=False))
             print(f"Report: {page}")

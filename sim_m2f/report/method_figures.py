@@ -27,8 +27,8 @@ from sim_m2f.files import shortened
 from sim_m2f.geometry import mask_extents
 from sim_m2f.report import drawing
 from sim_m2f.report.page import Evolution
+from sim_m2f.structures import STRIDE
 from sim_m2f.supervision.pseudo_masks import IGNORED
-from sim_m2f.supervision.targets import STRIDE
 
 FOLDER = "method"  # in OUTPUT_DIR; below it one folder per step
 STEM_BYTES = 200  # of an image's name in the names of its figures, at most

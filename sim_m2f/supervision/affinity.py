@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sim_m2f.config import CfgNode
-from sim_m2f.supervision.targets import STRIDE
+from sim_m2f.structures import STRIDE
 
 WHITE_D65 = (0.95047, 1.0, 1.08883)
 RGB_TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))

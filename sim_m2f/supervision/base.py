@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
-from sim_m2f.structures import Outputs, Prompted, Prompts, Target
+from sim_m2f.structures import STRIDE, Outputs, Prompted, Prompts, Target
 from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prompting import annotated_prompts, match_prompts
 from sim_m2f.supervision.pseudo_masks import PseudoLabels
-from sim_m2f.supervision.targets import STRIDE, Numbers, Targets, flatten_targets, map_size, own_numbers
+from sim_m2f.supervision.targets import Numbers, Targets, flatten_targets, map_size, own_numbers
 
 Losses = Callable[..., dict[str, Tensor]]  # of layers, what is matched, and whether to count the background
 

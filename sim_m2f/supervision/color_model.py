@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sim_m2f.config import CfgNode
 from sim_m2f.geometry import iou, missing_logits, projection_boxes
-from sim_m2f.structures import Target
+from sim_m2f.structures import STRIDE, Target
 from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
 from sim_m2f.supervision.layers import mask_projections
-from sim_m2f.supervision.targets import STRIDE, BoxPixels, Targets, box_pixels, flatten_targets, map_size
+from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels, flatten_targets, map_size
 
 FINER = 2  # colours are looked at in so much smaller pixels than masks: at stride 2, where outlines show
 LEAST_MARGIN = 2  # pixels at stride 4

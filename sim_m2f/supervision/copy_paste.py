@@ -16,13 +16,13 @@ from sim_m2f.distributed import from_all_ranks
 from sim_m2f.draws import Seed, uniform
 from sim_m2f.geometry import mask_extents
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Target
+from sim_m2f.structures import STRIDE, Target
 from sim_m2f.supervision.known_masks import known_truth
 from sim_m2f.supervision.matched import Matched, MatchedBoxes
 from sim_m2f.supervision.paste_bank import TRUE_MASK, PasteBank, fit_to
 from sim_m2f.supervision.pasted_targets import PastedTargets
 from sim_m2f.supervision.schedule import resolve_steps
-from sim_m2f.supervision.targets import STRIDE, box_ranges, cell_shares, flags, numbered
+from sim_m2f.supervision.targets import box_ranges, cell_shares, flags, numbered
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Outputs, Target
+from sim_m2f.structures import STRIDE, Outputs, Target
 from sim_m2f.supervision.affinity import alike_edges
 from sim_m2f.supervision.base import Criterion, Prepared, normalised
 from sim_m2f.supervision.box_edges import box_edges
@@ -37,7 +37,7 @@ from sim_m2f.supervision.projection import projection
 from sim_m2f.supervision.prompting import match_prompts, prompt_queries
 from sim_m2f.supervision.pseudo_masks import IGNORED, PseudoLabels, PseudoMasks
 from sim_m2f.supervision.schedule import fade_out, resolve_steps, term_weight
-from sim_m2f.supervision.targets import STRIDE, Targets, box_pixels, map_size
+from sim_m2f.supervision.targets import Targets, box_pixels, map_size
 
 # The losses by name: their group of keys under MODEL.SIM, and the function that computes them.
 TERMS: dict[str, tuple[str, Callable[[MatchedBoxes], Tensor]]] = {

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from sim_m2f.structures import STRIDE
 from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.matched import MatchedBoxes, per_object
-from sim_m2f.supervision.targets import STRIDE, BoxPixels, box_pixels
+from sim_m2f.supervision.targets import BoxPixels, box_pixels
 
 
 def level_set(matched: MatchedBoxes) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sim_m2f.draws import Seed, uniform
 from sim_m2f.pixels import Pixels
-from sim_m2f.supervision.targets import STRIDE, numbered
+from sim_m2f.structures import STRIDE
+from sim_m2f.supervision.targets import numbered
 
 # What a checkpoint calls the attributes of a bank.
 STATE = {

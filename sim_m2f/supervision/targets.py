@@ -11,9 +11,7 @@ from torch import Tensor
 
 from sim_m2f.draws import Seed, uniform
 from sim_m2f.geometry import iou, mask_extents
-from sim_m2f.structures import Target
-
-STRIDE = 4
+from sim_m2f.structures import STRIDE, Target
 
 
 class Numbers(NamedTuple):

@@ -12,10 +12,10 @@ from typing import IO, Any
 import numpy as np
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.coco import box_problem
-from sim_m2f.data.formats.boxes import Corners, around_mask
+from sim_m2f.data.coco import box_problem, clipped_xyxy
+from sim_m2f.data.formats.boxes import Corners, around_rectangle
 from sim_m2f.data.image import image_files, image_size, is_outside, names_outside
-from sim_m2f.data.polygons import joined, mask_polygons
+from sim_m2f.data.polygons import around_mask
 from sim_m2f.data.segmentation import decode_segmentation, encode_masks, segmentation_problem
 from sim_m2f.errors import UserError
 
@@ -56,28 +56,19 @@ def mask_of(image: Record, annotation: Record) -> np.ndarray | None:
         raise UserError(f"annotation id {annotation['id']}: segmentation: {error}") from error
 
 
-def polygons_of(image: Record, annotation: Record) -> list[np.ndarray]:
-    """A polygon (n, 2) per part of the mask; none for an annotation that has a box alone."""
-    mask = mask_of(image, annotation)
-    return [] if mask is None else mask_polygons(mask)
+def box_of(image: Record, annotation: Record) -> list[float]:
+    """The box xyxy as far as it lies in the image: other tools take no other."""
+    return clipped_xyxy(annotation["bbox"], image["height"], image["width"])
 
 
-def polygon_of(image: Record, annotation: Record) -> np.ndarray | None:
-    """All parts of the mask as one polygon (n, 2)."""
-    polygons = polygons_of(image, annotation)
-    return joined(polygons) if polygons else None
-
-
-def own_box(image: Record, annotation: Record) -> list[float] | None:
-    """The box of an annotation, xyxy, where it is not the one around its mask; None where it is.
+def own_box(mask: np.ndarray | None, box: list[float]) -> list[float] | None:
+    """The box of an annotation, xyxy, where it is not the one around its mask (H, W); None where it is.
 
     No format but COCO's has both. Those that pass over what they do not know get it as a value of the mask
     named ``BOX``: as a shape beside the mask, other tools would count it as an object, or fill it.
     """
-    mask, (x, y, w, h) = mask_of(image, annotation), annotation["bbox"]
     if mask is None or not mask.any():
         return None
-    box = [x, y, x + w, y + h]
     return None if np.allclose(box, around_mask(mask), rtol=0, atol=SLACK) else box
 
 
@@ -210,6 +201,11 @@ class Collected:
         """An object by the upright box around a shape, as far as it lies in the last image."""
         values = np.array([float(value) for value in corners])
         self.add_box(name, np.clip(values, 0, (self.images[-1]["width"], self.images[-1]["height"]) * 2))
+
+    def add_turned(self, name: str, corners: Corners, degrees: float, pivot: tuple[float, float]) -> None:
+        """An object by a rectangle xyxy; by the box around it where it is turned, clockwise about a point."""
+        add = self.add_around if degrees else self.add_box
+        add(name, around_rectangle(corners, degrees, pivot))
 
     def add_polygons(
         self, name: str, polygons: Iterable[Iterable[Iterable[float]]], box: Iterable[float] | None = None

@@ -21,9 +21,3 @@ def around_ellipse(x: float, y: float, radii: tuple[float, float], degrees: floa
     angle, (rx, ry) = np.deg2rad(degrees), radii
     w, h = np.hypot(rx * np.cos(angle), ry * np.sin(angle)), np.hypot(rx * np.sin(angle), ry * np.cos(angle))
     return float(x - w), float(y - h), float(x + w), float(y + h)
-
-
-def around_mask(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The box around a mask (H, W) bool that is not empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sim_m2f.data.formats.base import Labelled, Record, polygons_of, write_list
+from sim_m2f.data.formats.base import Labelled, Record, mask_of, write_list
+from sim_m2f.data.polygons import mask_polygons
 from sim_m2f.files import atomic_write
 
 
@@ -16,8 +17,8 @@ def write_polygons(folder: Path, categories: list[Record], images: Iterable[Labe
         for image, own in images:
             records.append(image)
             for annotation in own:
-                shapes = [] if annotation.get("iscrowd") else polygons_of(image, annotation)
-                polygons = [polygon.ravel().tolist() for polygon in shapes]
+                mask = None if annotation.get("iscrowd") else mask_of(image, annotation)
+                polygons = [] if mask is None else [shape.ravel().tolist() for shape in mask_polygons(mask)]
                 yield annotation | ({"segmentation": polygons} if polygons else {})
 
     with atomic_write(folder / "masks_polygons.json") as file:

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.formats.base import BOX, Collected, Labelled, Record, mask_of, objects, own_box
-from sim_m2f.data.formats.boxes import around_ellipse, around_mask, around_rectangle
+from sim_m2f.data.formats.base import BOX, Collected, Labelled, Record, box_of, mask_of, objects, own_box
+from sim_m2f.data.formats.boxes import around_ellipse
+from sim_m2f.data.polygons import around_mask
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write
 
@@ -39,8 +40,7 @@ def _add(data: Collected, kind: str, values: dict[str, str]) -> None:
     if kind == "box":
         x0, y0, x1, y1 = (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
         centre = (x0 + x1) / 2, (y0 + y1) / 2
-        add = data.add_around if degrees else data.add_box
-        add(values["label"], around_rectangle((x0, y0, x1, y1), degrees, centre))
+        data.add_turned(values["label"], (x0, y0, x1, y1), degrees, centre)
     elif kind == "ellipse":
         x, y, rx, ry = (float(values[key]) for key in ("cx", "cy", "rx", "ry"))
         data.add_around(values["label"], around_ellipse(x, y, (rx, ry), degrees))
@@ -80,9 +80,10 @@ def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled
             }
             element = ElementTree.Element("image", {key: str(value) for key, value in values.items()})
             for annotation in objects(annotations):
-                shape = _shape(mask_of(image, annotation), annotation["bbox"])
-                if box := own_box(image, annotation):
-                    shape[BOX] = ",".join(map(str, box))
+                mask, box = mask_of(image, annotation), box_of(image, annotation)
+                shape = _shape(mask, box)
+                if apart := own_box(mask, box):
+                    shape[BOX] = ",".join(map(str, apart))
                 kind = "mask" if "rle" in shape else "box"
                 common = {"label": names[annotation["category_id"]], "source": "auto", "occluded": "0"}
                 ElementTree.SubElement(element, kind, common | shape | {"z_order": "0"})
@@ -90,11 +91,10 @@ def write_cvat(folder: Path, categories: list[Record], images: Iterable[Labelled
         file.write(b"</annotations>\n")
 
 
-def _shape(mask: np.ndarray | None, bbox: list[float]) -> dict[str, str]:
+def _shape(mask: np.ndarray | None, box: list[float]) -> dict[str, str]:
     """The attributes of a mask: run lengths along the rows of its extent, from the first run of zeros on."""
     if mask is None or not mask.any():
-        x, y, w, h = bbox
-        return {"xtl": f"{x}", "ytl": f"{y}", "xbr": f"{x + w}", "ybr": f"{y + h}"}
+        return {key: f"{side}" for key, side in zip(("xtl", "ytl", "xbr", "ybr"), box, strict=True)}
     left, top, right, bottom = around_mask(mask)
     part = mask[top:bottom, left:right]
     changes = np.flatnonzero(np.diff(part.ravel(), prepend=False, append=not part[-1, -1]))

@@ -16,12 +16,13 @@ from sim_m2f.data.formats.base import (
     Collected,
     Labelled,
     Record,
+    box_of,
     file_for,
+    mask_of,
     objects,
     own_box,
-    polygons_of,
 )
-from sim_m2f.data.formats.boxes import around_mask
+from sim_m2f.data.polygons import around_mask, mask_polygons
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import read_json, write_file
 
@@ -130,10 +131,11 @@ def write_labelme(folder: Path, categories: list[Record], images: Iterable[Label
     for image, annotations in images:
         shapes = []
         for annotation in objects(annotations):
-            x, y, width, height = annotation["bbox"]
-            box = "rectangle", [[x, y], [x + width, y + height]]
-            parts = [("polygon", points.tolist()) for points in polygons_of(image, annotation)] or [box]
-            apart = own_box(image, annotation)
+            mask, box = mask_of(image, annotation), box_of(image, annotation)
+            polygons = [] if mask is None else mask_polygons(mask)
+            rectangle = "rectangle", [box[:2], box[2:]]
+            parts = [("polygon", points.tolist()) for points in polygons] or [rectangle]
+            apart = own_box(mask, box)
             more = {BOX: apart} if apart else {}
             shapes += [
                 {

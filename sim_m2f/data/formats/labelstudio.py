@@ -14,12 +14,14 @@ from sim_m2f.data.formats.base import (
     Collected,
     Labelled,
     Record,
+    box_of,
+    mask_of,
     objects,
     own_box,
-    polygon_of,
     write_list,
 )
-from sim_m2f.data.formats.boxes import around_ellipse, around_rectangle
+from sim_m2f.data.formats.boxes import around_ellipse
+from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.errors import UserError
 from sim_m2f.files import atomic_write, read_json
 
@@ -28,7 +30,7 @@ BARE = "rectangle", "polygon", "ellipse", "brush", "keypoint"  # a region beside
 
 def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
     """An export of tasks: the rectangles, polygons and ellipses of each task's first annotation that was not
-    cancelled, of its first prediction where there is none.
+    cancelled, of its first prediction where there is none; where that has none, the image without objects.
 
     A rotated rectangle and an ellipse count as the upright box around them. A task may have several images.
 
@@ -41,6 +43,8 @@ def read_labelstudio(path: Path, images: Path, limits: CfgNode) -> Record:
             answers = task.get("annotations") or task.get("predictions") or []
             kept = [answer["result"] for answer in answers if not answer.get("was_cancelled")]
             shapes = [result for result in (kept[0] if kept else []) if "original_width" in result]
+            if kept and not shapes:
+                _add_empty(data, task["data"])
             for text, own in _by_image(task["data"], shapes):
                 _add_image(data, task["data"], text, own)
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
@@ -77,6 +81,14 @@ def _add_image(data: Collected, fields: dict[str, Any], text: Any, shapes: list[
             data.left_out[f"{shape['type']} without a label"] += 1
 
 
+def _add_empty(data: Collected, fields: dict[str, Any]) -> None:
+    """All images of a task in which somebody has found no object."""
+    values = [each for value in fields.values() for each in (value if isinstance(value, list) else [value])]
+    texts = [value for value in values if isinstance(value, str)]
+    for name in _found(data, texts) or [_file_name(data, fields, None)]:
+        data.add_image(name)
+
+
 def _file_name(data: Collected, fields: dict[str, Any], named: Any) -> str:
     """The image's path in the folder: of the text that names it, else of the field whose file is there, else
     of the first text.
@@ -84,13 +96,18 @@ def _file_name(data: Collected, fields: dict[str, Any], named: Any) -> str:
     Raises:
         ValueError: the files of several fields are there.
     """
-    texts = [value for value in fields.values() if isinstance(value, str)]
-    names = [_names(text) for text in ([named] if isinstance(named, str) else texts)]
-    found = dict.fromkeys(name for name in (next(filter(data.has, own), None) for own in names) if name)
+    texts = [named] if isinstance(named, str) else [each for each in fields.values() if isinstance(each, str)]
+    found = _found(data, texts)
     if len(found) > 1:
         fault = f"the image may be any of {', '.join(map(repr, found))}"
         raise ValueError(f"{fault}; call the field of the image as its control")
-    return next(iter(found), None) or data.find(*(names[0] if names else [""]))
+    return found[0] if found else data.find(*(_names(texts[0]) if texts else [""]))
+
+
+def _found(data: Collected, texts: Iterable[str]) -> list[str]:
+    """The images in the folder that texts name, each once."""
+    names = (next(filter(data.has, _names(text)), None) for text in texts)
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def _names(text: str) -> list[str]:
@@ -113,8 +130,7 @@ def _add(data: Collected, shape: Record, width: int, height: int) -> None:
         data.add_polygons(value[kind][0], [np.array(value["points"]) * scale], box)
     elif value.keys() >= {"x", "y", "width", "height"}:
         x, y, w, h = _pixels(value, "width", "height", scale)
-        add = data.add_around if degrees else data.add_box
-        add(value[kind][0], around_rectangle((x, y, x + w, y + h), degrees, (x, y)))
+        data.add_turned(value[kind][0], (x, y, x + w, y + h), degrees, (x, y))
     elif "radiusX" in value:
         x, y, rx, ry = _pixels(value, "radiusX", "radiusY", scale)
         data.add_around(value[kind][0], around_ellipse(x, y, (rx, ry), degrees))
@@ -139,32 +155,34 @@ def write_labelstudio(folder: Path, categories: list[Record], images: Iterable[L
 
 
 def _task(image: Record, annotations: list[Record], names: dict[int, str]) -> dict[str, Any]:
-    results = [result for each in annotations for result in _results(image, each, names[each["category_id"]])]
+    results = [_result(image, each, names[each["category_id"]]) for each in annotations]
     scores = [annotation["score"] for annotation in annotations if annotation.get("score") is not None]
     prediction = {"model_version": "sim-m2f", "score": min(scores, default=0.0), "result": results}
     address = f"/data/local-files/?d={urllib.parse.quote(image['file_name'])}"
     return {"data": {"image": address}, "predictions": [prediction]}
 
 
-def _results(image: Record, annotation: Record, name: str) -> Iterator[dict[str, Any]]:
-    width, height = image["width"], image["height"]
-    x, y, w, h = annotation["bbox"]
-    box = {"x": 100 * x / width, "y": 100 * y / height, "width": 100 * w / width, "height": 100 * h / height}
-    apart = own_box(image, annotation)
-    values: list[tuple[str, dict[str, Any]]] = [
-        ("polygonlabels", {"points": (100 * polygon / (width, height)).tolist(), "closed": True})
-        for polygon in [polygon_of(image, annotation)]
-        if polygon is not None
-    ]
-    for number, (kind, value) in enumerate(values or [("rectanglelabels", box | {"rotation": 0})]):
-        yield {
-            "id": f"{annotation['id']}_{number}",
-            "type": kind,
-            "from_name": "label",
-            "to_name": "image",
-            "original_width": width,
-            "original_height": height,
-            "image_rotation": 0,
-            "score": annotation.get("score") or 0.0,
-            "value": value | {kind: [name]},
-        } | ({"meta": {BOX: apart}} if apart else {})
+def _result(image: Record, annotation: Record, name: str) -> dict[str, Any]:
+    """The polygon of an object, all its parts in one; its box where it has no mask."""
+    size = image["width"], image["height"]
+    mask, box = mask_of(image, annotation), box_of(image, annotation)
+    polygons = [] if mask is None else mask_polygons(mask)
+    if polygons:
+        kind = "polygonlabels"
+        value = {"points": (100 * joined(polygons) / size).tolist(), "closed": True}
+    else:
+        kind = "rectanglelabels"
+        x, y, right, bottom = (100 * np.reshape(box, (2, 2)) / size).ravel().tolist()
+        value = {"x": x, "y": y, "width": right - x, "height": bottom - y, "rotation": 0}
+    apart = own_box(mask, box)
+    return {
+        "id": f"{annotation['id']}_0",
+        "type": kind,
+        "from_name": "label",
+        "to_name": "image",
+        "original_width": image["width"],
+        "original_height": image["height"],
+        "image_rotation": 0,
+        "score": annotation.get("score") or 0.0,
+        "value": value | {kind: [name]},
+    } | ({"meta": {BOX: apart}} if apart else {})

@@ -22,10 +22,13 @@ def _maps(folder: Path, images: Iterable[Labelled]) -> Iterator[Record]:
     for image, annotations in images:
         numbers = np.zeros((image["height"], image["width"]), np.uint16)
         own = objects(annotations)
-        masks = [mask_of(image, annotation) for annotation in own]
-        drawn = [(mask, number) for number, mask in enumerate(masks, start=1) if mask is not None]
-        for mask, number in sorted(drawn, key=lambda each: -each[0].sum()):
-            numbers[mask] = number
+        areas: dict[int, int] = {}
+        for number, annotation in enumerate(own, start=1):  # decoded twice: all masks would fill the memory
+            mask = mask_of(image, annotation)
+            if mask is not None:
+                areas[number] = mask.sum()
+        for number in sorted(areas, key=areas.__getitem__, reverse=True):
+            numbers[mask_of(image, own[number - 1])] = number
         buffer = io.BytesIO()
         Image.fromarray(numbers).save(buffer, "PNG")
         path = file_for(folder, image, ".png")

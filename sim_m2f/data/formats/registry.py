@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.coco import load_json
@@ -28,23 +29,29 @@ READERS: dict[str, Callable[[Path, Path, CfgNode], Record]] = {
     "labelstudio": read_labelstudio,
     "csv": read_csv,
 }
-WRITERS: dict[str, Callable[[Path, list[Record], Iterable[Labelled]], None]] = {
-    "polygons": write_polygons,
-    "yolo": write_yolo,
-    "labelme": write_labelme,
-    "cvat": write_cvat,
-    "labelstudio": write_labelstudio,
-    "png": write_png,
+
+
+class Writer(NamedTuple):
+    """A format that is written.
+
+    write: from the folder of the output, the categories, and the images with their annotations.
+    place: what it writes below that folder.
+    file_per_image: whether that is a file under each image's name with another end.
+    """
+
+    write: Callable[[Path, list[Record], Iterable[Labelled]], None]
+    place: str
+    file_per_image: bool
+
+
+WRITERS = {
+    "polygons": Writer(write_polygons, "masks_polygons.json", False),
+    "yolo": Writer(write_yolo, "yolo", True),
+    "labelme": Writer(write_labelme, "labelme", True),
+    "cvat": Writer(write_cvat, "cvat.xml", False),
+    "labelstudio": Writer(write_labelstudio, "labelstudio.json", False),
+    "png": Writer(write_png, "png", True),
 }
-WRITTEN = {  # below the folder of the output
-    "polygons": "masks_polygons.json",
-    "yolo": "yolo",
-    "labelme": "labelme",
-    "cvat": "cvat.xml",
-    "labelstudio": "labelstudio.json",
-    "png": "png",
-}
-FILE_PER_IMAGE = "yolo", "labelme", "png"  # written under the image's name with another end
 INPUTS = COCO, *READERS
 BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
 
@@ -73,7 +80,7 @@ def refuse_shared_files(path: Path, images: Iterable[str], formats: Iterable[str
     Raises:
         UserError: two images would share a file, which would hold the labels of one alone.
     """
-    apart = [name for name in formats if name in FILE_PER_IMAGE]
+    apart = [name for name in formats if WRITERS[name].file_per_image]
     owners: dict[Path, str] = {}
     for image in images if apart else ():
         place = file_for(Path(), {"file_name": image}, "")

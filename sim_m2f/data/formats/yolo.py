@@ -8,9 +8,10 @@ import numpy as np
 import yaml
 
 from sim_m2f.config import CfgNode
-from sim_m2f.data.formats.base import Collected, Labelled, Record, file_for, objects, polygon_of
+from sim_m2f.data.formats.base import Collected, Labelled, Record, box_of, file_for, mask_of, objects
 from sim_m2f.data.formats.yolo_labels import names_file, texts_of_images
 from sim_m2f.data.image import image_files
+from sim_m2f.data.polygons import joined, mask_polygons
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import read_text, write_file
 
@@ -113,18 +114,31 @@ def _add(data: Collected, names: list[str], words: list[str], width: int, height
 
 
 def write_yolo(folder: Path, categories: list[Record], images: Iterable[Labelled]) -> None:
-    """``folder``/yolo: labels/ with a polygon per object, parts tied by seams, and data.yaml."""
+    """``folder``/yolo: labels/ with a polygon per object, parts tied by seams, and data.yaml.
+
+    An object without a mask has its box; beside polygons the four corners of it, since Ultralytics reads all
+    lines of a text as polygons where one is.
+    """
     ordered = sorted(categories, key=lambda category: category["id"])
     label = {category["id"]: number for number, category in enumerate(ordered)}
     for image, annotations in images:
-        size, lines = np.array([image["width"], image["height"]]), []
-        for annotation in objects(annotations):
-            polygon = polygon_of(image, annotation)
-            x, y, w, h = annotation["bbox"]
-            box = np.array([[x + w / 2, y + h / 2], [w, h]])
+        size, own = (image["width"], image["height"]), objects(annotations)
+        polygons = [_polygon(mask_of(image, annotation)) for annotation in own]
+        as_box = all(polygon is None for polygon in polygons)
+        lines = []
+        for annotation, polygon in zip(own, polygons, strict=True):
+            x0, y0, x1, y1 = box_of(image, annotation)
+            corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+            box = np.array([[(x0 + x1) / 2, (y0 + y1) / 2], [x1 - x0, y1 - y0]]) if as_box else corners
             shares = ((box if polygon is None else polygon) / size).ravel()
             lines.append(" ".join([str(label[annotation["category_id"]]), *(f"{s:.6f}" for s in shares)]))
         write_file(file_for(folder / "yolo" / "labels", image, ".txt"), "".join(f"{one}\n" for one in lines))
     names = {number: category["name"] for number, category in enumerate(ordered)}
-    content = {"path": ".", "train": "images", "val": "images", "names": names}
+    content = {"train": "images", "val": "images", "names": names}  # in the folder of this file
     write_file(folder / "yolo" / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def _polygon(mask: np.ndarray | None) -> np.ndarray | None:
+    """All parts of a mask as one polygon (n, 2)."""
+    polygons = [] if mask is None else mask_polygons(mask)
+    return joined(polygons) if polygons else None
