@@ -9,7 +9,9 @@ from memory_peak import MemoryPeak
 
 from sim_m2f.config import get_cfg
 from sim_m2f.structures import LayerOutputs, Outputs
+from sim_m2f.supervision.color_model import FINER, color_labels
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.targets import flatten_targets
 
 PIXELS, OBJECTS, LAYERS = 512, 100, 10
 
@@ -47,3 +49,16 @@ def test_memory_grows_with_the_boxes_area(share, most):
     scale = (1024 / PIXELS) ** 2 / 2**30
     gradient = student["layers"]["pred_masks"].grad
     assert (memory.bytes - gradient.nbytes) * scale < most
+
+
+def test_colours_of_small_boxes_need_no_maps_of_their_masks():
+    """Two maps at stride 2 are allowed for the result, histograms and the like; 4.5 were needed once."""
+    side = PIXELS // 4
+    corner = torch.rand(2 * OBJECTS, 2) * (PIXELS - 24)
+    target = {"labels": torch.zeros(len(corner)).long(), "boxes": torch.cat([corner, corner + 24], dim=1)}
+    objects = flatten_targets([target], (side, side), torch.device("cpu"))
+    logits, valid = torch.zeros(len(objects), side, side), torch.ones(1, side, side, dtype=torch.bool)
+    images = 255 * torch.rand(1, 3, PIXELS, PIXELS)
+    with MemoryPeak() as memory:
+        color_labels(logits, images, valid, objects, get_cfg().MODEL.SIM.COLOR_MODEL)
+    assert memory.bytes < 2 * FINER**2 * logits.nbytes
