@@ -557,7 +557,7 @@ def test_true_masks_enter_the_bank_in_whole_cells(small_cfg):
     pixels = box_pixels(objects)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors, masks[known])
     match = Match(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool))
-    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 4, 8, 16), made)])
+    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 4, 8, 16), made)], copying.start)
     assert copying.bank.scores.tolist() == pytest.approx([0.9, 2.0, 0, 0])
     assert torch.equal(copying.bank.masks[0], colors.masks[0] > 0.5)
     for y, x in itertools.product(range(8), range(16)):
@@ -578,6 +578,10 @@ def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
     pixels = box_pixels(objects)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
-    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made)])
+    matched = [MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made)]
+    copying.remember(images, matched, copying.start - 2 * sim.COPY_PASTE.PICTURES - 1)
+    assert copying.bank.entered == 0, "long before anything is pasted nothing is kept"
+    copying.remember(images, matched, copying.start - 2 * sim.COPY_PASTE.PICTURES)
+    assert copying.bank.entered == 1
     assert torch.equal(copying.bank.masks, masks > 0.5)
     assert torch.equal(copying.bank.scores, colors.quality)

@@ -127,7 +127,7 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     copying = build_copy_paste(mixed_cfg, torch.device("cpu"))
     first, second = itertools.islice(batches(mixed_cfg), 2)
     _, matched, _ = step(mixed_cfg, first)
-    copying.remember(first["images"], [matched])
+    copying.remember(first["images"], [matched], 0)
     assert copying.bank.known.tolist() == torch.cat([t["known"] for t in first["targets"]]).tolist()
     copying.bank.scores[copying.bank.known.nonzero()[2:]] = 0.5  # a few true ones, and others after them
     images, targets = copying(second["images"], second["targets"], 0)
@@ -140,5 +140,5 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     assert losses.keys() >= {"loss_known_masks", "loss_copy_paste", "loss_projection"}
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
     count = copying.bank.scores.count_nonzero()
-    copying.remember(images, [matched])
+    copying.remember(images, [matched], 0)
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice
