@@ -449,9 +449,19 @@ def test_an_empty_bank_can_be_saved_and_filled():
     assert len(loaded) == 1
 
 
-def test_a_bank_of_another_capacity_is_refused():
-    with pytest.raises(ValueError, match="holds 3 images, this one 4"):
-        save_and_load(random_bank((32, 64), capacity=3)[0], capacity=4)
+@pytest.mark.parametrize("entered", [1, 4, 5])
+@pytest.mark.parametrize("capacity", [2, 7])
+def test_a_bank_of_another_capacity_goes_on_with_the_newest_images(entered, capacity):
+    bank, _ = random_bank(*[(32, 64)] * entered, capacity=3)
+    loaded = save_and_load(bank, capacity)
+    newest = 4 * min(entered, capacity, 3)
+    assert contents(loaded) == contents(bank)[-newest:]
+    for _ in range(3):
+        image, target = random_images(1), make_target(random_boxes(1))
+        for one in (bank, loaded):
+            enter(one, image, [target], torch.ones(1, 8, 16))
+    assert contents(loaded)[-2:] == contents(bank)[-2:]
+    assert len(loaded) == min(capacity, min(entered, 3) + 3)
 
 
 @pytest.mark.parametrize("jitter", [None, Jitter(0.3, (0.5, 2.0))])
