@@ -120,6 +120,23 @@ def test_the_loss_is_per_annotated_object(mixed_cfg):
     assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
 
 
+def test_maps_are_transferred_from_where_the_loader_has_pinned_them(mixed_cfg, monkeypatch):
+    batch = next(batches(mixed_cfg))
+    maps = [target[name] for target in batch["targets"] for name in ("valid", "masks")]
+    expected = torch.cat([target["masks"][target["known"]] for target in batch["targets"]])
+    moved, move = set(), torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        if isinstance(args[0], torch.device) and tensor.shape[-2:] == batch["images"].shape[-2:]:
+            moved.add(tensor.untyped_storage().data_ptr())
+        return move(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    _, matched, _ = step(mixed_cfg, batch)
+    assert torch.equal(matched.supervision.truth, expected)
+    assert moved == {each.untyped_storage().data_ptr() for each in maps}
+
+
 def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     """The same losses as if the pasted objects with true masks were the images' own."""
     mixed_cfg.MODEL.SIM.COPY_PASTE.ENABLED = mixed_cfg.MODEL.SIM.COLOR_MODEL.ENABLED = True

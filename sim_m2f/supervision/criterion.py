@@ -221,6 +221,6 @@ def build_criterion(cfg: CfgNode) -> Criterion:
 
 def _valid(targets: Sequence[Target], images: Tensor) -> Tensor:
     """(B, h, w) bool: pixels at stride 4 that lie wholly on usable pixels; all where nothing is said."""
-    whole = torch.ones(images.shape[-2:], dtype=torch.bool)
-    valid = torch.stack([target.get("valid", whole) for target in targets])
-    return F.avg_pool2d(valid.to(images.device, non_blocking=True).float(), STRIDE) == 1
+    whole = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
+    each = [target.get("valid", whole).to(images.device, non_blocking=True) for target in targets]
+    return F.avg_pool2d(torch.stack(each).float(), STRIDE) == 1
