@@ -13,6 +13,7 @@ from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import train_loader
 from sim_m2f.errors import UserError
 from sim_m2f.pixels import Pixels
+from sim_m2f.supervision import criterion as criterion_module
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.matched import per_object
@@ -159,3 +160,14 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     count = copying.bank.scores.count_nonzero()
     copying.remember(images, [matched], 0)
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice
+
+
+def test_edges_of_a_part_of_a_batch_are_looked_for_once(mixed_cfg, monkeypatch):
+    calls, look = [], criterion_module.alike_edges
+    monkeypatch.setattr(criterion_module, "alike_edges", lambda *given: calls.append(1) or look(*given))
+    batch, criterion = next(batches(mixed_cfg)), build_criterion(mixed_cfg)
+    outputs = sim_m2f.build_model(mixed_cfg).eval()(batch["images"])
+    given = batch["targets"], batch["images"]
+    losses, _ = criterion(outputs, *given, prepared=criterion.prepare(*given))
+    assert len(calls) == 1
+    assert losses["loss_pairwise"] == criterion(outputs, *given)[0]["loss_pairwise"]
