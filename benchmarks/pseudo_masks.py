@@ -125,7 +125,7 @@ def quality(found: dict[str, Tensor], share: float, center: float, keys: Any) ->
     """Labels of a blend: how many, how many of them right, and where they differ from M_I."""
     truth, instance = found["truth"], found["instance"]
     semantic = ((found["similarity"] - center) / keys.PROTOTYPES.TEMPERATURE).sigmoid()
-    pixels = BoxPixels(found["object"], found["object"], found["object"], found["object"])
+    pixels = BoxPixels(*[found["object"]] * 6)  # only the first is read
     masks, unused = keys.PSEUDO_MASKS, torch.ones(int(found["object"][-1]) + 1)
     labels = pseudo_labels(
         semantic, instance, pixels, unused, share, masks.POSITIVE, masks.NEGATIVE, masks.CONFIDENT

@@ -262,7 +262,7 @@ def test_an_object_without_a_query_takes_no_other_objects_mask(scene):
         assert matched.match.query[0, 1] == 0
         assert matched.match.matched.tolist() == [[queries == 2, True]]
         made.append(matched.supervision.colors)
-        copying.remember(criterion.pixels.normalise(image), [matched])
+        copying.remember(criterion.pixels.normalise(image), [matched], copying.start)
     torch.testing.assert_close(made[0].masks, made[1].masks, rtol=0, atol=0)
     assert made[1].quality.min() > 0
     assert copying.bank.scores[:2].tolist() == made[0].quality.tolist() == [0, made[1].quality[1]]

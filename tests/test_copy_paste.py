@@ -450,9 +450,19 @@ def test_an_empty_bank_can_be_saved_and_filled():
     assert len(loaded) == 1
 
 
-def test_a_bank_of_another_capacity_is_refused():
-    with pytest.raises(ValueError, match="holds 3 images, this one 4"):
-        save_and_load(random_bank((32, 64), capacity=3)[0], capacity=4)
+@pytest.mark.parametrize("entered", [1, 4, 5])
+@pytest.mark.parametrize("capacity", [2, 7])
+def test_a_bank_of_another_capacity_goes_on_with_the_newest_images(entered, capacity):
+    bank, _ = random_bank(*[(32, 64)] * entered, capacity=3)
+    loaded = save_and_load(bank, capacity)
+    newest = 4 * min(entered, capacity, 3)
+    assert contents(loaded) == contents(bank)[-newest:]
+    for _ in range(3):
+        image, target = random_images(1), make_target(random_boxes(1))
+        for one in (bank, loaded):
+            enter(one, image, [target], torch.ones(1, 8, 16))
+    assert contents(loaded)[-2:] == contents(bank)[-2:]
+    assert len(loaded) == min(capacity, min(entered, 3) + 3)
 
 
 @pytest.mark.parametrize("jitter", [None, Jitter(0.3, (0.5, 2.0))])
@@ -558,7 +568,7 @@ def test_true_masks_enter_the_bank_in_whole_cells(small_cfg):
     pixels = box_pixels(objects)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors, masks[known])
     match = Match(torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool))
-    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 4, 8, 16), made)])
+    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 4, 8, 16), made)], copying.start)
     assert copying.bank.scores.tolist() == pytest.approx([0.9, 2.0, 0, 0])
     assert torch.equal(copying.bank.masks[0], colors.masks[0] > 0.5)
     for y, x in itertools.product(range(8), range(16)):
@@ -579,6 +589,10 @@ def test_masks_corrected_by_colour_are_pasted_where_they_are_made(small_cfg):
     pixels = box_pixels(objects)
     made = Supervision(sim, (1, 1.0, 0.0), 0, 1, images, valid, pixels, None, None, colors)
     match = Match(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool))
-    copying.remember(images, [MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made)])
+    matched = [MatchedBoxes(objects, match, torch.zeros(1, 1, 2, 8, 16), made)]
+    copying.remember(images, matched, copying.start - 2 * sim.COPY_PASTE.PICTURES - 1)
+    assert copying.bank.entered == 0, "long before anything is pasted nothing is kept"
+    copying.remember(images, matched, copying.start - 2 * sim.COPY_PASTE.PICTURES)
+    assert copying.bank.entered == 1
     assert torch.equal(copying.bank.masks, masks > 0.5)
     assert torch.equal(copying.bank.scores, colors.quality)

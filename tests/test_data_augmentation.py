@@ -65,6 +65,29 @@ def test_box_and_mask_follow_the_object(flip):
     assert kept > 40
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.25, 0.125])
+def test_masks_are_resized_without_a_shift(scale):
+    augment = augmentation.train_augmentation(config(MIN_SCALE=scale, MAX_SCALE=scale, RANDOM_FLIP="none"))
+    offsets = []
+    for _ in range(200):
+        (x, y), (width, height) = torch.randint(20, 34, (2,)).tolist(), torch.randint(16, 29, (2,)).tolist()
+        result = augment(sample(SIZE, SIZE, [(x, y, x + width, y + height)]))
+        offsets.append(np.subtract(extent(result["masks"][0].numpy()), result["boxes"][0].numpy()))
+    assert abs(np.mean(offsets)) < 0.05
+
+
+def test_a_thin_mask_stays_where_the_image_becomes_small():
+    augment = augmentation.train_augmentation(config(MIN_SCALE=0.25, MAX_SCALE=0.25, RANDOM_FLIP="none"))
+    thin = sample(SIZE, SIZE, [(0, 8, 64, 24), (20, 20, 40, 40)])
+    thin["masks"][0] = 0
+    thin["masks"][0, 17] = 1
+    thin["masks"][1] = 0
+    thin["known"][1] = False
+    result = augment(thin)
+    assert extent(result["masks"][0].numpy()) == [0, 4, 16, 5]
+    assert not result["masks"][1].any()
+
+
 def test_boxes_are_clipped_to_the_crop_and_thin_ones_dropped_with_label_and_mask():
     augment = augmentation.train_augmentation(config(MIN_SCALE=2.0, MAX_SCALE=2.0, RANDOM_FLIP="none"))
     boxes = [(x, y, x + 12, y + 12) for x in range(0, 64, 16) for y in range(0, 64, 16)]

@@ -4,9 +4,11 @@ import importlib
 import importlib.util
 import itertools
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,83 @@ def test_without_detectron2_the_integration_says_what_is_missing():
     with pytest.raises(ImportError, match="needs detectron2; install it from https") as caught:
         importlib.import_module("sim_m2f.integrations.detectron2")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Builds the meta-architecture with changed keys on what it takes of detectron2."""
+    node = pytest.importorskip("fvcore.common.config").CfgNode
+
+    class Images(SimpleNamespace):
+        from_tensors = staticmethod(
+            lambda images, _: Images(
+                tensor=torch.stack(images), image_sizes=[each.shape[1:] for each in images]
+            )
+        )
+
+    def instances(size, **fields):
+        return SimpleNamespace(image_size=size, **fields)
+
+    registry = SimpleNamespace(register=lambda: lambda kind: kind)
+    contents = {
+        "": {},
+        ".config": {"CfgNode": node},
+        ".data": dict.fromkeys(["DatasetMapper", "build_detection_train_loader", "transforms"]),
+        ".engine": {"DefaultTrainer": object},
+        ".evaluation": {"COCOEvaluator": None},
+        ".modeling": {"META_ARCH_REGISTRY": registry},
+        ".structures": {"Boxes": lambda boxes: boxes, "ImageList": Images, "Instances": instances},
+    }
+    for name, content in contents.items():
+        monkeypatch.setitem(sys.modules, f"detectron2{name}", SimpleNamespace(**content))
+    module = importlib.import_module("sim_m2f.integrations.detectron2")
+    monkeypatch.delitem(sys.modules, module.__name__)  # the next test imports it anew
+    own = [*SMALL, *CLASSES, "MODEL.SIM.SUPERVISION", "box", "MODEL.SIM.SHOW.PERIOD", 3.0]
+    small = dict(zip(own[::2], own[1::2], strict=True))
+
+    def build(**keys):
+        cfg = node({"MODEL": {"DEVICE": "cpu"}})
+        module.add_sim_config(cfg)
+        cfg.merge_from_list([item for pair in (small | keys).items() for item in pair])
+        return module.SIMMask2Former(cfg)
+
+    return build
+
+
+def test_under_detectron2_teacher_tiles_and_colours_are_as_asked(stand_in):
+    model = stand_in(**{"MODEL.SIM.TEACHER.ENABLED": True, "TEST.USE_TEACHER": True, "TEST.TILE": 64})
+    seen = []
+    model.teacher.network.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[-2:]))
+    model.network.register_forward_pre_hook(lambda _, given: seen.append("student"))
+    with torch.no_grad():
+        model.eval()([{"image": torch.randint(256, (3, 96, 96), dtype=torch.uint8)}] * 2)
+    assert set(seen) == {(64, 64)}
+
+
+def test_under_detectron2_the_student_sees_other_colours(stand_in):
+    model, seen = stand_in(**{"INPUT.STUDENT_COLORS": 1.0}), []
+    model.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    annotated = SimpleNamespace(
+        image_size=(64, 64),
+        gt_classes=torch.tensor([1]),
+        gt_boxes=SimpleNamespace(tensor=torch.tensor([[8.0, 8, 40, 40]])),
+    )
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    losses = model.train()([{"image": image, "instances": annotated}] * 4)
+    assert "loss_projection" in losses
+    assert (seen[0] != model.pixels.normalise(image)).any()
+
+
+def test_under_detectron2_keys_without_effect_are_named(stand_in, caplog):
+    stand_in(**{"INPUT.BOTTOM_ROWS": 10})
+    assert not caplog.messages
+    stand_in(**{"SOLVER.IMAGES_AT_ONCE": 2, "INPUT.BOTTOM_ROWS": 0})
+    assert caplog.messages == ["without effect under detectron2: INPUT.BOTTOM_ROWS, SOLVER.IMAGES_AT_ONCE"]
+    module = (ROOT / "sim_m2f/integrations/detectron2.py").read_text()
+    documented = (ROOT / "docs/COMPATIBILITY.md").read_text()
+    keys = re.findall(r'^    "([A-Z_.]+)",$', module, re.MULTILINE)
+    assert len(keys) == 9
+    assert all(f"`{key}`" in documented or f"`{key.rpartition('.')[2]}`" in documented for key in keys)
 
 
 @pytest.mark.skipif(not has_original, reason="detectron2 and mask2former are not on the Python path")

@@ -13,6 +13,7 @@ from sim_m2f.data.coco import read_coco
 from sim_m2f.data.loader import train_loader
 from sim_m2f.errors import UserError
 from sim_m2f.pixels import Pixels
+from sim_m2f.supervision import criterion as criterion_module
 from sim_m2f.supervision.copy_paste import build_copy_paste
 from sim_m2f.supervision.criterion import TERMS, build_criterion
 from sim_m2f.supervision.matched import per_object
@@ -122,6 +123,23 @@ def test_the_loss_is_per_annotated_object(mixed_cfg):
     assert shares[1] / shares[0] == pytest.approx(1 - known.float().mean().item())
 
 
+def test_maps_are_transferred_from_where_the_loader_has_pinned_them(mixed_cfg, monkeypatch):
+    batch = next(batches(mixed_cfg))
+    maps = [target[name] for target in batch["targets"] for name in ("valid", "masks")]
+    expected = torch.cat([target["masks"][target["known"]] for target in batch["targets"]])
+    moved, move = set(), torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        if isinstance(args[0], torch.device) and tensor.shape[-2:] == batch["images"].shape[-2:]:
+            moved.add(tensor.untyped_storage().data_ptr())
+        return move(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    _, matched, _ = step(mixed_cfg, batch)
+    assert torch.equal(matched.supervision.truth, expected)
+    assert moved == {each.untyped_storage().data_ptr() for each in maps}
+
+
 @pytest.mark.slow
 def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     """The same losses as if the pasted objects with true masks were the images' own."""
@@ -130,7 +148,7 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     copying = build_copy_paste(mixed_cfg, torch.device("cpu"))
     first, second = itertools.islice(batches(mixed_cfg), 2)
     _, matched, _ = step(mixed_cfg, first)
-    copying.remember(first["images"], [matched])
+    copying.remember(first["images"], [matched], 0)
     assert copying.bank.known.tolist() == torch.cat([t["known"] for t in first["targets"]]).tolist()
     copying.bank.scores[copying.bank.known.nonzero()[2:]] = 0.5  # a few true ones, and others after them
     images, targets = copying(second["images"], second["targets"], 0)
@@ -143,5 +161,16 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     assert losses.keys() >= {"loss_known_masks", "loss_copy_paste", "loss_projection"}
     assert all(torch.equal(losses[name], expected[name]) for name in expected)
     count = copying.bank.scores.count_nonzero()
-    copying.remember(images, [matched])
+    copying.remember(images, [matched], 0)
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice
+
+
+def test_edges_of_a_part_of_a_batch_are_looked_for_once(mixed_cfg, monkeypatch):
+    calls, look = [], criterion_module.alike_edges
+    monkeypatch.setattr(criterion_module, "alike_edges", lambda *given: calls.append(1) or look(*given))
+    batch, criterion = next(batches(mixed_cfg)), build_criterion(mixed_cfg)
+    outputs = sim_m2f.build_model(mixed_cfg).eval()(batch["images"])
+    given = batch["targets"], batch["images"]
+    losses, _ = criterion(outputs, *given, prepared=criterion.prepare(*given))
+    assert len(calls) == 1
+    assert losses["loss_pairwise"] == criterion(outputs, *given)[0]["loss_pairwise"]

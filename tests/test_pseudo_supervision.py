@@ -226,7 +226,7 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     target = torch.repeat_interleave(torch.arange(4), torch.tensor(areas))
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
-    pixels = BoxPixels(target, target, target, torch.ones_like(target), target)
+    pixels = BoxPixels(target, target, target, torch.ones_like(target), target, target)
     labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4)
     thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
     for t in range(4):

@@ -9,7 +9,10 @@ from memory_peak import MemoryPeak
 
 from sim_m2f.config import get_cfg
 from sim_m2f.structures import LayerOutputs, Outputs
+from sim_m2f.supervision.color_model import FINER, color_labels
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.supervision.level_set import region_energy
+from sim_m2f.supervision.targets import box_pixels, flatten_targets
 
 PIXELS, OBJECTS, LAYERS = 512, 100, 10
 
@@ -48,3 +51,27 @@ def test_memory_grows_with_the_boxes_area(share, most):
     scale = (1024 / PIXELS) ** 2 / 2**30
     gradient = student["layers"]["pred_masks"].grad
     assert (memory.bytes - gradient.nbytes) * scale < most
+
+
+def test_colours_of_small_boxes_need_no_maps_of_their_masks():
+    """Two maps at stride 2 are allowed for the result, histograms and the like; 4.5 were needed once."""
+    side = PIXELS // 4
+    corner = torch.rand(2 * OBJECTS, 2) * (PIXELS - 24)
+    target = {"labels": torch.zeros(len(corner)).long(), "boxes": torch.cat([corner, corner + 24], dim=1)}
+    objects = flatten_targets([target], (side, side), torch.device("cpu"))
+    logits, valid = torch.zeros(len(objects), side, side), torch.ones(1, side, side, dtype=torch.bool)
+    images = 255 * torch.rand(1, 3, PIXELS, PIXELS)
+    with MemoryPeak() as memory:
+        color_labels(logits, images, valid, objects, get_cfg().MODEL.SIM.COLOR_MODEL)
+    assert memory.bytes < 2 * FINER**2 * logits.nbytes
+
+
+def test_the_level_set_of_features_has_no_features_for_every_layer():
+    boxes = torch.tensor([[0.0, 0, 200, 200], [100.0, 100, 256, 256]])
+    target = {"labels": torch.zeros(2, dtype=torch.int64), "boxes": boxes}
+    pixels = box_pixels(flatten_targets([target], (64, 64), torch.device("cpu")))
+    values = torch.randn(len(pixels.x), 256)
+    masks = torch.rand(LAYERS, len(pixels.x), requires_grad=True)
+    with MemoryPeak() as memory:
+        region_energy(masks, values, pixels, 2).sum().backward()
+    assert memory.bytes < 4 * (masks.nbytes + values.nbytes)

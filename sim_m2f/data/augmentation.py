@@ -7,7 +7,10 @@ images to nothing) and its RandomCrop pads on all sides.
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
 from sim_m2f.config import CfgNode
 from sim_m2f.structures import Annotated
@@ -17,7 +20,11 @@ MIN_BOX = 1.0  # a box thinner than this many pixels after the crop is dropped
 
 
 class LargeScaleJitter(v2.ScaleJitter):
-    """Resize to fit ``target_size`` times u, u uniform in ``scale_range``; keep the aspect ratio."""
+    """Resize to fit ``target_size`` times u, u uniform in ``scale_range``; keep the aspect ratio.
+
+    A mask owns a pixel when it fills at least half as much of it as of the one that it fills most.
+    torchvision takes the nearest pixel up and to the left, which shifts masks against images and boxes.
+    """
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = v2.query_size(flat_inputs)
@@ -25,6 +32,12 @@ class LargeScaleJitter(v2.ScaleJitter):
         scale = least + (most - least) * torch.rand(()).item()
         factor = scale * self.target_size[0] / max(height, width)
         return {"size": [max(1, round(height * factor)), max(1, round(width * factor))]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Mask) or inpt.ndim != 3 or not len(inpt):
+            return super().transform(inpt, params)
+        shares = F.resize_image(255 * inpt.as_subclass(Tensor), params["size"], antialias=True)
+        return tv_tensors.Mask((shares > shares.amax((1, 2), keepdim=True) // 2).view(torch.uint8))
 
 
 class CropToFit(v2.RandomCrop):

@@ -190,7 +190,7 @@ class Trainer:
         losses, matched = self._add_gradients((images, targets, seeds, batch["image_sizes"]))
         self.criterion.update(*matched)
         if self.copy_paste:
-            self.copy_paste.remember(images, matched)
+            self.copy_paste.remember(images, matched, self.iteration)
         clip = self.cfg.SOLVER.CLIP_GRADIENTS
         if clip.ENABLED:
             self.accelerator.clip_grad_norm_(self.model.parameters(), clip.CLIP_VALUE, clip.NORM_TYPE)

@@ -3,6 +3,7 @@
 detectron2's trainer, data loaders and evaluators then drive the network and the criterion of this project.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,32 @@ except ImportError as error:
     source = "https://github.com/facebookresearch/detectron2"
     raise ImportError(f"{__name__} needs detectron2; install it from {source}") from error
 
-from sim_m2f.config import check_choices, get_cfg
+from sim_m2f.config import check_choices, get_cfg, value_of
 from sim_m2f.config.defaults import add_keys
+from sim_m2f.data.student_colors import student_colors
 from sim_m2f.detections import detections
 from sim_m2f.engine.optimizer import build_scheduler, parameter_groups
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.mask2former import Mask2Former
+from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
-from sim_m2f.structures import Detections, Outputs, Target
+from sim_m2f.structures import Detections, Outputs, Size, Target
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.teacher import Teacher, teacher_terms
 from sim_m2f.weights.checkpoint import load_checkpoint
+
+# Keys that this project's own trainer and loaders alone heed; docs/COMPATIBILITY.md names them too.
+IGNORED = (
+    "DATASETS.TEST_ANNOTATIONS",
+    "DATASETS.TEST_IMAGES",
+    "DATASETS.TRAIN_ANNOTATIONS",
+    "DATASETS.TRAIN_IMAGES",
+    "DATASETS.TRAIN_PROPOSALS",
+    "INPUT.BOTTOM_ROWS",
+    "MODEL.COMPILE",
+    "SOLVER.EXACT_SUMS",
+    "SOLVER.IMAGES_AT_ONCE",
+)
 
 
 def add_sim_config(cfg: Detectron2Cfg) -> None:
@@ -53,7 +69,8 @@ class SIMMask2Former(nn.Module):
 
     In training it takes detectron2's list of {"image" (3, H, W), "instances"} and returns losses; Instances
     need ``gt_classes``, ``gt_boxes`` and, unless MODEL.SIM.SUPERVISION is box, ``gt_masks``; if mixed, they
-    are empty where they are not known. Otherwise it returns detectron2's list of {"instances"}.
+    are empty where they are not known. Otherwise it returns detectron2's list of {"instances"}. Keys that
+    are IGNORED are named in one line if they are not at their defaults.
 
     Raises:
         UserError: copy-paste is asked for, whose bank of images only this project's own trainer keeps, or a
@@ -66,6 +83,9 @@ class SIMMask2Former(nn.Module):
         if sim.COPY_PASTE.ENABLED:
             raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: train_net.py only; under detectron2 set it False")
         check_choices(cfg)
+        defaults = get_cfg()
+        if unheeded := [key for key in IGNORED if value_of(cfg, key) != value_of(defaults, key)]:
+            logging.getLogger(__name__).warning("without effect under detectron2: %s", ", ".join(unheeded))
         self.cfg = cfg
         self.network = Mask2Former(cfg)
         self.criterion = build_criterion(cfg)
@@ -83,17 +103,24 @@ class SIMMask2Former(nn.Module):
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
             teacher_outputs = self._teacher_outputs(targets, images.tensor)
             prompts = self.criterion.student_prompts(targets, images.tensor)
-            outputs = self.network(images.tensor, prompts=prompts)
+            share, seeds = self.cfg.INPUT.STUDENT_COLORS, [None] * len(batch)
+            seen = student_colors(images.tensor, self.pixels, share, seeds) if share else images.tensor
+            outputs = self.network(seen, prompts=prompts)
             losses, matched = self.criterion(outputs, targets, images.tensor, teacher_outputs)
             self.criterion.update(matched)
             return losses
         sizes = [(height, width) for height, width in images.image_sizes]
         asked = [{"height": h, "width": w, **item} for item, (h, w) in zip(batch, sizes, strict=True)]
         originals = [(item["height"], item["width"]) for item in asked]
-        outputs = self.network(images.tensor, auxiliary=False)
-        pixels, colors = self.pixels.undo(images.tensor), self.cfg.TEST.COLORS.ENABLED
-        found = detections(outputs, pixels, sizes, originals, self.cfg, colors)
+        found = [self._detected(*each) for each in zip(images.tensor, sizes, originals, strict=True)]
         return [{"instances": _as_instances(*each)} for each in zip(found, originals, strict=True)]
+
+    def _detected(self, image: Tensor, size: Size, original: Size) -> Detections:
+        """What the network that TEST.USE_TEACHER names finds in one image, as TEST.* says."""
+        test = self.cfg.TEST
+        network = self.teacher.network if self.teacher and test.USE_TEACHER else self.network
+        outputs, pixels = tiled(network, image[None], test.TILE), self.pixels.undo(image[None])
+        return detections(outputs, pixels, [size], [original], self.cfg, test.COLORS.ENABLED)[0]
 
     def _teacher_outputs(self, targets: list[Target], images: Tensor) -> Outputs | None:
         """The teacher's outputs, where a loss needs them; it follows the weights that the last step left."""

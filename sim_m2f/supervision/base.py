@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sim_m2f.config import CfgNode
 from sim_m2f.distributed import mean_over_ranks
 from sim_m2f.structures import STRIDE, Outputs, Prompted, Prompts, Target
+from sim_m2f.supervision.box_edges import BoxEdges
 from sim_m2f.supervision.layers import Layers
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
@@ -28,11 +29,13 @@ class Prepared:
         numbers: (6,) or (4,) float64, its ``Numbers``; those of the whole batch once parts are ``together``.
         labels: those that the teacher makes, if there is one.
         features: (B, d, h, w) the teacher's mask features, if there is one.
+        edges: of the pixels of the boxes, if the pairwise loss is in use.
     """
 
     numbers: Tensor
     labels: PseudoLabels | None = None
     features: Tensor | None = None
+    edges: BoxEdges | None = None
 
 
 def normalised(objects: Targets, numbers: Tensor) -> Targets:

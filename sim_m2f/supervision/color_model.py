@@ -20,7 +20,7 @@ from sim_m2f.geometry import iou, missing_logits, projection_boxes
 from sim_m2f.structures import STRIDE, Target
 from sim_m2f.supervision.affinity import lab_at
 from sim_m2f.supervision.color_histograms import color_bins, log_ratio
-from sim_m2f.supervision.layers import mask_projections
+from sim_m2f.supervision.losses import parts
 from sim_m2f.supervision.targets import BoxPixels, Targets, box_pixels, flatten_targets, map_size
 
 FINER = 2  # colours are looked at in so much smaller pixels than masks: at stride 2, where outlines show
@@ -52,6 +52,8 @@ def color_labels(
 ) -> ColorLabels:
     """What ``corrected`` makes of masks at stride 2, as means of 2 x 2 of its pixels.
 
+    Beside the result no maps of objects are made: memory grows with the area of the boxes and their margins.
+
     Args:
         logits: (T, h, w) mask logits of the objects, stride 4.
         images: (B, 3, H, W) RGB of 0..255.
@@ -60,10 +62,13 @@ def color_labels(
         keys: MODEL.SIM.COLOR_MODEL.
         prior: share of an ellipse in the boxes that the first masks are made of, beside the logits.
     """
-    fine = corrected(logits, images, valid, targets, keys, prior)
-    masks = F.avg_pool2d(fine[:, None], FINER)[:, 0]
-    projections = mask_projections(_logits(masks)[None, None])
-    quality = iou(projection_boxes(*projections)[0, 0], targets.relative_boxes)
+    pixels, fine = _corrected(logits, images, valid, targets, keys, prior)
+    cells = box_pixels(targets)
+    first = pixels.places(replace(cells, x=FINER * cells.x, y=FINER * cells.y))
+    below = first + pixels.columns[first]
+    means = (fine[first] + fine[first + 1] + fine[below] + fine[below + 1]) / FINER**2
+    masks = fine.new_zeros(len(targets), *targets.size).index_put_((cells.target, cells.y, cells.x), means)
+    quality = iou(projection_boxes(masks.amax(-2), masks.amax(-1)), targets.relative_boxes)
     inside = masks > 0.5
     confidence = (masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
     return ColorLabels(masks, quality, confidence)
@@ -122,49 +127,69 @@ def corrected(
     Returns:
         (T, 2 h, 2 w) probabilities, 0 outside of the object's box; for the arguments see ``color_labels``.
     """
+    pixels, mask = _corrected(logits, images, valid, targets, keys, prior, alone)
+    masks = mask.new_zeros(len(targets), FINER * targets.size[0], FINER * targets.size[1])
+    return masks.index_put_((pixels.target, pixels.y, pixels.x), mask)
+
+
+def _corrected(
+    logits: Tensor,
+    images: Tensor,
+    valid: Tensor,
+    targets: Targets,
+    keys: CfgNode,
+    prior: float,
+    alone: bool = False,
+) -> tuple[BoxPixels, Tensor]:
+    """The P pixels at stride 2 of the boxes and their surroundings, and (P,) what ``corrected`` has there."""
     targets = replace(
         targets, ranges=FINER * targets.ranges, size=(FINER * targets.size[0], FINER * targets.size[1])
     )
-    logits = F.interpolate(logits[:, None].float(), scale_factor=FINER, mode="bilinear")[:, 0]
-    valid = valid.repeat_interleave(FINER, 1).repeat_interleave(FINER, 2)
     pixels = box_pixels(targets, _margins(targets, keys.MARGIN))
-    image, place = targets.image_index[pixels.target], (pixels.target, pixels.y, pixels.x)
-    boxes = targets.box_masks
-    inside = boxes[place] > 0
-    covered = torch.zeros_like(valid, dtype=boxes.dtype).index_add(0, targets.image_index, boxes) > 0
-    counts = valid[image, pixels.y, pixels.x] & (inside | ~covered[image, pixels.y, pixels.x] | alone)
-    lab = lab_at(images, STRIDE // FINER)
-    colors = lab[image, :, pixels.y, pixels.x]
+    inside = targets.inside(pixels.target, pixels.x, pixels.y)
+    image = targets.image_index[pixels.target]
+    place = (image * targets.size[0] + pixels.y) * targets.size[1] + pixels.x
+    nothing = logits.new_zeros(len(images) * targets.size[0] * targets.size[1], dtype=torch.float32)
+    covered = nothing.index_add(0, place, inside.float())[place] > 0
+    counts = valid[image, pixels.y // FINER, pixels.x // FINER] & (inside | ~covered | alone)
+    colors = lab_at(images, STRIDE // FINER)[image, :, pixels.y, pixels.x]
     bins = color_bins(colors, counts, pixels.target, len(targets))
     edges = _edges(pixels, colors, keys.SMOOTHING_COLOR)
 
     def shared(logits: Tensor) -> Tensor:
-        return logits.sigmoid() * inside if alone else _shared(logits, pixels, targets, inside)
+        """A pixel belongs to one of the objects in whose boxes it is, or to none."""
+        if alone:
+            return logits.sigmoid() * inside
+        odds = logits.clamp(max=MOST_SURE).exp() * inside
+        return odds / (1 + nothing.index_add(0, place, odds)[place])
 
-    own = (1 - prior) * logits[place] + prior * _ellipse(pixels, targets)
+    own = (1 - prior) * _enlarged_at(logits, pixels) + prior * _ellipse(pixels, targets)
     mask = shared(own)
     for _ in range(keys.ITERATIONS):
         seen = keys.KEEP * own + log_ratio(bins, mask, counts, pixels.target, len(targets))
         mask = shared(seen)
         for _ in range(keys.SMOOTHING_STEPS):
-            drawn = sum(likeness * (2 * mask[there] - 1) for there, likeness in edges)
+            drawn = sum(likeness * (2 * mask.index_select(0, there) - 1) for there, likeness in edges)
             mask = shared(seen + keys.SMOOTHING * drawn)
     if keys.SPAN:
         mask = _spanning(_logits(mask).where(inside, -torch.inf), pixels, targets, keys.SPAN).sigmoid()
-    return torch.zeros_like(boxes).index_put(place, mask)
+    return pixels, mask
+
+
+def _enlarged_at(logits: Tensor, pixels: BoxPixels) -> Tensor:
+    """(P,): maps (T, h, w), enlarged to stride 2, at the pixels; few maps at a time."""
+    height, width = map_size(logits)
+    ends = [0, *pixels.areas.cumsum(0).tolist()]
+    values = [logits.new_zeros(0, dtype=torch.float32)]
+    for part in parts(len(logits), FINER**2 * height * width):
+        maps = F.interpolate(logits[part, None].float(), scale_factor=FINER, mode="bilinear")[:, 0]
+        own = slice(ends[part.start], ends[min(part.stop, len(logits))])
+        values.append(maps[pixels.target[own] - part.start, pixels.y[own], pixels.x[own]])
+    return torch.cat(values)
 
 
 def _logits(probabilities: Tensor) -> Tensor:
     return probabilities.clamp(1e-6, 1 - 1e-6).logit()
-
-
-def _shared(logits: Tensor, pixels: BoxPixels, targets: Targets, inside: Tensor) -> Tensor:
-    """(P,) probabilities: a pixel belongs to one of the objects in whose boxes it is, or to none."""
-    height, width = targets.size
-    place = (targets.image_index[pixels.target] * height + pixels.y) * width + pixels.x
-    odds = logits.clamp(max=MOST_SURE).exp() * inside
-    total = odds.new_zeros(len(targets.counts) * height * width).index_add(0, place, odds)
-    return odds / (1 + total[place])
 
 
 def _spanning(logits: Tensor, pixels: BoxPixels, targets: Targets, share: float) -> Tensor:
@@ -196,7 +221,7 @@ def _edges(pixels: BoxPixels, colors: Tensor, deviation: float) -> list[tuple[Te
         deviation: standard deviation of the Gaussian of colour differences.
 
     Returns:
-        pairs of (P,) int64 and (P,) float, 0 where the object has no such pixel, else 1 / number of distances
+        pairs of (P,) int32 and (P,) float, 0 where the object has no such pixel, else 1 / number of distances
         at most.
     """
     edges = []
@@ -205,7 +230,8 @@ def _edges(pixels: BoxPixels, colors: Tensor, deviation: float) -> list[tuple[Te
             if dy or dx:
                 there, exists = pixels.neighbours(dx, dy)
                 apart = (colors - colors[there]).square().sum(1)
-                edges.append((there, exists * torch.exp(-apart / (2 * deviation**2)) / len(DISTANCES)))
+                likeness = exists * torch.exp(-apart / (2 * deviation**2)) / len(DISTANCES)
+                edges.append((there.int(), likeness))
     return edges
 
 

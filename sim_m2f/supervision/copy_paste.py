@@ -91,13 +91,19 @@ class CopyPaste:
             return images, targets
         return paste(images, targets, self.bank, self.keys.PROBABILITY, self.keys.OBJECTS, self.jitter)
 
-    def remember(self, images: Tensor, matched: Sequence[Matched]) -> None:
+    def remember(self, images: Tensor, matched: Sequence[Matched], step: int) -> None:
         """Enter the images of all ranks with their masks; no object is pasted twice.
+
+        This begins twice as many steps before MODEL.SIM.COPY_PASTE.START as the bank holds images: it is full
+        by then where every second batch has an object.
 
         Args:
             images: (B, 3, H, W) of this rank, as the network got them.
             matched: what the losses of its parts were computed from.
+            step: steps done before this one.
         """
+        if step < self.start - 2 * self.bank.capacity:
+            return
         parts = [_entry(part) for part in matched if isinstance(part, MatchedBoxes)]
         objects = [torch.cat(each) for each in zip(*(part for part in parts if part), strict=True)]
         if not objects:

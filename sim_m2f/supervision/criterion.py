@@ -17,7 +17,7 @@ from sim_m2f.pixels import Pixels
 from sim_m2f.structures import STRIDE, Outputs, Target
 from sim_m2f.supervision.affinity import alike_edges
 from sim_m2f.supervision.base import Criterion, Prepared, normalised
-from sim_m2f.supervision.box_edges import box_edges
+from sim_m2f.supervision.box_edges import BoxEdges, box_edges
 from sim_m2f.supervision.box_fill import box_fill
 from sim_m2f.supervision.color_model import ColorLabels, color_labels
 from sim_m2f.supervision.color_term import color_model
@@ -79,9 +79,10 @@ class SIMCriterion(Criterion):
             layers = self.layers(outputs)
             objects, match, labels = self._matched(layers, targets, teacher_outputs)
             features = teacher_outputs["mask_features"] if teacher_outputs else None
+            edges = None
             if prepared is not None:
-                labels, features = prepared.labels, prepared.features
-            supervision = self._supervision(objects, targets, images, features, labels)
+                labels, features, edges = prepared.labels, prepared.features, prepared.edges
+            supervision = self._supervision(objects, targets, images, features, labels, edges)
             numbers = prepared.numbers if prepared else mean_over_ranks(self._numbers(objects, supervision))
             objects = normalised(objects, numbers)
             colors = self._colors(outputs, objects, match, supervision)
@@ -100,7 +101,7 @@ class SIMCriterion(Criterion):
                 features = teacher_outputs["mask_features"]
                 labels = self.pseudo_masks(taught, features, objects, matcher(taught, objects))
             supervision = self._supervision(objects, targets, images, features, labels)
-            return Prepared(self._numbers(objects, supervision), labels, features)
+            return Prepared(self._numbers(objects, supervision), labels, features, supervision.edges)
 
     def update(self, *matched: Matched) -> None:
         """A training step more; the prototypes follow the teacher's features."""
@@ -172,11 +173,12 @@ class SIMCriterion(Criterion):
         images: Tensor,
         features: Tensor | None,
         labels: PseudoLabels | None,
+        edges: BoxEdges | None = None,
     ) -> Supervision:
-        """What is known without the student."""
+        """What is known without the student; edges that are given are not looked for again."""
         rgb, valid, keys = self.pixels.undo(images), _valid(targets, images), self.sim.PAIRWISE
-        pixels, edges = box_pixels(objects, keys.DILATION), None
-        if keys.ENABLED:
+        pixels = box_pixels(objects, keys.DILATION)
+        if keys.ENABLED and edges is None:
             edges = box_edges(pixels, objects, alike_edges(rgb, valid, features, keys), keys.DILATION)
         run = self.sim, self.points, self.step, self.max_iter
         return Supervision(*run, rgb, valid, pixels, features, labels, None, edges=edges)
@@ -221,6 +223,6 @@ def build_criterion(cfg: CfgNode) -> Criterion:
 
 def _valid(targets: Sequence[Target], images: Tensor) -> Tensor:
     """(B, h, w) bool: pixels at stride 4 that lie wholly on usable pixels; all where nothing is said."""
-    whole = torch.ones(images.shape[-2:], dtype=torch.bool)
-    valid = torch.stack([target.get("valid", whole) for target in targets])
-    return F.avg_pool2d(valid.to(images.device, non_blocking=True).float(), STRIDE) == 1
+    whole = torch.ones(images.shape[-2:], dtype=torch.bool, device=images.device)
+    each = [target.get("valid", whole).to(images.device, non_blocking=True) for target in targets]
+    return F.avg_pool2d(torch.stack(each).float(), STRIDE) == 1

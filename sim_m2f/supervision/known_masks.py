@@ -13,8 +13,16 @@ from sim_m2f.supervision.reading import whole_masks
 
 def known_truth(targets: Sequence[Target], device: torch.device) -> Tensor | None:
     """(S, H, W) bool, in pixels of the input: the masks that are known; None where masks are not read."""
-    own = [target["masks"][target["known"]] for target in targets if "known" in target]
-    return torch.cat(own).to(device, non_blocking=True) if own else None
+    read = [target for target in targets if "known" in target]
+    # mask by mask, because a selection of pinned memory is not pinned
+    own = [
+        target["masks"][index].to(device, non_blocking=True)
+        for target in read
+        for index in target["known"].nonzero().flatten().tolist()
+    ]
+    if own:
+        return torch.stack(own)
+    return read[0]["masks"][:0].to(device) if read else None
 
 
 def known_masks(matched: MatchedBoxes) -> Tensor:

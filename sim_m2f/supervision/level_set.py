@@ -54,7 +54,10 @@ def region_energy(masks: Tensor, values: Tensor, pixels: BoxPixels, objects: int
     variance = total(away.square().sum(1))
     # sum p |v - v1|^2 = sum p |v|^2 - |sum p v|^2 / sum p, so means need not be taken to the pixels
     explained = masks.new_zeros(len(masks), objects)
+    sizes = pixels.areas.tolist()
     for region in (masks, 1 - masks):
-        moments = total(region[:, None] * away.T)
-        explained = explained + moments.square().sum(1) / total(region).clamp(min=1e-6)
+        # one object's after the other's, because all layers' weighted values together would be (L, C, P)
+        own = [r @ v for r, v in zip(region.split(sizes, 1), away.split(sizes), strict=True)]
+        moments = torch.stack(own, 1) if own else region.new_zeros(*explained.shape, values.shape[1])
+        explained = explained + moments.square().sum(-1) / total(region).clamp(min=1e-6)
     return (variance - explained) / variance.clamp(min=1e-6)

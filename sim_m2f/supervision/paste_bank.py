@@ -146,18 +146,19 @@ class PasteBank:
         return {name: getattr(self, attribute) for name, attribute in STATE.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the state of a bank of the same capacity.
+        """Continue with the state of a bank; of one that held more images, with its newest.
 
         Raises:
-            ValueError: the capacity differs.
             KeyError: something is missing.
         """
-        capacity = len(state["pictures"])
-        if capacity != self.capacity:
-            raise ValueError(f"its bank holds {capacity} images, this one {self.capacity}")
-        for name, own in self.state_dict().items():
-            value = state[name]
-            setattr(self, STATE[name], value.to(own.device, copy=True) if isinstance(own, Tensor) else value)
+        pictures, device = state["pictures"], self.images.device
+        self.entered, self.counts = state["entered"], state["counts"][-self.capacity :]
+        gone = sum(state["counts"]) - sum(self.counts)
+        for name in ("masks", "boxes", "labels", "scores"):
+            setattr(self, name, state[name][gone:].to(device, copy=True))
+        numbers = torch.arange(self.entered - len(self.counts), self.entered)
+        self.images = torch.zeros(self.capacity, *pictures.shape[1:], dtype=pictures.dtype, device=device)
+        self.images[numbers % self.capacity] = pictures[numbers % len(pictures)].to(device)
 
 
 def fit_to(maps: Tensor, height: int, width: int) -> Tensor:

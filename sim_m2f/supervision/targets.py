@@ -160,6 +160,7 @@ class BoxPixels:
         x, y: (P,) int64, column and row.
         columns: (P,) int64, how many of the pixels of its object lie in one row.
         firsts: (T, 4) int64 per object: first column, first row, columns, place of its first pixel.
+        areas: (T,) int64 on the CPU: how many of the pixels are of each object.
     """
 
     target: Tensor
@@ -167,6 +168,7 @@ class BoxPixels:
     y: Tensor
     columns: Tensor
     firsts: Tensor
+    areas: Tensor
 
     def places(self, other: "BoxPixels") -> Tensor:
         """(P',) int64: where the pixels of smaller boxes of the same objects are among these."""
@@ -317,4 +319,4 @@ def box_pixels(targets: Targets, margin: int | Tensor = 0) -> BoxPixels:
     target = torch.repeat_interleave(index, areas.to(device, non_blocking=True), output_size=pixels)
     x0, y0, columns, starts = firsts[target].unbind(1)
     rank = torch.arange(pixels, device=device) - starts
-    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns, columns, firsts)
+    return BoxPixels(target, x0 + rank % columns, y0 + rank // columns, columns, firsts, areas)
