@@ -168,6 +168,13 @@ def test_a_journal_of_something_else_is_not_used(tmp_path, capsys):
     assert len(Journal(path, "one")) == 0
 
 
+def test_any_number_is_the_id_of_an_image(tmp_path):
+    journal = Journal(tmp_path / "progress.jsonl", "one")
+    for image in (-1, 0):
+        journal.add(image, {1: f"mask {image}"})
+    assert [journal.labels(image) for image in (-1, 0)] == [{"1": "mask -1"}, {"1": "mask 0"}]
+
+
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Files get no more bytes than that, as on a full disk."""
