@@ -163,12 +163,28 @@ def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     assert run.metrics == {"segm/AP": 5.0}
 
 
+def test_what_was_trained_in_the_folder_of_a_network_comes_first(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    trained = {name: weight + 1 for name, weight in model.network.state_dict().items()}
+    save_checkpoint(tmp_path / "model_0000009.pth", {"model": trained})
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    found = sim_m2f.from_pretrained(tmp_path, device="cpu").network.state_dict()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+
+
 def test_weights_come_before_what_a_trainer_leaves_beside_them(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.network.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     save_checkpoint(tmp_path / "rng_state.pth", {"cpu": torch.zeros(8)})
     assert same(model, sim_m2f.from_pretrained(tmp_path, device="cpu"))
+
+
+def test_no_run_begins_in_the_folder_of_a_network(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(model.cfg.dump())
+    assert main(["train", "--config-file", str(tmp_path / "run.yaml"), "OUTPUT_DIR", str(tmp_path)]) == 2
+    assert "holds a network already (model.safetensors)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from sim_m2f.engine.run_folder import refuse_used
+from sim_m2f.engine.run_folder import refuse_run
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs
 from sim_m2f.weights.export import FORMATS, export
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{output}: --format {args.format} writes a {'folder' if is_folder else 'file'}")
     _refuse_inputs(args, output)
     if is_folder:
-        refuse_used(output, "its configuration and weights would be replaced; give another --output")
+        refuse_run(output, "its configuration and weights would be replaced; give another --output")
     export(read_folder(args.model, args.config_file), args.format, output)
     print(f"{args.format}: {output}")
     return 0

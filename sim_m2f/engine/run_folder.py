@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sim_m2f.errors import UserError
 from sim_m2f.files import RANDOM
-from sim_m2f.weights.sources import LAST_CHECKPOINT
+from sim_m2f.weights.sources import IN_FOLDERS, LAST_CHECKPOINT
 
 LOCK = ".lock"
 CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
@@ -53,7 +53,16 @@ def locked(folder: Path, option: str = "OUTPUT_DIR", name: str = LOCK) -> Iterat
         yield
 
 
-def refuse_used(folder: Path, advice: str = GO_ON) -> None:
+def refuse_used(folder: Path) -> None:
+    """Raises UserError if the folder holds a run that has taken a step, or a network that was written there."""
+    refuse_run(folder, GO_ON)
+    for name in IN_FOLDERS:
+        if (folder / name).exists():
+            fault = f"holds a network already ({name}), whose configuration would be replaced"
+            raise UserError(f"{folder}: {fault}; choose another OUTPUT_DIR")
+
+
+def refuse_run(folder: Path, advice: str) -> None:
     """Raises UserError, which ends in ``advice``, if the folder holds a run that has taken a step."""
     found = [*folder.glob(LAST_CHECKPOINT), *folder.glob(CHECKPOINTS)]
     found += [file for file in folder.glob(METRICS) if file.stat().st_size]
