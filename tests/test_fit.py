@@ -101,6 +101,17 @@ def test_settings_follow_from_the_data(data):
     assert len(val["images"]) in (1, 2)
 
 
+@pytest.mark.parametrize("none", [["MODEL.WEIGHTS", ""], ["--weights", ""]])
+def test_without_weights_the_whole_backbone_learns(data, none):
+    cfg, _ = chosen(data, *none)
+    assert cfg.MODEL.WEIGHTS == ""
+    assert (cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER) == (False, 1.0)
+    cfg, _ = chosen(data, *none, "SOLVER.BACKBONE_MULTIPLIER", "0.3")
+    assert cfg.SOLVER.BACKBONE_MULTIPLIER == 0.3
+    cfg, _ = chosen(data)
+    assert (cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER) == (True, 0.2)
+
+
 def test_files_of_the_user_in_its_folder_stay(data):
     names = "boxes.json", "train.json", "val.json"
     (data / "out").mkdir()

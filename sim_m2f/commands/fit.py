@@ -320,14 +320,21 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     network.NUM_OBJECT_QUERIES = min(max(network.NUM_OBJECT_QUERIES, 8 * math.ceil(most / 5)), MOST_QUERIES)
     cfg.TEST.DETECTIONS_PER_IMAGE = min(max(cfg.TEST.DETECTIONS_PER_IMAGE, 2 * counts.most), MOST_QUERIES)
     cfg.DATALOADER.NUM_WORKERS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
-    if args.weights:
+    if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     cfg.merge_from_list(overrides(args))
+    if not cfg.MODEL.WEIGHTS:
+        learn_whole_backbone(cfg)
     if not counts.many_small:
         cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.IMAGE_SIZE
-        cfg.merge_from_list(overrides(args))  # which may say otherwise
+    cfg.merge_from_list(overrides(args))  # which may say otherwise
     validate(cfg)
     return cfg
+
+
+def learn_whole_backbone(cfg: CfgNode) -> None:
+    """What is right for a backbone that starts at random."""
+    cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER = False, 1.0
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -396,7 +403,8 @@ def settle_weights(cfg: CfgNode) -> str:
     except UserError as error:
         if not cfg.MODEL.WEIGHTS.startswith(TIMM):
             raise
-        cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER = "", False, 1.0
+        cfg.MODEL.WEIGHTS = ""
+        learn_whole_backbone(cfg)
         return f"none, so masks will be worse ({error}; --weights FILE takes a file)"
     return str(cfg.MODEL.WEIGHTS)
 
