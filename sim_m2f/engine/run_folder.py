@@ -3,7 +3,7 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from sim_m2f.errors import UserError
@@ -70,24 +70,20 @@ def refuse_run(folder: Path, advice: str) -> None:
         raise UserError(f"{folder}: holds a run already ({found[0].name}); {advice}")
 
 
-def remove_run(folder: Path, inputs: Collection[Path] = ()) -> None:
+def remove_run(folder: Path, inputs: Collection[Path]) -> None:
     """Remove what a run wrote, and what was made of it; the name of its checkpoint goes first.
 
     Nothing else goes, and no file that the next run reads (``inputs``, resolved).
     """
-    for file in _written(folder):
+    for file in (file for pattern in FILES for file in folder.glob(pattern)):
         if file.resolve() not in inputs:
             file.unlink(missing_ok=True)
     shutil.rmtree(folder / "method", ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files of a run that was killed."""
-    for file in _written(folder, ".", TEMPORARY):
-        file.unlink(missing_ok=True)
-
-
-def _written(folder: Path, before: str = "", behind: str = "") -> Iterator[Path]:
-    for pattern in FILES:
+def remove_leftovers(folder: Path, patterns: Iterable[str] = FILES) -> None:
+    """Remove the half-written files that a killed process left, of a run or of other names."""
+    for pattern in patterns:
         path = folder / pattern
-        yield from path.parent.glob(f"{before}{path.name}{behind}")
+        for file in path.parent.glob(f".{path.name}{TEMPORARY}"):
+            file.unlink(missing_ok=True)
