@@ -21,6 +21,7 @@ from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.report.drawing import draw
 from sim_m2f.weights.checkpoint import save_checkpoint
+from sim_m2f.weights.folder import model_card
 
 NAMES = ["crescent", "ring", "star"]
 
@@ -136,6 +137,15 @@ def test_the_model_card_has_metadata_and_figures(model, tmp_path):
     assert "| segm/AP | 12.3 |" in card
     assert "segm/APl" not in card
     assert "crescent, ring, star" in card
+
+
+def test_the_model_card_tells_of_boxes_and_masks(model):
+    model.cfg.defrost()
+    model.cfg.MODEL.SIM.SUPERVISION = "mixed"
+    try:
+        assert "learned from bounding boxes, and from masks where there are any." in model_card(model.trained)
+    finally:
+        model.cfg.MODEL.SIM.SUPERVISION = "box"
 
 
 def test_names_of_classes_are_no_markup(model, tmp_path):
