@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from coloured_coco import write_coloured
 from conftest import ROOT, SMALL_FILE, held
 from PIL import Image
@@ -226,6 +227,25 @@ class LargeMasks:
             raise KeyboardInterrupt
         self.images -= 1
         return {number: {"segmentation": "x" * self.size} for number in image.annotation_ids}
+
+
+def test_an_image_that_memory_does_not_hold_costs_no_other(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source, masker = write_many(tmp_path / "set", tmp_path / "0.png", 4), LargeMasks(9)
+    labels = masker.labels
+
+    def without_memory(image: ImageRecord) -> dict[int, dict]:
+        if image.id == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return labels(image)
+
+    monkeypatch.setattr(masker, "labels", without_memory)
+    with pytest.raises(UserError) as caught:
+        run.label_set(masker, source, tmp_path / "masks.json")
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path / 'set/1.png'}: out of memory (CUDA out of memory); take a smaller")
+    assert "the same command goes on" in last
+    assert masker.images == 6
 
 
 def test_a_full_disk_ends_the_command_and_loses_nothing(tmp_path):

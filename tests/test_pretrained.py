@@ -20,6 +20,7 @@ from sim_m2f.data.class_names import class_names, coco_names
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.report.drawing import draw
+from sim_m2f.segmenter import Segmenter
 from sim_m2f.weights.checkpoint import save_checkpoint
 from sim_m2f.weights.folder import model_card
 
@@ -371,6 +372,41 @@ def test_an_overlay_that_cannot_be_written_costs_no_prediction(model, image, tmp
 def test_a_threshold_that_no_score_reaches_is_refused(model, tmp_path, capsys):
     assert main(["predict", "--model", str(tmp_path), "--threshold", "2", str(tmp_path)]) == 2
     assert "--threshold is 2.0" in capsys.readouterr().err
+
+
+def test_a_missing_image_is_called_missing(model):
+    with pytest.raises(UserError, match=r"^none\.png: is missing"):
+        model.predict("none.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_image_without_memory_and_ctrl_c_cost_no_other_one(
+    model, image, tmp_path, capsys, monkeypatch, ended
+):
+    model.save_pretrained(tmp_path / "model")
+    for name in "abcd":
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    predict, images = Segmenter.predict, []
+
+    def fails(self, *given, **options):
+        images.append(given)
+        if len(images) == 4 and ended:
+            raise KeyboardInterrupt
+        if len(images) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, *given, **options)
+
+    monkeypatch.setattr(Segmenter, "predict", fails)
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, *(str(tmp_path / f"{name}.png") for name in "abcd")]) == (
+        130 if ended else 2
+    )
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    advice = "out of memory (CUDA out of memory); take a smaller image, or --device cpu"
+    assert errors == ([] if ended else [f"error: {tmp_path / 'b.png'}: {advice}"])
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "c.png", "d.png"][: 3 - ended]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
 from sim_m2f.data.segmentation import JUST_BOXES, encode_masks, mostly_boxes
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, image_problem
 from sim_m2f.files import atomic_write
 from sim_m2f.labelling.journal import Journal
 from sim_m2f.labelling.masks import SIGNS, ellipse, label, overlaps, without_overlaps
@@ -110,8 +110,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
 
     Raises:
         UserError: the data have a fault, the network has no such class or knows no boxes, two images would
-            share a file of a format, a file cannot be written, or images cannot be decoded: one line each,
-            after all others are done and noted.
+            share a file of a format, a file cannot be written, or images cannot be decoded or take too much
+            memory: one line each, after all others are done and noted.
     """
     data = read_coco(source, read_masks=False)
     refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
@@ -124,8 +124,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     for image in progress(waiting, "label", len(with_boxes), done=len(journal)):
         try:
             found = labels(image)
-        except UserError as error:
-            problems.append(str(error))
+        except Exception as error:
+            problems.append(image_problem(error, data.image_root / image.file_name))
         else:
             journal.add(image.id, found)
     if problems:
