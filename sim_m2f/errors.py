@@ -37,6 +37,19 @@ def memory_problem(error: BaseException) -> str | None:
     return f"out of memory ({first_line(error)}); lower {training}, in tests {tests}"
 
 
+def image_problem(error: Exception, file: object) -> str:
+    """What an error says of one of many images, which costs none of the others: a fault, or too little memory.
+
+    Raises:
+        Exception: the error, where it is another one.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    if memory_problem(error) is None:
+        raise error
+    return f"{file}: out of memory ({first_line(error)}); take a smaller image, or --device cpu"
+
+
 def file_problem(error: BaseException) -> str | None:
     """One line for an error of the system about a file, or a full disk."""
     if not isinstance(error, OSError):

@@ -200,11 +200,14 @@ class Segmenter(nn.Module):
         if boxes.numel() and boxes.shape[-1:] != (4,):
             raise UserError(f"boxes are (N, 4) numbers, xyxy, not {tuple(boxes.shape)}; correct them")
         boxes = boxes.reshape(-1, 4)
-        labels = _numbers([0] * len(boxes) if labels is None else labels, "labels").reshape(-1).long()
+        if not boxes.isfinite().all() or (boxes[:, 2:] < boxes[:, :2]).any():
+            raise UserError("boxes are finite numbers x0, y0, x1, y1, with x0 <= x1 and y0 <= y1; correct them")
+        labels = _numbers([0] * len(boxes) if labels is None else labels, "labels").reshape(-1)
         classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-        if len(labels) != len(boxes) or not ((labels >= 0) & (labels < classes)).all():
-            raise UserError(f"{len(boxes)} boxes need as many labels from 0 to {classes - 1}")
-        boxes, labels = boxes.to(images.device), labels.to(images.device)
+        known = (labels >= 0) & (labels < classes) & (labels == labels.long())
+        if len(labels) != len(boxes) or not known.all():
+            raise UserError(f"{len(boxes)} boxes need as many labels, whole numbers from 0 to {classes - 1}")
+        boxes, labels = boxes.to(images.device), labels.long().to(images.device)
         scale = [new / old for old, new in zip(original[::-1], size[::-1], strict=True)]
         resized = boxes * boxes.new_tensor([*scale, *scale])
         shares = (resized / boxes.new_tensor([*images.shape[:1:-1]] * 2)).clamp(0, 1)

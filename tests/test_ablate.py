@@ -151,6 +151,15 @@ def test_a_folder_stands_for_its_files(tmp_path):
     assert [row.name for row in ablate.find_rows([str(tmp_path), "pairwise"])] == ["a", "b", "2_pairwise"]
 
 
+def test_a_folder_that_has_the_name_of_a_row_hides_it_not(tmp_path, monkeypatch):
+    (tmp_path / "pairwise").mkdir()
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [row.name for row in ablate.find_rows(["pairwise"])] == ["2_pairwise"]
+    with pytest.raises(UserError, match="other: no rows here"):
+        ablate.find_rows(["pairwise", "other"])
+
+
 def test_rows_of_real_images_add_up_to_their_configurations():
     """The rows best, sim, boxinst and mask are what the configurations of these names train.
 

@@ -165,6 +165,11 @@ def test_transformers_has_no_such_network(key, value):
     assert "\n" not in str(raised.value)
 
 
+def test_a_home_that_is_not_known_is_one_line(tmp_path, capsys):
+    assert cli.main(["export", "~nobody-here/x", "--format", "onnx", "--output", str(tmp_path / "x.onnx")]) == 2
+    assert "the home folder that its ~ stands for is not known" in capsys.readouterr().err
+
+
 def test_command(tmp_path, capsys):
     cfg, network = small_network("ResNet-18", seed=1)
     Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")

@@ -125,6 +125,16 @@ def test_a_file_is_downloaded_once(server):
     assert sorted(file.name for file in path.parent.iterdir()) == ["weights.bin", "weights.bin.lock"]
 
 
+def test_a_cache_that_is_read_only_gives_what_it_has(server, monkeypatch):
+    path = download(server.address("weights.bin"))
+
+    def refuse(name):
+        raise PermissionError(13, "Permission denied", name)
+
+    monkeypatch.setattr(downloads, "FileLock", refuse)
+    assert download(server.address("weights.bin")) == path
+
+
 def test_a_broken_download_is_gone_on_with(server, tmp_path):
     server.faults = [breaks_off]
     assert "not downloaded (IncompleteRead(5000 bytes read" in refused(server.address("weights.bin"))

@@ -34,6 +34,8 @@ from sim_m2f.errors import UserError
 
 QUICK = [*SMALL, "MODEL.WEIGHTS", "", "MODEL.BACKBONE.FREEZE_NORMS", "False", "SOLVER.MAX_ITER", "2"]
 
+TITLES = "Masks of the annotated boxes", "Scores and true masks"  # on the page
+
 
 @pytest.fixture
 def data(tmp_path) -> Path:
@@ -69,7 +71,7 @@ def test_boxes_become_masks_a_network_and_a_page(data, tmp_path, capsys):
     masks = json.loads((out / "masks.json").read_text())["annotations"]
     assert [each["id"] for each in masks] == [each["id"] for each in boxes]
     assert all(coco_mask.area(each["segmentation"]) > 0 for each in masks)
-    assert "Masks of the annotated boxes" in (out / "index.html").read_text()
+    assert all(title in (out / "index.html").read_text() for title in TITLES)
     assert json.loads((out / "quality.json").read_text())["measured"]["objects"] == 12
     assert (out / "yolo/data.yaml").exists()
     assert (out / "cvat.xml").exists()
@@ -77,13 +79,23 @@ def test_boxes_become_masks_a_network_and_a_page(data, tmp_path, capsys):
     model = from_pretrained(out)
     assert model.class_names == ["disc", "ring", "star & bar"]
     assert model.predict(data / "5.png").masks.shape[1:] == (64, 96)
+    assert main(["report", str(out)]) == 0  # which writes the page anew
+    assert all(title in (out / "index.html").read_text() for title in TITLES)
+    again = "--resume", "--val", str(data / "boxes.json"), "INPUT.IMAGE_SIZE", "64", *QUICK
+    assert main(arguments(data, out, *again)) == 0
+    assert not (out / "quality.json").exists()
+    assert [title in (out / "index.html").read_text() for title in TITLES] == [True, False]
+
+
+def parsed(folder: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    fit.add_arguments(parser)
+    return parser.parse_args(arguments(folder, folder / "out", *more)[1:])
 
 
 def chosen(folder: Path, *more: str):
     """The configuration for a set of a folder."""
-    parser = argparse.ArgumentParser()
-    fit.add_arguments(parser)
-    args = parser.parse_args(arguments(folder, folder / "out", *more)[1:])
+    args = parsed(folder, *more)
     assert fit.stopped_run(args) is None
     sets = fit.find_sets(args, None)
     return fit.settings(args, sets), sets
@@ -99,6 +111,17 @@ def test_settings_follow_from_the_data(data):
     train, val = (json.loads(source.annotations.read_text()) for source in (sets.train, sets.val))
     assert len(train["images"]) + len(val["images"]) == 5
     assert len(val["images"]) in (1, 2)
+
+
+@pytest.mark.parametrize("none", [["MODEL.WEIGHTS", ""], ["--weights", ""]])
+def test_without_weights_the_whole_backbone_learns(data, none):
+    cfg, _ = chosen(data, *none)
+    assert cfg.MODEL.WEIGHTS == ""
+    assert (cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER) == (False, 1.0)
+    cfg, _ = chosen(data, *none, "SOLVER.BACKBONE_MULTIPLIER", "0.3")
+    assert cfg.SOLVER.BACKBONE_MULTIPLIER == 0.3
+    cfg, _ = chosen(data)
+    assert (cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER) == (True, 0.2)
 
 
 def test_files_of_the_user_in_its_folder_stay(data):
@@ -179,6 +202,21 @@ def test_a_batch_that_memory_does_not_hold_is_taken_in_parts(data, monkeypatch):
         fit.affordable_trial(cfg, fixed=True)
 
 
+@pytest.mark.parametrize("minutes", ["15", "1e308"])
+def test_steps_follow_from_the_time_and_keys_of_the_command_line_hold(data, monkeypatch, minutes):
+    device = SimpleNamespace(accelerator=SimpleNamespace(device="cpu"))
+    tried = SimpleNamespace(seconds_per_step=1.0, memory_gib=1.0, trainer=device)
+    monkeypatch.setattr(fit, "affordable_trial", lambda cfg, fixed: tried)
+    monkeypatch.setattr(fit, "labelling_seconds", lambda *given: 0.0)
+    keys = "SOLVER.CHECKPOINT_PERIOD", "20", "SOLVER.WARMUP_ITERS", "400"
+    for own, expected in (((), (150, 50)), (keys, (20, 400))):
+        given = "--minutes", minutes, *own, "MODEL.WEIGHTS", ""
+        cfg, sets = chosen(data, *given)
+        fit.plan(cfg, sets, parsed(data, *given))
+        assert cfg.SOLVER.MAX_ITER == 600
+        assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.WARMUP_ITERS) == expected
+
+
 @pytest.fixture
 def begin(data, monkeypatch):
     """A function that runs ``fit`` up to its training, and returns the configuration of that."""
@@ -211,6 +249,30 @@ def test_a_folder_that_was_moved_is_the_one_that_goes_on(tmp_path, begin):
     assert cfg.SOLVER.BASE_LR == 0.5
     assert (tmp_path / "moved/fit.train.json").read_text() == parts
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_replaced_keeps_its_split(data, tmp_path, begin, capsys):
+    """Whatever fails before its checkpoints are gone: here the training itself."""
+    out = tmp_path / "out"
+    begin(out)
+    own = {file: file.read_bytes() for file in out.glob("fit.*.json")}
+    assert len(own) == 2
+    for seed in ("1", "2", "3"):
+        begin(out, "--overwrite", "--seed", seed)
+        assert {file: file.read_bytes() for file in out.glob("fit.*.json")} == own
+
+
+@pytest.mark.slow
+def test_a_run_that_is_replaced_has_a_split_of_its_own(data, tmp_path):
+    out, quick = tmp_path / "out", ["INPUT.IMAGE_SIZE", "64", *QUICK]
+    assert main(arguments(data, out, *quick)) == 0
+    held = (out / "fit.val.json").read_bytes()
+    for seed in range(1, 9):
+        chosen(data, "--seed", str(seed))
+        if (data / "out/fit.val.json").read_bytes() != held:
+            break
+    assert main(arguments(data, out, "--overwrite", "--seed", str(seed), *quick)) == 0
+    assert (out / "fit.val.json").read_bytes() == (data / "out/fit.val.json").read_bytes() != held
 
 
 def test_a_relative_folder_goes_on_from_elsewhere(tmp_path, begin, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from coloured_coco import write_coloured
 from conftest import ROOT, SMALL_FILE, held
 from PIL import Image
@@ -25,6 +26,7 @@ from sim_m2f.labelling import masks, run
 from sim_m2f.labelling.journal import Journal
 from sim_m2f.labelling.masks import ellipse, without_overlaps
 from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, read_quality, summary, write_quality
+from sim_m2f.labelling.run import Compared, calibrated
 from sim_m2f.modeling import build_model
 from sim_m2f.segmenter import Segmenter, from_pretrained
 
@@ -79,6 +81,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("choice", ["resolve", "keep"])
 def test_every_box_has_a_mask(data, tmp_path, choice):
     folder, content = data
+    (tmp_path / ".masks.json.a1b2c3d4").write_text("of a killed process")
     assert main(arguments(folder, tmp_path, "--overlaps", choice)) == 0
     found = json.loads((tmp_path / "masks.json").read_text())
     assert found["images"] == content["images"]
@@ -168,6 +171,13 @@ def test_a_journal_of_something_else_is_not_used(tmp_path, capsys):
     assert len(Journal(path, "one")) == 0
 
 
+def test_any_number_is_the_id_of_an_image(tmp_path):
+    journal = Journal(tmp_path / "progress.jsonl", "one")
+    for image in (-1, 0):
+        journal.add(image, {1: f"mask {image}"})
+    assert [journal.labels(image) for image in (-1, 0)] == [{"1": "mask -1"}, {"1": "mask 0"}]
+
+
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Files get no more bytes than that, as on a full disk."""
@@ -206,6 +216,9 @@ class LargeMasks:
     def identity(self, source: DatasetSource) -> str:
         return "large"
 
+    def scored(self, label: dict) -> dict:
+        return label
+
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, dict]]:
         return self.labels
 
@@ -214,6 +227,25 @@ class LargeMasks:
             raise KeyboardInterrupt
         self.images -= 1
         return {number: {"segmentation": "x" * self.size} for number in image.annotation_ids}
+
+
+def test_an_image_that_memory_does_not_hold_costs_no_other(tmp_path, monkeypatch):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    source, masker = write_many(tmp_path / "set", tmp_path / "0.png", 4), LargeMasks(9)
+    labels = masker.labels
+
+    def without_memory(image: ImageRecord) -> dict[int, dict]:
+        if image.id == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return labels(image)
+
+    monkeypatch.setattr(masker, "labels", without_memory)
+    with pytest.raises(UserError) as caught:
+        run.label_set(masker, source, tmp_path / "masks.json")
+    first, last = str(caught.value).splitlines()
+    assert first.startswith(f"{tmp_path / 'set/1.png'}: out of memory (CUDA out of memory); take a smaller")
+    assert "the same command goes on" in last
+    assert masker.images == 6
 
 
 def test_a_full_disk_ends_the_command_and_loses_nothing(tmp_path):
@@ -407,6 +439,39 @@ def test_without_validation_masks_colours_are_for_networks_without_tiles(data, t
         assert main(given) == 0
         found[colors] = (tmp_path / colors / "masks.json").read_bytes()
     assert [name for name in ("on", "off") if found[name] == found["auto"]] == [same]
+
+
+def test_scores_are_fitted_to_the_masks_that_are_asked_for(monkeypatch):
+    signs = np.random.default_rng(0).uniform(0, 1, (40, 4))
+    places = np.arange(40)
+    found = {True: Compared(signs, signs[:, 0], places), False: Compared(signs, 0.5 * signs[:, 1], places)}
+    monkeypatch.setattr(run, "compared", lambda model, source: found)
+    for asked, colors in ((None, True), (True, True), (False, False)):
+        quality, best = calibrated(None, None, asked)
+        assert (quality.colors, best) == (colors, found[colors])
+        np.testing.assert_allclose(quality.score(signs), found[colors].ious, atol=1e-6)
+
+
+def test_another_calibration_scores_anew_what_is_labelled(data):
+    folder, _ = data
+    model, source = from_pretrained(folder / "network"), DatasetSource("set", folder / "set.json", folder)
+    signs = dict(zip(masks.SIGNS, (0.1, 0.2, 0.3, 0.4), strict=True))
+    found = []
+    for weights in ([1, 0, 0, 0, 0.5], [1, 0, 0, 0, 0.5 + 1e-12], [0, 0, 1, 0, 0]):
+        labeller = run.Labeller(model, Quality(weights, measured={"mIoU": weights[-1]}), True, True)
+        found.append((labeller.identity(source), labeller.scored({"signs": signs})["score"]))
+    assert len({identity for identity, _ in found}) == 1
+    assert [score for _, score in found] == [0.6, 0.6, 0.3]
+
+
+def test_faults_of_the_boxes_are_told_before_a_calibration(data, tmp_path, capsys):
+    folder, _ = data
+    val = "--val", str(folder / "set.json")
+    assert main(arguments(folder, tmp_path / "out", *val, "--annotations", "typo.json")) == 2
+    said = capsys.readouterr()
+    assert "typo.json: no such file" in said.err
+    assert "calibrate" not in said.err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".lock"}
 
 
 def test_an_empty_mask_becomes_an_ellipse(data, monkeypatch):

@@ -153,6 +153,12 @@ def test_what_is_wrong_with_the_command_is_told_before_ranks_are_started(capsys,
         assert word in errors(capsys)
 
 
+@pytest.mark.parametrize("flags", [["--num-machines=2", "--machine-rank=2"], ["--machine-rank=7"]])
+def test_machines_are_numbered_from_0(capsys, flags):
+    assert main(["train", "--config-file", CONFIG, "--num-gpus=2", *flags]) == 2
+    assert f"--machine-rank is {flags[-1][-1]}, but --num-machines" in errors(capsys)
+
+
 @pytest.mark.usefixtures("_signals")
 def test_a_port_that_is_taken_is_one_line():
     with socket.socket() as taken:

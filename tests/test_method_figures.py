@@ -22,6 +22,7 @@ from sim_m2f.data.loader import train_loader
 from sim_m2f.data.shapes import CLASSES
 from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
 from sim_m2f.errors import UserError
+from sim_m2f.report import method_figures
 from sim_m2f.report.drawing import rendered
 from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
@@ -187,20 +188,33 @@ def test_cells_are_drawn_where_they_are_on_the_pale_image(explained):
 
 
 @pytest.mark.slow
-def test_figures_come_back_in_order_and_few_enough(explained, tmp_path):
+def test_figures_come_back_in_order_and_few_enough(explained, tmp_path, monkeypatch):
     maps, *_ = explained
     folder = tmp_path / "method"
+    monkeypatch.setattr(method_figures, "MOST_STEPS", 3)
     for step in range(0, 1200, 200):
         names = [name for name, _ in write_method(folder, step, [maps])]
     stem = Path(maps.name).stem
     assert names == [f"01_{stem}/objects", f"01_{stem}/whole"]
-    (evolution,) = read_method(folder, most=3)
+    (evolution,) = read_method(folder)
     assert evolution.caption == stem
     steps = [text for text, _ in evolution.rows]
     assert len(steps) == 3
     assert (steps[0], steps[-1]) == ("step 0", "step 1,000")
     drop_later_steps(folder, 600)
     assert sorted(path.name for path in folder.iterdir()) == ["0000000", "0000200", "0000400", "0000600"]
+
+
+def test_images_are_those_of_the_step_that_is_asked_for(tmp_path):
+    figures = {1000: ["01_late"], 500: ["01_early", "02_b", "100_c_d", "11_e"], 200: ["01_early"]}
+    for step, names in figures.items():
+        for name in names:
+            (tmp_path / f"{step:07d}").mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{step:07d}/{name}.whole.png")
+    assert [evolution.caption for evolution in read_method(tmp_path)] == ["late"]
+    found = read_method(tmp_path, 500)
+    assert [evolution.caption for evolution in found] == ["early", "b", "e", "c_d"]
+    assert [step for step, _ in found[0].rows] == ["step 200", "step 500"]
 
 
 def test_names_with_dollars_are_drawn(explained, tmp_path):

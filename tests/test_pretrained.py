@@ -20,7 +20,9 @@ from sim_m2f.data.class_names import class_names, coco_names
 from sim_m2f.errors import UserError
 from sim_m2f.modeling.postprocess import instances
 from sim_m2f.report.drawing import draw
+from sim_m2f.segmenter import Segmenter
 from sim_m2f.weights.checkpoint import save_checkpoint
+from sim_m2f.weights.folder import model_card
 
 NAMES = ["crescent", "ring", "star"]
 
@@ -138,6 +140,15 @@ def test_the_model_card_has_metadata_and_figures(model, tmp_path):
     assert "crescent, ring, star" in card
 
 
+def test_the_model_card_tells_of_boxes_and_masks(model):
+    model.cfg.defrost()
+    model.cfg.MODEL.SIM.SUPERVISION = "mixed"
+    try:
+        assert "learned from bounding boxes, and from masks where there are any." in model_card(model.trained)
+    finally:
+        model.cfg.MODEL.SIM.SUPERVISION = "box"
+
+
 def test_names_of_classes_are_no_markup(model, tmp_path):
     model.class_names[:] = ["<b>ring", "a|b", "# star"]
     model.save_pretrained(tmp_path)
@@ -163,12 +174,28 @@ def test_the_folder_of_a_run_gives_its_last_weights(model, image, tmp_path):
     assert run.metrics == {"segm/AP": 5.0}
 
 
+def test_what_was_trained_in_the_folder_of_a_network_comes_first(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    trained = {name: weight + 1 for name, weight in model.network.state_dict().items()}
+    save_checkpoint(tmp_path / "model_0000009.pth", {"model": trained})
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    found = sim_m2f.from_pretrained(tmp_path, device="cpu").network.state_dict()
+    assert all(torch.equal(found[name], trained[name]) for name in trained)
+
+
 def test_weights_come_before_what_a_trainer_leaves_beside_them(model, tmp_path):
     model.save_pretrained(tmp_path)
     torch.save(model.network.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     save_checkpoint(tmp_path / "rng_state.pth", {"cpu": torch.zeros(8)})
     assert same(model, sim_m2f.from_pretrained(tmp_path, device="cpu"))
+
+
+def test_no_run_begins_in_the_folder_of_a_network(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "run.yaml").write_text(model.cfg.dump())
+    assert main(["train", "--config-file", str(tmp_path / "run.yaml"), "OUTPUT_DIR", str(tmp_path)]) == 2
+    assert "holds a network already (model.safetensors)" in capsys.readouterr().err
 
 
 def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):
@@ -345,6 +372,41 @@ def test_an_overlay_that_cannot_be_written_costs_no_prediction(model, image, tmp
 def test_a_threshold_that_no_score_reaches_is_refused(model, tmp_path, capsys):
     assert main(["predict", "--model", str(tmp_path), "--threshold", "2", str(tmp_path)]) == 2
     assert "--threshold is 2.0" in capsys.readouterr().err
+
+
+def test_a_missing_image_is_called_missing(model):
+    with pytest.raises(UserError, match=r"^none\.png: is missing"):
+        model.predict("none.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_image_without_memory_and_ctrl_c_cost_no_other_one(
+    model, image, tmp_path, capsys, monkeypatch, ended
+):
+    model.save_pretrained(tmp_path / "model")
+    for name in "abcd":
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    predict, images = Segmenter.predict, []
+
+    def fails(self, *given, **options):
+        images.append(given)
+        if len(images) == 4 and ended:
+            raise KeyboardInterrupt
+        if len(images) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predict(self, *given, **options)
+
+    monkeypatch.setattr(Segmenter, "predict", fails)
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
+    assert main(["predict", *folders, *(str(tmp_path / f"{name}.png") for name in "abcd")]) == (
+        130 if ended else 2
+    )
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    advice = "out of memory (CUDA out of memory); take a smaller image, or --device cpu"
+    assert errors == ([] if ended else [f"error: {tmp_path / 'b.png'}: {advice}"])
+    content = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.png", "c.png", "d.png"][: 3 - ended]
 
 
 @pytest.mark.slow

@@ -280,6 +280,11 @@ def test_boxes_that_cannot_be_answered_are_refused_in_one_line(small_cfg):
             prompted.predict(image, boxes=wrong)
     with pytest.raises(UserError, match="labels are no array of numbers"):
         prompted.predict(image, boxes=[[0, 0, 9, 9]], labels=["a"])
+    with pytest.raises(UserError, match="as many labels, whole numbers from 0 to 7"):
+        prompted.predict(image, boxes=[[0, 0, 9, 9]], labels=[1.7])
+    for box in ([float("nan"), 0, 9, 9], [0, 0, float("inf"), 9], [30, 5, 10, 40], [5, 30, 40, 10]):
+        with pytest.raises(UserError, match="finite numbers x0, y0, x1, y1"):
+            prompted.predict(image, boxes=[box])
     assert len(prompted.predict(image, boxes=[])) == 0
     assert len(prompted.predict(image, boxes=[0, 0, 9, 9])) == 1
     with pytest.raises(UserError, match="one image"):

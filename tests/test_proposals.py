@@ -65,6 +65,16 @@ def test_grabcut_finds_objects_of_one_colour(data, tmp_path):
     assert {file.name for file in (tmp_path / "out").iterdir()} == {".found.lock", "found.json"}
 
 
+def test_filled_are_the_pixels_with_centres_in_a_box():
+    centres = np.arange(6) + 0.5
+    for start in np.arange(0, 4, 0.25):
+        for end in np.arange(start + 1, 6.25, 0.25):
+            inside = np.flatnonzero((centres >= start) & (centres < end))
+            across, down = filled(np.array([start, 1, end, 3]), 5, 6), filled(np.array([1, start, 3, end]), 6, 5)
+            np.testing.assert_array_equal(np.flatnonzero(across.any(0)), inside)
+            np.testing.assert_array_equal(np.flatnonzero(down.any(1)), inside)
+
+
 def test_grabcut_in_two_parts_is_grabcut():
     cv2 = pytest.importorskip("cv2")
     pixels = np.random.default_rng(0).integers(0, 120, (40, 50, 3), dtype=np.uint8)

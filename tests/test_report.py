@@ -71,6 +71,13 @@ def page_of(output: Path, data: CocoData, **options) -> Reader:
     return Reader(path.read_text(encoding="utf-8"))
 
 
+def test_a_shipped_configuration_is_found_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    given = "--config-file", "configs/shapes/sim_R18.yaml", "--set", "INPUT.LIMITS.PIXELS", "0"
+    assert main(["report", "run", *given]) == 2
+    assert "INPUT.LIMITS.PIXELS is 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_page_holds_everything_in_one_file(evaluated):
     output, data = evaluated

@@ -21,10 +21,12 @@ from pycocotools.coco import COCO
 from serve_set import CROWD, open_set, write_labelled
 
 from sim_m2f.cli import main
+from sim_m2f.commands.serve import open_review
 from sim_m2f.config import get_cfg
 from sim_m2f.errors import UserError
+from sim_m2f.labelling.quality import Quality, write_quality
 from sim_m2f.modeling import build_model
-from sim_m2f.segmenter import Segmenter
+from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.serving.review import ACCEPTED, OPEN, REJECTED
 from sim_m2f.serving.uploads import KINDS, MOST_MEGAPIXELS, read_upload
 from sim_m2f.serving.window import SIDE, around, whole
@@ -329,6 +331,18 @@ def test_limits_of_a_set_can_be_raised(network, tmp_path, monkeypatch, capsys):
     assert "set INPUT.LIMITS.OUTSIDE True" in capsys.readouterr().err
     assert main(["serve", str(network), *folders, "--set", "INPUT.LIMITS.OUTSIDE", "True"]) == 2
     assert "the page needs more packages" in capsys.readouterr().err  # the set was read
+
+
+def test_redrawn_boxes_have_the_colours_and_scores_of_the_labelled_set(network, tmp_path, monkeypatch):
+    """Those of the network, in its home folder, where the set has none of its own."""
+    write_labelled(tmp_path)
+    model = from_pretrained(network)
+    monkeypatch.setenv("HOME", str(network.parent))
+    name = f"~/{network.name}"
+    assert open_review(model, name, tmp_path, tmp_path).labeller.colors == model.colors_by_default
+    write_quality(tmp_path, Quality([0, 0, 0.5, 0, 0], colors=False))
+    labeller = open_review(model, name, tmp_path, tmp_path).labeller
+    assert (labeller.colors, labeller.quality.weights) == (False, [0, 0, 0.5, 0, 0])
 
 
 def test_a_set_that_is_at_work_is_told_by_its_flag(network, tmp_path, capsys):

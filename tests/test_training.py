@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from conftest import ROOT, SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -224,6 +226,27 @@ def test_scores_of_an_earlier_step_are_not_those_of_the_last(tmp_path):
         logger.write(step, {"segm/AP": 1.0})
         assert MetricsLogger(tmp_path, step + 1, accelerator).scored
         assert not MetricsLogger(tmp_path, step + 101, accelerator).scored
+
+
+def test_mlflow_gets_an_experiment_and_names_that_it_takes(tmp_path, monkeypatch):
+    """MLflow itself is not installed here: its two rules are those of its ``_validate_...`` functions."""
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker, logged = "mlflow", False, None, {}
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step):
+            assert all(re.fullmatch(r"[/\w.\- :]+", name) for name in values)
+            self.logged.update(values)
+
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    accelerator = Accelerator(cpu=True, log_with=[Tracker()])
+    MetricsLogger(tmp_path, 0, accelerator).write(0, {"segm/AP-star & bar": 1.0, "lr": 2.0})
+    assert os.environ["MLFLOW_EXPERIMENT_NAME"] == "sim-m2f"
+    assert Tracker.logged == {"segm/AP-star _ bar": 1.0, "lr": 2.0}
+    assert "star & bar" in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.slow

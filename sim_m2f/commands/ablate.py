@@ -72,7 +72,8 @@ def find_rows(names: Sequence[str]) -> list[Row]:
     own = {file.stem: file for file in sorted(ROWS.glob("*.yaml"))}
     known = own | {re.sub(r"^\d+_", "", name): file for name, file in own.items()}
     rows: dict[str, Row] = {}
-    for name in itertools.chain.from_iterable(map(_of_folder, names or [str(ROWS)])):
+    given = ([name] if name in known else _of_folder(name) for name in names or [str(ROWS)])
+    for name in itertools.chain.from_iterable(given):
         file = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
         if file is None:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -81,15 +82,20 @@ def find_rows(names: Sequence[str]) -> list[Row]:
         if file.stem in rows:
             raise UserError(f"--variants: two rows have the name {file.stem}; rename a file")
         rows[file.stem] = Row(file.stem, _title(file), file)
-    if not rows:
-        raise UserError(f"{ROWS}: no rows here; give YAML files of overrides with --variants")
     return list(rows.values())
 
 
 def _of_folder(name: str) -> list[str]:
-    """The YAML files of a folder, in the order of their names; any other name as it is."""
+    """The YAML files of a folder, in the order of their names; any other name as it is.
+
+    Raises:
+        UserError: the folder has none.
+    """
     folder = find_config(name)
-    return sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else [name]
+    files = sorted(map(str, folder.glob("*.yaml")))
+    if folder.is_dir() and not files:
+        raise UserError(f"--variants: {folder}: no rows here; give YAML files of overrides")
+    return files if folder.is_dir() else [name]
 
 
 def plan(base: CfgNode, rows: Sequence[Row], seeds: Sequence[int], folder: Path) -> list[Run]:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     page = Page(
         title="How the method sees its boxes",
         subtitle=f"{path}, after {step:,} steps.",
-        evolutions=read_method(folder),
+        evolutions=read_method(folder, step),
         config=cfg.dump(),
     )
     write_file(folder / "index.html", render(page))

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from sim_m2f.engine.run_folder import refuse_used
+from sim_m2f.engine.run_folder import refuse_run
 from sim_m2f.errors import UserError
-from sim_m2f.files import refuse_inputs
+from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.weights.export import FORMATS, export
 from sim_m2f.weights.folder import CLASSES, CONFIG, read_folder
 from sim_m2f.weights.sources import weights_in
@@ -26,13 +26,13 @@ def run(args: argparse.Namespace) -> int:
         UserError: there is no such network, the format does not have it, or the path cannot be written or
             holds what is read, a run, or a README.md of something else.
     """
-    output = args.output.expanduser()
+    output = args.output
     is_folder = args.format in ("safetensors", "transformers")
     if (is_folder and output.is_file()) or (not is_folder and output.is_dir()):
         raise UserError(f"{output}: --format {args.format} writes a {'folder' if is_folder else 'file'}")
     _refuse_inputs(args, output)
     if is_folder:
-        refuse_used(output, "its configuration and weights would be replaced; give another --output")
+        refuse_run(output, "its configuration and weights would be replaced; give another --output")
     export(read_folder(args.model, args.config_file), args.format, output)
     print(f"{args.format}: {output}")
     return 0
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_inputs(args: argparse.Namespace, output: Path) -> None:
     """Raises UserError where the output would replace what is read, or be another checkpoint beside it."""
-    model = Path(args.model).expanduser()
-    config = [Path(args.config_file).expanduser()] if args.config_file else []
+    model = expanded(args.model)
+    config = [expanded(args.config_file)] if args.config_file else []
     given = [path for path in (model, *config) if path.exists()]
     if args.format == "detectron2":
         refuse_inputs([output], given, [])

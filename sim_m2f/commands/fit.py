@@ -43,7 +43,7 @@ from sim_m2f.labelling.quality import FILE, Quality
 from sim_m2f.labelling.run import MASKS, Labeller, label_set
 from sim_m2f.modeling import build_model
 from sim_m2f.report.hooks import FirstLook
-from sim_m2f.report.run_report import write_report
+from sim_m2f.report.run_report import RELIABILITY, write_report
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.folder import CLASSES, CONFIG
@@ -123,23 +123,32 @@ def run(args: argparse.Namespace) -> int:
 def fit(args: argparse.Namespace, formats: list[str]) -> None:
     """Do it all, in a folder that nobody else writes to."""
     previous = stopped_run(args)
-    sets = find_sets(args, previous)
-    refuse_shared_files(sets.boxes.annotations, (image.file_name for image in sets.data.images), formats)
-    if previous:
-        cfg = previous
-        go_on(cfg, args, sets)
-    else:
-        cfg = settings(args, sets)
-        plan(cfg, sets, args)
-    cfg.freeze()
-    beside = ClassNames(sets.data.class_names), FirstLook(sets.val)
-    build_trainer(cfg, args.resume, args.overwrite, beside).train()
+    with contextlib.ExitStack() as failed:
+        if args.overwrite:
+            failed.callback(restore, {file: file.read_bytes() for file in own_files(args) if file.is_file()})
+        sets = find_sets(args, previous)
+        refuse_shared_files(sets.boxes.annotations, (image.file_name for image in sets.data.images), formats)
+        if previous:
+            cfg = previous
+            go_on(cfg, args, sets)
+        else:
+            cfg = settings(args, sets)
+            plan(cfg, sets, args)
+        cfg.freeze()
+        beside = Begun(sets.data.class_names, failed), FirstLook(sets.val)
+        build_trainer(cfg, args.resume, args.overwrite, beside).train()
+    label_boxes(args, cfg, sets, formats)
+
+
+def label_boxes(args: argparse.Namespace, cfg: CfgNode, sets: Sets, formats: list[str]) -> None:
+    """Calibrate where there are validation masks, label, and write the page."""
     model = from_pretrained(args.output, device=cfg.MODEL.DEVICE)
     quality = Quality(colors=model.colors_by_default)
     if sets.masks and sets.val != sets.train:
         quality = calibrate(model, sets.val, args.output)
     else:
-        (args.output / FILE).unlink(missing_ok=True)
+        for name in (FILE, RELIABILITY):
+            (args.output / name).unlink(missing_ok=True)
     masks = DatasetSource("masks", args.output / MASKS, args.images, cfg.INPUT.LIMITS)
     labeller = Labeller(model, quality, quality.colors, keep_overlaps=False)
     label_set(labeller, sets.boxes, masks.annotations, formats)
@@ -149,13 +158,26 @@ def fit(args: argparse.Namespace, formats: list[str]) -> None:
     print(f"page:               {page}")
 
 
-class ClassNames(Hook):
-    """Writes classes.json, once the folder holds no other run."""
+def own_files(args: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """Where boxes, training and validation set are written, as far as they are made here."""
+    boxes, train, val = (args.output / name for name in OWN)
+    return boxes, train, val
 
-    def __init__(self, names: list[str]) -> None:
-        self.names = names
+
+def restore(contents: dict[Path, bytes]) -> None:
+    """Give files what they held: those of a run that another one could not replace."""
+    for file, content in contents.items():
+        write_file(file, content)
+
+
+class Begun(Hook):
+    """Once the folder holds no other run: writes classes.json, and lets go what a failure would restore."""
+
+    def __init__(self, names: list[str], failed: contextlib.ExitStack) -> None:
+        self.names, self.failed = names, failed
 
     def before_train(self, trainer: Trainer) -> None:
+        self.failed.pop_all()
         write_file(trainer.output_dir / CLASSES, json.dumps({"class_names": self.names}))
 
 
@@ -217,7 +239,7 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
         cfg = get_cfg()
         cfg.merge_from_list(overrides(args))
     limits = cfg.INPUT.LIMITS
-    own_boxes, own_train, own_val = (args.output / name for name in OWN)
+    own_boxes, own_train, own_val = own_files(args)
     path = as_coco(args.annotations, args.images, args.input, own_boxes, limits)
     boxes = DatasetSource(path.stem, path, args.images, limits)
     data = checked(boxes)
@@ -319,14 +341,21 @@ def settings(args: argparse.Namespace, sets: Sets) -> CfgNode:
     network.NUM_OBJECT_QUERIES = min(max(network.NUM_OBJECT_QUERIES, 8 * math.ceil(most / 5)), MOST_QUERIES)
     cfg.TEST.DETECTIONS_PER_IMAGE = min(max(cfg.TEST.DETECTIONS_PER_IMAGE, 2 * counts.most), MOST_QUERIES)
     cfg.DATALOADER.NUM_WORKERS = min(max(len(os.sched_getaffinity(0)) - 1, 1), 4)
-    if args.weights:
+    if args.weights is not None:
         cfg.MODEL.WEIGHTS = args.weights
     cfg.merge_from_list(overrides(args))
+    if not cfg.MODEL.WEIGHTS:
+        learn_whole_backbone(cfg)
     if not counts.many_small:
         cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.IMAGE_SIZE
-        cfg.merge_from_list(overrides(args))  # which may say otherwise
+    cfg.merge_from_list(overrides(args))  # which may say otherwise
     validate(cfg)
     return cfg
+
+
+def learn_whole_backbone(cfg: CfgNode) -> None:
+    """What is right for a backbone that starts at random."""
+    cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER = False, 1.0
 
 
 def overrides(args: argparse.Namespace) -> list[str]:
@@ -355,10 +384,12 @@ def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
     if "SOLVER.MAX_ITER" not in args.opts:
         images = len(read_coco(sets.train, read_masks=False).images)
         most = max(MOST_STEPS, math.ceil(EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
-        steps = int((SPARE * 60 * (args.minutes or MINUTES) - after) / tried.seconds_per_step)
-        cfg.SOLVER.MAX_ITER = min(max(steps, LEAST_STEPS), most)
-        cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER // 8)
-        cfg.SOLVER.CHECKPOINT_PERIOD = max(1, cfg.SOLVER.MAX_ITER // 4)
+        steps = (SPARE * 60 * (args.minutes or MINUTES) - after) / tried.seconds_per_step
+        cfg.SOLVER.MAX_ITER = int(min(max(steps, LEAST_STEPS), most))
+        if "SOLVER.WARMUP_ITERS" not in args.opts:
+            cfg.SOLVER.WARMUP_ITERS = min(cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.MAX_ITER // 8)
+        if "SOLVER.CHECKPOINT_PERIOD" not in args.opts:
+            cfg.SOLVER.CHECKPOINT_PERIOD = max(1, cfg.SOLVER.MAX_ITER // 4)
     for name, text in summary(cfg, sets, tried, origin, after).items():
         print(f"{name:<12}{text}")
     sys.stdout.flush()
@@ -395,7 +426,8 @@ def settle_weights(cfg: CfgNode) -> str:
     except UserError as error:
         if not cfg.MODEL.WEIGHTS.startswith(TIMM):
             raise
-        cfg.MODEL.WEIGHTS, cfg.MODEL.BACKBONE.FREEZE_NORMS, cfg.SOLVER.BACKBONE_MULTIPLIER = "", False, 1.0
+        cfg.MODEL.WEIGHTS = ""
+        learn_whole_backbone(cfg)
         return f"none, so masks will be worse ({error}; --weights FILE takes a file)"
     return str(cfg.MODEL.WEIGHTS)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, as_coco, output_formats
-from sim_m2f.engine.run_folder import locked
+from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
-from sim_m2f.labelling.run import MASKS, Labeller, calibrated, label_set
+from sim_m2f.labelling.run import MASKS, Labeller, calibrated, check_set, label_set
 from sim_m2f.report.drawing import write_png
 from sim_m2f.report.run_report import RELIABILITY
 from sim_m2f.segmenter import Segmenter, from_pretrained
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = args.output / MASKS, *(args.output / WRITERS[name].place for name in formats)
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
     with locked(args.output, "--output"):
+        remove_leftovers(args.output)
         label_boxes(args, formats)
     return 0
 
@@ -57,26 +58,31 @@ def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
     own = limits(args, model.cfg.clone())  # what is done stays where a limit is raised
     annotations = as_coco(args.annotations, args.images, args.input, masks.with_suffix(BOXES), own)
     source = DatasetSource(annotations.stem, annotations, args.images, own)
+    check_set(source, model.class_names, formats)
+    colors = None if args.colors == "auto" else args.colors == "on"
     if args.val:
         images = args.val_images or args.images
-        quality = calibrate(model, DatasetSource(args.val.stem, args.val, images, own), args.output)
+        held_back = DatasetSource(args.val.stem, args.val, images, own)
+        quality = calibrate(model, held_back, args.output, colors)
     elif args.val_images:
         raise UserError("--val-images: give --val, the JSON of these images, too")
     else:
         quality = read_quality(expanded(args.model), model.colors_by_default)
-    colors = quality.colors if args.colors == "auto" else args.colors == "on"
+    colors = quality.colors if colors is None else colors
     labeller = Labeller(model, quality, colors, args.overlaps == "keep")
     label_set(labeller, source, masks, formats)
     print(f"masks: {masks}")
 
 
-def calibrate(model: Segmenter, source: DatasetSource, output: Path) -> Quality:
-    """Scores fitted to validation masks; written to ``output``, with a plot, and told.
+def calibrate(
+    model: Segmenter, source: DatasetSource, output: Path, colors: bool | None = None
+) -> Quality:
+    """Scores fitted to validation masks (see ``calibrated``); written to ``output``, with a plot, and told.
 
     Raises:
         UserError: the data have a fault, or a file cannot be written.
     """
-    quality, found = calibrated(model, source)
+    quality, found = calibrated(model, source, colors)
     write_quality(output, quality)
     write_png(output / RELIABILITY, reliability(found.scores, found.ious))
     for name, value in quality.measured.items():

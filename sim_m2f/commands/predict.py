@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.image import image_files, read_image
 from sim_m2f.engine.evaluator import encode
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, image_problem
 from sim_m2f.files import write_file
 from sim_m2f.progress import progress
 from sim_m2f.report.drawing import Shape, colours, draw, write_png
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
     """Write ``predictions.json`` and ``overlays/``; returns the exit status.
 
     Raises:
-        UserError: there are no images, or no such network; images that cannot be decoded, one line each,
-            after all others are done.
+        UserError: there are no images, or no such network; images that cannot be decoded or take too much
+            memory, one line each, after all others are done.
     """
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold is {args.threshold}; scores are from 0 to 1")
@@ -58,25 +58,24 @@ def run(args: argparse.Namespace) -> int:
     annotations: list[dict[str, Any]] = []
     problems = []
     named = zip(progress(files, "predict", len(files)), _names(files, given), strict=True)
-    for number, (file, name) in enumerate(named, start=1):
-        try:
-            pixels = read_image(file, limits=model.cfg.INPUT.LIMITS)
-            detected = model.predict(pixels, args.threshold, colors=colors)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        height, width = detected.masks.shape[1:]
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        annotations += encode(number, cast(Detections, vars(detected)), category_ids)
-        try:
-            _draw(pixels, detected, args.output / OVERLAYS / f"{name}.png")
-        except UserError as error:
-            problems.append(str(error))
-    for number, annotation in enumerate(annotations, start=1):
-        annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
-    info = {"description": f"{len(files)} images by SIM-M2F"}
-    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-    write_file(args.output / PREDICTIONS, json.dumps(content))
+    try:
+        for number, (file, name) in enumerate(named, start=1):
+            try:
+                pixels = read_image(file, limits=model.cfg.INPUT.LIMITS)
+                detected = model.predict(pixels, args.threshold, colors=colors)
+                found = encode(number, cast(Detections, vars(detected)), category_ids)
+                height, width = detected.masks.shape[1:]
+                images.append({"id": number, "file_name": name, "height": height, "width": width})
+                annotations += found
+                _draw(pixels, detected, args.output / OVERLAYS / f"{name}.png")
+            except Exception as error:
+                problems.append(image_problem(error, file))
+    finally:  # Ctrl-C costs nothing of what has been found
+        for number, annotation in enumerate(annotations, start=1):
+            annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
+        info = {"description": f"{len(files)} images by SIM-M2F"}
+        content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+        write_file(args.output / PREDICTIONS, json.dumps(content))
     print(f"{len(annotations)} objects in {len(images)} images: {args.output / PREDICTIONS}")
     if problems:
         raise UserError("\n".join(problems))

@@ -1,12 +1,13 @@
 """Masks of annotated boxes by GrabCut or SAM, with a confidence each: further evidence for a training."""
 
 import argparse
+import glob
 from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco
-from sim_m2f.engine.run_folder import locked
+from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs
 from sim_m2f.labelling.proposals import GRABCUT, SAM, find_proposer
@@ -38,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     proposer = find_proposer(args.name, args.device)
     own = limits(args)
     with locked(args.output.parent, "--output", f".{args.output.stem}.lock"):
+        remove_leftovers(args.output.parent, [glob.escape(args.output.name)])
         path = as_coco(args.annotations, args.images, args.input, args.output.with_suffix(BOXES), own)
         label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
     print(f"proposals: {args.output} (for training on {path}: DATASETS.TRAIN_PROPOSALS)")

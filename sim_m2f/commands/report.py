@@ -5,10 +5,12 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.config import get_cfg
+from sim_m2f.config.shipped import find_config
 from sim_m2f.data.catalog import DatasetSource, data_sources
 from sim_m2f.data.coco import read_coco
 from sim_m2f.errors import UserError
-from sim_m2f.report.run_report import write_report
+from sim_m2f.report.run_report import labelled_boxes, write_report
+from sim_m2f.weights.folder import CONFIG
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +28,23 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--min-score is {args.min_score}; scores are from 0 to 1")
     if args.num_images < 0:
         raise UserError(f"--num-images is {args.num_images}; give a whole number from 0 on")
-    data = read_coco(_source(args), read_masks=False)
-    print(write_report(args.output_dir, data, min_score=args.min_score, num_images=args.num_images))
+    source, labelled = _sources(args)
+    data = read_coco(source, read_masks=False)
+    options = {"min_score": args.min_score, "num_images": args.num_images}
+    print(write_report(args.output_dir, data, labelled=labelled, **options))
     return 0
 
 
-def _source(args: argparse.Namespace) -> DatasetSource:
+def _sources(args: argparse.Namespace) -> tuple[DatasetSource, DatasetSource | None]:
+    """The test set, and the masks of the run's boxes where its configuration says of which images."""
     if args.annotations and args.images:
-        return DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
+        return DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args)), None
     if args.annotations or args.images:
         raise UserError("--annotations and --images belong together; give both, or neither and --config-file")
-    config_file = args.config_file or args.output_dir / "config.yaml"
+    config_file = find_config(args.config_file or args.output_dir / CONFIG)
     if not config_file.exists():
         raise UserError(f"{config_file}: no such file; give --config-file, or --annotations and --images")
     cfg = get_cfg()
     cfg.merge_from_file(config_file)
     limits(args, cfg)
-    return data_sources(cfg, "TEST")[0]
+    return data_sources(cfg, "TEST")[0], labelled_boxes(args.output_dir, cfg)

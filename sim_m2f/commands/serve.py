@@ -12,7 +12,7 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded
-from sim_m2f.labelling.quality import read_quality
+from sim_m2f.labelling.quality import FILE, read_quality
 from sim_m2f.labelling.run import MASKS, Labeller
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.serving.review import Review
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: packages are missing, or the arguments, the network or the labelled set have a fault.
     """
     port = free_port(args.host, args.port)
-    folder = args.labelled or Path(args.model)
+    folder = args.labelled or expanded(args.model)
     if args.labelled and not (folder / MASKS).is_file():
         raise UserError(f"{folder}: holds no {MASKS}; give the output folder of label or fit")
     model = from_pretrained(args.model, args.config_file, args.device)
@@ -82,11 +82,12 @@ def open_review(model: Segmenter, name: str, folder: Path, images: Path | None) 
     Raises:
         UserError: these are not known or not there; see ``Review`` for more.
     """
-    if images is None and folder == Path(name) and model.cfg.DATASETS.TRAIN_IMAGES:
+    if images is None and folder == expanded(name) and model.cfg.DATASETS.TRAIN_IMAGES:
         images = Path(model.cfg.DATASETS.TRAIN_IMAGES)
     if images is None or not images.is_dir():
         fault = f"{images} is no folder" if images else "it is not known where they are"
         raise UserError(f"--images: {fault}; give the folder of the images of {folder / MASKS}")
-    quality = read_quality(expanded(name), model.colors_by_default)
+    scored = folder if (folder / FILE).is_file() else expanded(name)  # label --val fits scores to its masks
+    quality = read_quality(scored, model.colors_by_default)
     labeller = Labeller(model, quality, quality.colors, keep_overlaps=True)
     return Review(labeller, DatasetSource("labelled", folder / MASKS, images, model.cfg.INPUT.LIMITS))

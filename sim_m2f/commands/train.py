@@ -54,6 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
         if not least <= getattr(arguments, flag) <= MOST:
             name = f"--{flag.replace('_', '-')}"
             raise UserError(f"{name} is {getattr(arguments, flag)}; give a number from {least} to {MOST}")
+    if arguments.machine_rank >= arguments.num_machines:
+        fault = f"is {arguments.machine_rank}, but --num-machines {arguments.num_machines}"
+        raise UserError(f"--machine-rank {fault}; number the machines from 0")
     several = arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
     if several and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)

@@ -55,6 +55,8 @@ def opened(path: Path, limits: CfgNode, kinds: tuple[str, ...] | None = None) ->
             yield stored
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: is missing; give an image or leave it out") from error
     except Image.DecompressionBombError as error:
         fault = f"has more pixels than INPUT.LIMITS.PIXELS ({limits.PIXELS:,})"
         raise UserError(f"{path}: {fault}; raise it, or make the image smaller") from error

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sim_m2f.errors import UserError, file_problem
 from sim_m2f.files import read_text, write_file, writing
 
 Series = dict[str, dict[int, float]]  # {key: {iteration: value}}
+EXPERIMENT = "sim-m2f"  # in MLflow, unless MLFLOW_EXPERIMENT_NAME says another
 LARGEST = torch.finfo(torch.float32).max  # of what is logged
 
 
@@ -49,11 +51,14 @@ class MetricsLogger:
         self.scored = last.get("iteration") == start - 1 and "total_loss" not in last
         purged = start if any(output_dir.glob(EVENTS)) else None  # from step 0 on, too
         threading.excepthook = _left_to_the_run
+        os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)  # it takes no empty name
         accelerator.init_trackers("", init_kwargs={"tensorboard": {"purge_step": purged}})
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         """One line: the step (0 is the first) and its values; not-a-number is written as null."""
-        self.accelerator.log(values, step=iteration)
+        for tracker in self.accelerator.trackers:
+            names = map(_name_for_mlflow, values) if tracker.name == "mlflow" else values
+            tracker.log(dict(zip(names, values.values(), strict=True)), step=iteration)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"iteration": iteration, **finite})
         if line != self.last:  # a finished run that is resumed is evaluated again
@@ -67,6 +72,11 @@ class MetricsLogger:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({name: np.asarray(image)[None]}, step=iteration, **layout)
+
+
+def _name_for_mlflow(name: str) -> str:
+    """The name of a value, as a class may have it, in the characters that MLflow takes."""
+    return re.sub(r"[^\w/.\- :]", "_", name)
 
 
 def read_series(metrics_file: Path) -> Series:

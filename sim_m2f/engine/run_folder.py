@@ -3,12 +3,12 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from sim_m2f.errors import UserError
 from sim_m2f.files import RANDOM
-from sim_m2f.weights.sources import LAST_CHECKPOINT
+from sim_m2f.weights.sources import IN_FOLDERS, LAST_CHECKPOINT
 
 LOCK = ".lock"
 CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
@@ -53,7 +53,16 @@ def locked(folder: Path, option: str = "OUTPUT_DIR", name: str = LOCK) -> Iterat
         yield
 
 
-def refuse_used(folder: Path, advice: str = GO_ON) -> None:
+def refuse_used(folder: Path) -> None:
+    """Raises UserError if the folder holds a run that has taken a step, or a network that was written there."""
+    refuse_run(folder, GO_ON)
+    for name in IN_FOLDERS:
+        if (folder / name).exists():
+            fault = f"holds a network already ({name}), whose configuration would be replaced"
+            raise UserError(f"{folder}: {fault}; choose another OUTPUT_DIR")
+
+
+def refuse_run(folder: Path, advice: str) -> None:
     """Raises UserError, which ends in ``advice``, if the folder holds a run that has taken a step."""
     found = [*folder.glob(LAST_CHECKPOINT), *folder.glob(CHECKPOINTS)]
     found += [file for file in folder.glob(METRICS) if file.stat().st_size]
@@ -61,24 +70,20 @@ def refuse_used(folder: Path, advice: str = GO_ON) -> None:
         raise UserError(f"{folder}: holds a run already ({found[0].name}); {advice}")
 
 
-def remove_run(folder: Path, inputs: Collection[Path] = ()) -> None:
+def remove_run(folder: Path, inputs: Collection[Path]) -> None:
     """Remove what a run wrote, and what was made of it; the name of its checkpoint goes first.
 
     Nothing else goes, and no file that the next run reads (``inputs``, resolved).
     """
-    for file in _written(folder):
+    for file in (file for pattern in FILES for file in folder.glob(pattern)):
         if file.resolve() not in inputs:
             file.unlink(missing_ok=True)
     shutil.rmtree(folder / "method", ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files of a run that was killed."""
-    for file in _written(folder, ".", TEMPORARY):
-        file.unlink(missing_ok=True)
-
-
-def _written(folder: Path, before: str = "", behind: str = "") -> Iterator[Path]:
-    for pattern in FILES:
+def remove_leftovers(folder: Path, patterns: Iterable[str] = FILES) -> None:
+    """Remove the half-written files that a killed process left, of a run or of other names."""
+    for pattern in patterns:
         path = folder / pattern
-        yield from path.parent.glob(f"{before}{path.name}{behind}")
+        for file in path.parent.glob(f".{path.name}{TEMPORARY}"):
+            file.unlink(missing_ok=True)

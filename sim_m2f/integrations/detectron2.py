@@ -99,17 +99,17 @@ class SIMMask2Former(nn.Module):
     def forward(self, batch: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         normalised = [self.pixels.normalise(item["image"].to(self.pixels.mean.device)) for item in batch]
         images = ImageList.from_tensors(normalised, self.cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY)
+        sizes = [(height, width) for height, width in images.image_sizes]
         if self.training:
             targets = [self._target(item["instances"], images.tensor.shape[-2:]) for item in batch]
             teacher_outputs = self._teacher_outputs(targets, images.tensor)
             prompts = self.criterion.student_prompts(targets, images.tensor)
             share, seeds = self.cfg.INPUT.STUDENT_COLORS, [None] * len(batch)
-            seen = student_colors(images.tensor, self.pixels, share, seeds) if share else images.tensor
+            seen = student_colors(images.tensor, self.pixels, share, seeds, sizes) if share else images.tensor
             outputs = self.network(seen, prompts=prompts)
             losses, matched = self.criterion(outputs, targets, images.tensor, teacher_outputs)
             self.criterion.update(matched)
             return losses
-        sizes = [(height, width) for height, width in images.image_sizes]
         asked = [{"height": h, "width": w, **item} for item, (h, w) in zip(batch, sizes, strict=True)]
         originals = [(item["height"], item["width"]) for item in asked]
         found = [self._detected(*each) for each in zip(images.tensor, sizes, originals, strict=True)]

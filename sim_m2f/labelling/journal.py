@@ -25,7 +25,7 @@ class Journal:
     def __init__(self, path: Path, identity: str, digests: Mapping[int, str] | None = None) -> None:
         self.path, self.digests = path, digests or {}
         self.places: dict[int, int] = {}  # image id -> offset of its line
-        self.last: tuple[int, dict[str, Any]] = (-1, {})
+        self.last: tuple[int | None, dict[str, Any]] = (None, {})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()

@@ -1,5 +1,6 @@
 """The masks of one image's annotated boxes, none of them empty, and what tells how good each is."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def label(
         ],
         axis=1,
     )
-    empty = np.asarray(~masks.any((1, 2)))
+    empty = ~masks.any((1, 2))
     for index in np.flatnonzero(empty):
         masks[index] = ellipse(boxes[index], *pixels.shape[:2])
     return Labels(masks, signs * ~empty[:, None])
@@ -74,8 +75,8 @@ def overlaps(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> np.nd
 
 def corners(box: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
     """First column and row of the pixels with centres in a box xyxy, and the ends; at least one of each."""
-    x0, y0 = (max(0, round(value)) for value in box[:2])
-    x1, y1 = min(width, round(box[2])), min(height, round(box[3]))
+    x0, y0, x1, y1 = (math.ceil(value - 0.5) for value in box)
+    x0, y0, x1, y1 = max(0, x0), max(0, y0), min(width, x1), min(height, y1)
     x0, y0 = min(x0, width - 1), min(y0, height - 1)
     return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
 

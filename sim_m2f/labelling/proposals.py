@@ -36,6 +36,10 @@ class Proposer:
         """Changes with anything that changes all masks."""
         return fingerprint(source, self.network, self.name)
 
+    def scored(self, label: dict[str, Any]) -> dict[str, Any]:
+        """What ``labelling`` gave, which has its confidence already."""
+        return label
+
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """What gives the masks of an image by annotation id: within their boxes, none of them empty."""
         return partial(self._labels, data)

@@ -17,7 +17,7 @@ from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
 from sim_m2f.data.segmentation import JUST_BOXES, encode_masks, mostly_boxes
-from sim_m2f.errors import UserError
+from sim_m2f.errors import UserError, image_problem
 from sim_m2f.files import atomic_write
 from sim_m2f.labelling.journal import Journal
 from sim_m2f.labelling.masks import SIGNS, ellipse, label, overlaps, without_overlaps
@@ -32,7 +32,10 @@ class Masker(Protocol):
     """Whoever makes the masks of a data set's boxes."""
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes all masks: not with the annotations."""
+        """Changes with anything that changes all masks: not with the annotations, nor with scores alone."""
+
+    def scored(self, label: dict[str, Any]) -> dict[str, Any]:
+        """The fields of one object as they are written, from those that ``labelling`` gave."""
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """What gives, of an image, the fields to add to each annotation by its id; UserError if it cannot."""
@@ -57,9 +60,14 @@ class Labeller:
     keep_overlaps: bool
 
     def identity(self, source: DatasetSource) -> str:
-        """Changes with anything that changes all labels."""
-        choices = self.quality, self.colors, self.keep_overlaps, self.model.cfg.dump()
+        """Changes with anything that changes all masks: a calibration may end a digit aside each time."""
+        choices = self.colors, self.keep_overlaps, self.model.cfg.dump()
         return fingerprint(source, self.model, self.model.class_names, *choices)
+
+    def scored(self, label: dict[str, Any]) -> dict[str, Any]:
+        """See ``Masker``."""
+        (score,) = self.quality.score(np.array([[label["signs"][name] for name in SIGNS]]))
+        return label | {"score": round(float(score), 4)}
 
     def labelling(self, data: CocoData) -> Callable[[ImageRecord], dict[int, Any]]:
         """See ``Masker``.
@@ -71,22 +79,20 @@ class Labeller:
         return partial(self._labels, data, matching_classes(data, self.model.class_names))
 
     def _labels(self, data: CocoData, classes: np.ndarray, image: ImageRecord) -> dict[int, Any]:
-        """Masks, scores and signs of an image; ``classes`` (C,) are the network's, by those of the data."""
+        """Masks and signs of an image; ``classes`` (C,) are the network's, by those of the data."""
         pixels = data.read_image(image)
         found = label(self.model, pixels, image.boxes, classes[image.labels], self.colors)
         masks = found.masks
         if not self.keep_overlaps:
             masks = without_overlaps(masks, image.boxes, image.labels)
         rows = zip(image.annotation_ids, encode_masks(masks), found.signs.round(4).tolist(), strict=True)
-        scores = self.quality.score(found.signs).round(4).tolist()
         return {
             number: {
                 "segmentation": rle,
                 "area": int(mask.sum()),
-                "score": score,
                 "signs": dict(zip(SIGNS, signs, strict=True)),
             }
-            for (number, rle, signs), mask, score in zip(rows, masks, scores, strict=True)
+            for (number, rle, signs), mask in zip(rows, masks, strict=True)
         }
 
 
@@ -104,8 +110,8 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
 
     Raises:
         UserError: the data have a fault, the network has no such class or knows no boxes, two images would
-            share a file of a format, a file cannot be written, or images cannot be decoded: one line each,
-            after all others are done and noted.
+            share a file of a format, a file cannot be written, or images cannot be decoded or take too much
+            memory: one line each, after all others are done and noted.
     """
     data = read_coco(source, read_masks=False)
     refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
@@ -118,15 +124,15 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     for image in progress(waiting, "label", len(with_boxes), done=len(journal)):
         try:
             found = labels(image)
-        except UserError as error:
-            problems.append(str(error))
+        except Exception as error:
+            problems.append(image_problem(error, data.image_root / image.file_name))
         else:
             journal.add(image.id, found)
     if problems:
         raise UserError("\n".join([*problems, "all other images are labelled; the same command goes on"]))
     content = load_json(source.annotations, source.limits)
     sizes = {image.id: (image.height, image.width) for image in data.images}
-    masks = partial(with_mask, sizes=sizes, journal=journal)
+    masks = partial(with_mask, sizes=sizes, journal=journal, scored=masker.scored)
     with atomic_write(output) as file:
         head = {key: value for key, value in content.items() if key != "annotations"}
         file.write(json.dumps(head)[:-1] + ', "annotations": ')
@@ -138,6 +144,17 @@ def label_set(masker: Masker, source: DatasetSource, output: Path, formats: Sequ
     journal.remove()
 
 
+def check_set(source: DatasetSource, names: list[str], formats: Sequence[str]) -> None:
+    """Tell faults of what is to be labelled before a calibration takes its time; ``names`` of the classes.
+
+    Raises:
+        UserError: the data have a fault, the network has no such class, or two images would share a file.
+    """
+    data = read_coco(source, read_masks=False)
+    matching_classes(data, names)
+    refuse_shared_files(source.annotations, (image.file_name for image in data.images), formats)
+
+
 def image_digest(data: CocoData, image: ImageRecord) -> str:
     """Another text for other boxes, classes or ids on an image, or another file or size of it."""
     names = [data.class_names[label] for label in image.labels]
@@ -145,11 +162,16 @@ def image_digest(data: CocoData, image: ImageRecord) -> str:
     return hashlib.sha256(repr(own).encode()).hexdigest()[:16]
 
 
-def with_mask(annotation: Record, sizes: dict[int, tuple[int, int]], journal: Journal) -> Record:
+def with_mask(
+    annotation: Record,
+    sizes: dict[int, tuple[int, int]],
+    journal: Journal,
+    scored: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Record:
     """An annotation with its mask; one without area gets the pixel in its middle, a crowd stays as it is."""
     number, image = str(annotation["id"]), annotation["image_id"]
     if image in journal and number in journal.labels(image):
-        return annotation | journal.labels(image)[number]
+        return annotation | scored(journal.labels(image)[number])
     if annotation.get("iscrowd"):
         return annotation
     x, y, width, height = annotation["bbox"]
@@ -224,15 +246,17 @@ def compared(model: Segmenter, source: DatasetSource) -> dict[bool, Compared]:
     return {key: Compared(np.concatenate(signs[key]), np.concatenate(ious[key]), numbers) for key in signs}
 
 
-def calibrated(model: Segmenter, source: DatasetSource) -> tuple[Quality, Compared]:
-    """Scores fitted to validation masks, with or without colours as the masks are better.
+def calibrated(
+    model: Segmenter, source: DatasetSource, colors: bool | None = None
+) -> tuple[Quality, Compared]:
+    """Scores fitted to validation masks, with or without colours as asked for, else as the masks are better.
 
     Returns:
-        the scores, and what they were fitted to; for arguments and errors see ``compared``.
+        the scores, and what they were fitted to; for other arguments and errors see ``compared``.
     """
     found = compared(model, source)
-    means = {colors: float(each.ious.mean()) for colors, each in found.items()}
-    colors = means[True] >= means[False]
+    means = {colored: float(each.ious.mean()) for colored, each in found.items()}
+    colors = means[True] >= means[False] if colors is None else colors
     best = found[colors]
     measured = summary(best.scores, best.ious)
     measured |= {f"mIoU {'with' if key else 'without'} colours": 100 * mean for key, mean in means.items()}

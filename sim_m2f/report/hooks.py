@@ -12,7 +12,7 @@ from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.report.drawing import contact_sheet, write_png
 from sim_m2f.report.labelled import labelled_example
 from sim_m2f.report.method_figures import FOLDER, drop_later_steps, write_method
-from sim_m2f.report.run_report import choose_images, write_report
+from sim_m2f.report.run_report import choose_images, labelled_boxes, write_report
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.supervision.criterion import SIMCriterion
 from sim_m2f.supervision.schedule import resolve_steps
@@ -91,5 +91,6 @@ class RunPage(Hook):
     def after_train(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
             source = data_sources(trainer.cfg, "TEST")[0]
-            page = write_report(trainer.output_dir, read_coco(source, read_masks=False))
+            masks = labelled_boxes(trainer.output_dir, trainer.cfg)
+            page = write_report(trainer.output_dir, read_coco(source, read_masks=False), labelled=masks)
             print(f"Report: {page}")

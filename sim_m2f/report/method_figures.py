@@ -31,6 +31,7 @@ from sim_m2f.structures import STRIDE
 from sim_m2f.supervision.pseudo_masks import IGNORED
 
 FOLDER = "method"  # in OUTPUT_DIR; below it one folder per step
+MOST_STEPS = 12  # of an image that are shown
 STEM_BYTES = 200  # of an image's name in the names of its figures, at most
 OBJECTS = 3  # objects of an image, the largest, that are drawn one by one
 SIDE, OBJECT_SIDE, MASK_SIDE = 230, 156, 64  # longer sides of panels: image, object, positive mask
@@ -74,22 +75,29 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
             yield f"{name}/{kind}", image
 
 
-def read_method(folder: Path, most: int = 12) -> list[Evolution]:
-    """What ``write_method`` left in a folder: of each image at most so many steps, evenly spaced.
+def read_method(folder: Path, last: float = math.inf) -> list[Evolution]:
+    """What ``write_method`` left in a folder, up to a step: of each image ``MOST_STEPS``, evenly spaced.
 
-    A figure that is damaged is left out, and a note tells so.
+    The images are those of the last of these steps. A figure that is damaged is left out, and a note tells so.
     """
-    steps = sorted(path for path in folder.glob("*") if path.name.isdecimal())
-    places = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps))).round().astype(int)
+    steps = sorted(path for path in folder.glob("*") if path.name.isdecimal() and int(path.name) <= last)
+    places = np.linspace(0, max(len(steps) - 1, 0), min(MOST_STEPS, len(steps))).round().astype(int)
     evolutions = []
-    for last in sorted(steps[-1].glob("*.whole.png")) if steps else ():
-        files = [steps[place] / last.name for place in places]
+    for newest in sorted(steps[-1].glob("*.whole.png"), key=_number) if steps else ():
+        files = [steps[place] / newest.name for place in places]
         steps_drawn = [(f"step {int(file.parent.name):,}", _read(file)) for file in files if file.exists()]
         rows = [(step, figure) for step, figure in steps_drawn if figure]
-        objects = _read(last.with_name(last.name.replace(".whole.", ".objects.")))
+        objects = _read(newest.with_name(newest.name.replace(".whole.", ".objects.")))
         if rows:
-            evolutions.append(Evolution(last.name[3 : -len(".whole.png")], rows, objects))
+            name = newest.name.partition("_")[2].removesuffix(".whole.png")
+            evolutions.append(Evolution(name, rows, objects))
     return evolutions
+
+
+def _number(figure: Path) -> int:
+    """Of its image; what is named otherwise comes first."""
+    number = figure.name.partition("_")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def drop_later_steps(folder: Path, step: int) -> None:

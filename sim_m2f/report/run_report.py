@@ -10,14 +10,16 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.ops import box_convert, box_iou
 
+from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json
 from sim_m2f.data.segmentation import decode_segmentation, segmentation_problem
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import read_json, read_text, write_file
+from sim_m2f.labelling.run import MASKS
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import Shape, colours, contact_sheet, draw, write_png
 from sim_m2f.report.labelled import PANEL_SIDE, labelled_examples
@@ -99,6 +101,17 @@ def write_report(
     )
     write_file(output_dir / "index.html", render(page))
     return output_dir / "index.html"
+
+
+def labelled_boxes(output_dir: Path, cfg: CfgNode) -> DatasetSource | None:
+    """The masks that ``fit`` made of a run's boxes; None where the folder has none, or none of its images."""
+    path, images = output_dir / MASKS, Path(cfg.DATASETS.TRAIN_IMAGES)
+    if not cfg.DATASETS.TRAIN_IMAGES or not path.is_file():
+        return None
+    names = (image["file_name"] for image in load_json(path, cfg.INPUT.LIMITS)["images"])
+    if not all((images / name).is_file() for name in names):
+        return None
+    return DatasetSource("masks", path, images, cfg.INPUT.LIMITS)
 
 
 def choose_images(images: list[ImageRecord], count: int) -> list[ImageRecord]:

@@ -126,7 +126,7 @@ class Review:
         alone = dataclasses.replace(
             self.image_of[number], boxes=box[None], labels=label, annotation_ids=[number], segmentations=None
         )
-        mask = self.labeller.labelling(self.data)(alone)[number]
+        mask = self.labeller.scored(self.labeller.labelling(self.data)(alone)[number])
         bbox = [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
         self._note(number, mask | {"bbox": bbox, "decision": OPEN})
 

@@ -41,6 +41,8 @@ def download(address: str) -> Path:
     url, has_hash, _ = address.partition("#")
     path = cache_folder() / "weights" / _cached_name(url)
     expected = _expected_hash(address, path.name)
+    if path.exists() and not has_hash:  # in a cache that may be read-only, without room for a lock
+        return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):

@@ -40,15 +40,15 @@ def local_weights(address: str | Path) -> Path:
 def weights_in(folder: Path) -> Path:
     """The weights in a folder of ours, of transformers or of a run.
 
-    First come files of the names that folders of ours and of transformers have, then the checkpoint that a
-    run calls its last one, then an only checkpoint.
+    First comes the checkpoint that a run calls its last one, which may have begun from the others, then files
+    of the names that folders of ours and of transformers have, then an only checkpoint.
 
     Raises:
         UserError: there are none.
     """
     pointer = folder / LAST_CHECKPOINT
     last = [pointer.read_text("utf-8", "replace").strip()] if pointer.is_file() else []
-    for name in (*IN_FOLDERS, *last):
+    for name in (*last, *IN_FOLDERS):
         if (folder / name).is_file():
             return folder / name
     checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
