@@ -130,7 +130,7 @@ def test_maps_are_transferred_from_where_the_loader_has_pinned_them(mixed_cfg, m
     moved, move = set(), torch.Tensor.to
 
     def to(tensor, *args, **kwargs):
-        if isinstance(args[0], torch.device) and tensor.shape[-2:] == batch["images"].shape[-2:]:
+        if args and isinstance(args[0], torch.device) and tensor.shape[-2:] == batch["images"].shape[-2:]:
             moved.add(tensor.untyped_storage().data_ptr())
         return move(tensor, *args, **kwargs)
 
