@@ -16,6 +16,7 @@ from sim_m2f.data.formats.registry import (
     WRITTEN,
     output_formats,
     read_annotations,
+    refuse_read_again,
     refuse_shared_files,
 )
 from sim_m2f.data.split import part, split_images
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [args.output / name for name in PARTS] if args.split else []
     outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITTEN[name] for name in formats)]
     refuse_inputs(outputs, [args.annotations], [args.images])
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)

@@ -29,6 +29,7 @@ from sim_m2f.data.formats.registry import (
     WRITTEN,
     as_coco,
     output_formats,
+    refuse_read_again,
     refuse_shared_files,
 )
 from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
@@ -114,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITTEN[name] for name in formats))]
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
+    if args.val:
+        refuse_read_again(args.output, args.input, args.val, args.val_images or args.images, formats)
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
     with locked(args.output, "--output"):
