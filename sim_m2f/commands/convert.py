@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
@@ -72,18 +71,6 @@ def run(args: argparse.Namespace) -> int:
         write_file(path, json.dumps(one))
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
-
-
-def write_split(content: dict, share: float, seed: int, paths: Sequence[Path]) -> bool:
-    """Write what is for training and what is for validation to two paths; False where one would be empty.
-
-    Raises:
-        UserError: the seed is negative, or a file cannot be written.
-    """
-    parts = split_parts(content, share, seed)
-    for path, one in zip(paths, parts, strict=False):
-        write_file(path, json.dumps(one))
-    return bool(parts)
 
 
 def split_parts(content: dict, share: float, seed: int) -> list[dict]:

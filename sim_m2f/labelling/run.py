@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -208,7 +208,7 @@ class Compared:
     ious: np.ndarray
     images: np.ndarray
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
         """(N,) by weights from the other half of the images."""
         return held_back_scores(self.signs, self.ious, self.images)
