@@ -42,9 +42,10 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
 from sim_m2f.labelling.masks import label
 from sim_m2f.labelling.quality import FILE, Quality
-from sim_m2f.labelling.run import MASKS, Labeller, label_set
+from sim_m2f.labelling.run import Labeller, label_set
 from sim_m2f.modeling import build_model
 from sim_m2f.report.hooks import FirstLook
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY, write_report
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.weights.checkpoint import load_checkpoint

@@ -19,8 +19,9 @@ from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
-from sim_m2f.labelling.run import MASKS, Labeller, calibrated, check_set, label_set
+from sim_m2f.labelling.run import Labeller, calibrated, check_set, label_set
 from sim_m2f.report.drawing import write_png
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY
 from sim_m2f.segmenter import Segmenter, from_pretrained
 

@@ -25,8 +25,6 @@ from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, summary
 from sim_m2f.progress import progress
 from sim_m2f.segmenter import Segmenter
 
-MASKS = "masks.json"
-
 
 class Masker(Protocol):
     """Whoever makes the masks of a data set's boxes."""
