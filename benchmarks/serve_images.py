@@ -17,7 +17,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from sim_m2f.commands.serve import free_port, open_review
 from sim_m2f.files import atomic_write
-from sim_m2f.labelling.run import MASKS
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.segmenter import from_pretrained
 from sim_m2f.serving.review import Review
 from sim_m2f.serving.server import served

@@ -38,7 +38,7 @@ def memory_problem(error: BaseException) -> str | None:
 
 
 def image_problem(error: Exception, file: object) -> str:
-    """What an error says of one of many images, which costs none of the others: a fault, or too little memory.
+    """What an error says of one of many images, which costs no other: a fault, or too little memory.
 
     Raises:
         Exception: the error, where it is another one.

@@ -201,7 +201,8 @@ class Segmenter(nn.Module):
             raise UserError(f"boxes are (N, 4) numbers, xyxy, not {tuple(boxes.shape)}; correct them")
         boxes = boxes.reshape(-1, 4)
         if not boxes.isfinite().all() or (boxes[:, 2:] < boxes[:, :2]).any():
-            raise UserError("boxes are finite numbers x0, y0, x1, y1, with x0 <= x1 and y0 <= y1; correct them")
+            form = "finite numbers x0, y0, x1, y1 with x0 <= x1 and y0 <= y1"
+            raise UserError(f"boxes are {form}; correct them")
         labels = _numbers([0] * len(boxes) if labels is None else labels, "labels").reshape(-1)
         classes = self.cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         known = (labels >= 0) & (labels < classes) & (labels == labels.long())
@@ -279,6 +280,8 @@ def from_pretrained(source: str | Path, config: str | Path = "", device: str = "
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise RuntimeError("it holds no values")
         return Segmenter(trained.network, trained.cfg, trained.class_names, trained.metrics).to(device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device}: cannot be used ({first_line(error)}); take auto or cpu") from error

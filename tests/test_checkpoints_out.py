@@ -166,7 +166,8 @@ def test_transformers_has_no_such_network(key, value):
 
 
 def test_a_home_that_is_not_known_is_one_line(tmp_path, capsys):
-    assert cli.main(["export", "~nobody-here/x", "--format", "onnx", "--output", str(tmp_path / "x.onnx")]) == 2
+    written = ["--format", "onnx", "--output", str(tmp_path / "x.onnx")]
+    assert cli.main(["export", "~nobody-here/x", *written]) == 2
     assert "the home folder that its ~ stands for is not known" in capsys.readouterr().err
 
 

@@ -430,7 +430,7 @@ def test_weights_from_an_address_and_from_detectron2s_zoo(server, monkeypatch, t
     load_checkpoint(network, server.address("zoo/model.pth"), complete=True)
     assert_same_weights(network, source)
     monkeypatch.setattr(sources, "DETECTRON2_ADDRESS", server.address(""))
-    assert load_checkpoint(network, "detectron2://zoo/model.pth").complete
+    assert not load_checkpoint(network, "detectron2://zoo/model.pth").unfilled
     assert len(server.ranges) == 1
 
 

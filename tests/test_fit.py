@@ -214,7 +214,8 @@ def test_steps_follow_from_the_time_and_keys_of_the_command_line_hold(data, monk
         cfg, sets = chosen(data, *given)
         fit.plan(cfg, sets, parsed(data, *given))
         assert cfg.SOLVER.MAX_ITER == 600
-        assert (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.WARMUP_ITERS) == expected
+        found = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.WARMUP_ITERS
+        assert found == expected
 
 
 @pytest.fixture

@@ -218,6 +218,33 @@ def read_one(name: str, content: str, tmp_path: Path, images: tuple[str, ...] = 
     return convert(tmp_path / "images", tmp_path / "out", path, "--from", name)
 
 
+@pytest.mark.parametrize(
+    ("name", "annotations", "images", "formats", "refused"),
+    [
+        ("labelme", ".", ".", "", True),
+        ("labelme", "labels", "images", "", False),
+        ("voc", ".", ".", "", False),
+        ("voc", ".", "images", "cvat", True),
+        ("yolo", "labels", ".", "", True),
+        ("yolo", ".", "images", "png", False),
+        ("yolo", ".", "images", "yolo", True),
+        ("yolo", "data.yaml", "images", "yolo", True),
+        ("coco", "boxes.json", ".", "png", False),
+    ],
+)
+def test_what_is_written_is_not_read_by_the_next_call(
+    tmp_path, monkeypatch, capsys, name, annotations, images, formats, refused
+):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    monkeypatch.chdir(tmp_path)
+    given = ["--from", name, "--annotations", annotations, "--images", images, "--format", formats]
+    for command in ("convert", "fit"):
+        assert main([command, *given]) == 2
+        assert ("which is read with all that lies below" in capsys.readouterr().err) == refused
+
+
 def labelme(*shapes: dict, image: str = "images/1.png", size: int | None = SIDE) -> str:
     shapes_of = [{"label": "cat", "group_id": None, **shape} for shape in shapes]
     return json.dumps({"imagePath": image, "imageWidth": size, "imageHeight": size, "shapes": shapes_of})

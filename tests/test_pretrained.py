@@ -275,8 +275,9 @@ def test_an_uploaded_network_is_the_saved_one(model, tmp_path, monkeypatch):
 
 def test_a_device_that_does_not_exist_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="device abacus: cannot be used"):
-        sim_m2f.from_pretrained(tmp_path, device="abacus")
+    for device in ("abacus", "meta"):
+        with pytest.raises(UserError, match=f"device {device}: cannot be used"):
+            sim_m2f.from_pretrained(tmp_path, device=device)
 
 
 def test_a_folder_that_does_not_exist_is_named():

@@ -70,7 +70,8 @@ def test_filled_are_the_pixels_with_centres_in_a_box():
     for start in np.arange(0, 4, 0.25):
         for end in np.arange(start + 1, 6.25, 0.25):
             inside = np.flatnonzero((centres >= start) & (centres < end))
-            across, down = filled(np.array([start, 1, end, 3]), 5, 6), filled(np.array([1, start, 3, end]), 6, 5)
+            across = filled(np.array([start, 1, end, 3]), 5, 6)
+            down = filled(np.array([1, start, 3, end]), 6, 5)
             np.testing.assert_array_equal(np.flatnonzero(across.any(0)), inside)
             np.testing.assert_array_equal(np.flatnonzero(down.any(1)), inside)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
@@ -15,6 +14,7 @@ from sim_m2f.data.formats.registry import (
     WRITERS,
     output_formats,
     read_annotations,
+    refuse_read_again,
     refuse_shared_files,
 )
 from sim_m2f.data.split import part, split_images
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     parts = [args.output / name for name in PARTS] if args.split else []
     outputs = [args.output / ANNOTATIONS, *parts, *(args.output / WRITERS[name].place for name in formats)]
     refuse_inputs(outputs, [args.annotations], [args.images])
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
     source = DatasetSource(args.annotations.stem, args.annotations, args.images, limits(args))
     content = read_annotations(source.annotations, source.image_root, args.input, source.limits)
     read_coco(source, read_masks=False, content=content)
@@ -69,18 +70,6 @@ def run(args: argparse.Namespace) -> int:
         write_file(path, json.dumps(one))
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
-
-
-def write_split(content: dict, share: float, seed: int, paths: Sequence[Path]) -> bool:
-    """Write what is for training and what is for validation to two paths; False where one would be empty.
-
-    Raises:
-        UserError: the seed is negative, or a file cannot be written.
-    """
-    parts = split_parts(content, share, seed)
-    for path, one in zip(paths, parts, strict=False):
-        write_file(path, json.dumps(one))
-    return bool(parts)
 
 
 def split_parts(content: dict, share: float, seed: int) -> list[dict]:

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from sim_m2f.commands.check import inspect_set
-from sim_m2f.commands.convert import write_split
+from sim_m2f.commands.convert import split_parts
 from sim_m2f.commands.label import calibrate
 from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
@@ -28,6 +28,7 @@ from sim_m2f.data.formats.registry import (
     WRITERS,
     as_coco,
     output_formats,
+    refuse_read_again,
     refuse_shared_files,
 )
 from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
@@ -40,9 +41,10 @@ from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
 from sim_m2f.labelling.masks import label
 from sim_m2f.labelling.quality import FILE, Quality
-from sim_m2f.labelling.run import MASKS, Labeller, label_set
+from sim_m2f.labelling.run import Labeller, label_set
 from sim_m2f.modeling import build_model
 from sim_m2f.report.hooks import FirstLook
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY, write_report
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.weights.checkpoint import load_checkpoint
@@ -113,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITERS[name].place for name in formats))]
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
+    if args.val:
+        refuse_read_again(args.output, args.input, args.val, args.val_images or args.images, formats)
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
     with locked(args.output, "--output"):
@@ -275,16 +280,27 @@ def divide(content: Record, seed: int, previous: CfgNode | None, paths: tuple[Pa
         UserError: the seed is negative, or none of these images is left, or no other.
     """
     if previous is None or Path(previous.DATASETS.TRAIN_ANNOTATIONS).name != OWN[1]:
-        return len(content["images"]) >= FEWEST and write_split(content, VALIDATION, seed, paths)
-    before = {image["file_name"] for image in load_json(paths[1], previous.INPUT.LIMITS)["images"]}
+        parts = split_parts(content, VALIDATION, seed) if len(content["images"]) >= FEWEST else []
+    else:
+        parts = parts_as_before(content, previous, paths[1])
+    for path, one in zip(paths, parts, strict=False):  # there may be none
+        write_file(path, json.dumps(one))
+    return bool(parts)
+
+
+def parts_as_before(content: Record, previous: CfgNode, val: Path) -> list[Record]:
+    """What is for training and what for validation in a run that goes on, which wrote the latter to ``val``.
+
+    Raises:
+        UserError: none of these images is left, or no other.
+    """
+    before = {image["file_name"] for image in load_json(val, previous.INPUT.LIMITS)["images"]}
     held = {image["id"] for image in content["images"] if image["file_name"] in before}
     rest = {image["id"] for image in content["images"]} - held
     if not held or not rest:
         fault = f"{'all' if held else 'none'} of the annotated images are those that the run held back"
-        raise UserError(f"--resume: {fault} ({paths[1]}); give the images of the run")
-    for path, ids in zip(paths, (rest, held), strict=True):
-        write_file(path, json.dumps(part(content, ids)))
-    return True
+        raise UserError(f"--resume: {fault} ({val}); give the images of the run")
+    return [part(content, rest), part(content, held)]
 
 
 def refuse_other_classes(path: Path, data: CocoData) -> None:

@@ -5,13 +5,22 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, WRITERS, as_coco, output_formats
+from sim_m2f.data.formats.registry import (
+    BOXES,
+    COCO,
+    INPUTS,
+    WRITERS,
+    as_coco,
+    output_formats,
+    refuse_read_again,
+)
 from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
-from sim_m2f.labelling.run import MASKS, Labeller, calibrated, check_set, label_set
+from sim_m2f.labelling.run import Labeller, calibrated, check_set, label_set
 from sim_m2f.report.drawing import write_png
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY
 from sim_m2f.segmenter import Segmenter, from_pretrained
 
@@ -46,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     outputs = args.output / MASKS, *(args.output / WRITERS[name].place for name in formats)
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
     with locked(args.output, "--output"):
         remove_leftovers(args.output)
         label_boxes(args, formats)
@@ -74,9 +84,7 @@ def label_boxes(args: argparse.Namespace, formats: list[str]) -> None:
     print(f"masks: {masks}")
 
 
-def calibrate(
-    model: Segmenter, source: DatasetSource, output: Path, colors: bool | None = None
-) -> Quality:
+def calibrate(model: Segmenter, source: DatasetSource, output: Path, colors: bool | None = None) -> Quality:
     """Scores fitted to validation masks (see ``calibrated``); written to ``output``, with a plot, and told.
 
     Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco
+from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco, refuse_read_again
 from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output.is_dir():
         raise UserError(f"--output {args.output}: is a folder; give a file")
     refuse_inputs([args.output], [args.annotations], [args.images])
+    refuse_read_again(args.output, args.input, args.annotations, args.images)
     proposer = find_proposer(args.name, args.device)
     own = limits(args)
     with locked(args.output.parent, "--output", f".{args.output.stem}.lock"):

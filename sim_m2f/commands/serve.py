@@ -13,7 +13,8 @@ from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded
 from sim_m2f.labelling.quality import FILE, read_quality
-from sim_m2f.labelling.run import MASKS, Labeller
+from sim_m2f.labelling.run import Labeller
+from sim_m2f.report.labelled import MASKS
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.serving.review import Review
 

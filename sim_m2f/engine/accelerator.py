@@ -22,8 +22,8 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     if device == "cuda" and not has_gpu:
         advice = "set MODEL.DEVICE cpu, or see 'sim-m2f doctor'"
         raise UserError(f"MODEL.DEVICE: cuda, but PyTorch sees no GPU; {advice}")
-    precision = "no"
-    if device == "cpu" or not has_gpu:
+    precision, cpu = "no", device == "cpu" or not has_gpu
+    if cpu:
         computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         precision = "bf16" if amp.ENABLED and amp.ON_CPU and computes else "no"
     elif amp.ENABLED:
@@ -32,7 +32,6 @@ def build_accelerator(cfg: CfgNode) -> Accelerator:
     missing = [name for name in cfg.TRACKERS if find_spec(name) is None]
     if missing:
         raise UserError(f"TRACKERS: the package {missing[0]} is not installed; pip install {missing[0]}")
-    cpu = device == "cpu" or not has_gpu
     _forget_earlier_run(cpu, precision)
     return Accelerator(
         cpu=cpu,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sim_m2f.distributed import mean_over_ranks
 
@@ -17,23 +17,20 @@ class GradientSum:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
-        self.sums: list[Tensor] = []
+        self.sums = [torch.zeros_like(each, dtype=torch.float64) for each in self.parameters]
 
     def collect(self) -> None:
         """Add the gradients to the sums and set them to zero; one that is missing is zero."""
         gradients = [parameter.grad for parameter in self.parameters]
-        if not self.sums:
-            self.sums = [torch.zeros_like(each, dtype=torch.float64) for each in self.parameters]
         for total, gradient in zip(self.sums, gradients, strict=True):
             if gradient is not None:
                 total += gradient
                 gradient.zero_()
 
     def give(self) -> None:
-        """Replace the gradients by the ranks' mean of the sums, and begin anew."""
+        """Replace the gradients by the ranks' mean of the sums."""
         flat = mean_over_ranks(torch.cat([total.flatten() for total in self.sums]))
         parts = flat.split([total.numel() for total in self.sums])
         for parameter, part in zip(self.parameters, parts, strict=True):
             if parameter.grad is not None:
                 parameter.grad.copy_(part.view_as(parameter))
-        self.sums = []

@@ -54,7 +54,7 @@ def locked(folder: Path, option: str = "OUTPUT_DIR", name: str = LOCK) -> Iterat
 
 
 def refuse_used(folder: Path) -> None:
-    """Raises UserError if the folder holds a run that has taken a step, or a network that was written there."""
+    """Raises UserError if the folder holds a run that has taken a step, or an exported network."""
     refuse_run(folder, GO_ON)
     for name in IN_FOLDERS:
         if (folder / name).exists():

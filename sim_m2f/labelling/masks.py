@@ -60,10 +60,9 @@ def label(
         ],
         axis=1,
     )
-    empty = ~masks.any((1, 2))
-    for index in np.flatnonzero(empty):
-        masks[index] = ellipse(boxes[index], *pixels.shape[:2])
-    return Labels(masks, signs * ~empty[:, None])
+    for index in np.flatnonzero(~masks.any((1, 2))):
+        masks[index], signs[index] = ellipse(boxes[index], *pixels.shape[:2]), 0.0
+    return Labels(masks, signs)
 
 
 def overlaps(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> np.ndarray:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,6 @@ from sim_m2f.labelling.masks import SIGNS, ellipse, label, overlaps, without_ove
 from sim_m2f.labelling.quality import Quality, fitted, held_back_scores, summary
 from sim_m2f.progress import progress
 from sim_m2f.segmenter import Segmenter
-
-MASKS = "masks.json"
 
 
 class Masker(Protocol):
@@ -208,7 +206,7 @@ class Compared:
     ious: np.ndarray
     images: np.ndarray
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
         """(N,) by weights from the other half of the images."""
         return held_back_scores(self.signs, self.ious, self.images)

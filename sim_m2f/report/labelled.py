@@ -12,6 +12,7 @@ from sim_m2f.files import read_json
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.report.page import Example
 
+MASKS = "masks.json"  # of ``label`` and ``fit``
 PANEL_SIDE = 400  # pixels of a panel's longer side
 
 

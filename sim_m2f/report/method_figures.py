@@ -78,7 +78,7 @@ def write_method(folder: Path, step: int, maps: Iterable[MethodMaps]) -> Iterato
 def read_method(folder: Path, last: float = math.inf) -> list[Evolution]:
     """What ``write_method`` left in a folder, up to a step: of each image ``MOST_STEPS``, evenly spaced.
 
-    The images are those of the last of these steps. A figure that is damaged is left out, and a note tells so.
+    The images are those of the last of these steps. A damaged figure is left out, and a note tells so.
     """
     steps = sorted(path for path in folder.glob("*") if path.name.isdecimal() and int(path.name) <= last)
     places = np.linspace(0, max(len(steps) - 1, 0), min(MOST_STEPS, len(steps))).round().astype(int)

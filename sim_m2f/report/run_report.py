@@ -19,10 +19,9 @@ from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import read_json, read_text, write_file
-from sim_m2f.labelling.run import MASKS
 from sim_m2f.report.curves import draw_curves
 from sim_m2f.report.drawing import Shape, colours, contact_sheet, draw, write_png
-from sim_m2f.report.labelled import PANEL_SIDE, labelled_examples
+from sim_m2f.report.labelled import MASKS, PANEL_SIDE, labelled_examples
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render

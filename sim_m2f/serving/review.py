@@ -17,7 +17,8 @@ from sim_m2f.data.formats.base import Record
 from sim_m2f.errors import UserError
 from sim_m2f.files import write_file
 from sim_m2f.labelling.journal import Journal
-from sim_m2f.labelling.run import MASKS, Labeller, matching_classes
+from sim_m2f.labelling.run import Labeller, matching_classes
+from sim_m2f.report.labelled import MASKS
 
 FOLDER = "reviewed"  # beside masks.json
 OPEN, ACCEPTED, REJECTED = "open", "accepted", "rejected"

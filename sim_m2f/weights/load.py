@@ -52,11 +52,6 @@ class LoadReport:
         """The weights of the network that were not loaded."""
         return [*self.reshaped, *self.missing]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every weight of the network was loaded."""
-        return not self.unfilled
-
     def __str__(self) -> str:
         rows = {"loaded": self.loaded, "missing": self.missing, "wrong shape": [], "re-initialised": []}
         for name, (theirs, ours) in self.reshaped.items():

@@ -1,7 +1,7 @@
 """The formats by name, read into COCO JSON beside a run and written from it."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +52,7 @@ WRITERS = {
     "labelstudio": Writer(write_labelstudio, "labelstudio.json", False),
     "png": Writer(write_png, "png", True),
 }
+READ_AGAIN = {"yolo": "yolo", "voc": "cvat"}  # what is read by the end of its files' names: what else has it
 INPUTS = COCO, *READERS
 BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
 
@@ -89,6 +90,30 @@ def refuse_shared_files(path: Path, images: Iterable[str], formats: Iterable[str
             advice = f"rename one of them, or leave {','.join(apart)} out of --format"
             raise UserError(f"{path}: {fault}; {advice}")
         owners[place] = image
+
+
+def refuse_read_again(
+    output: Path, name: str, annotations: Path, images: Path, formats: Collection[str] = ()
+) -> None:
+    """Look whether the next call would take what is written for data: readers go through whole folders.
+
+    Args:
+        output: folder to write to.
+        name: one of ``INPUTS``, the format of what is read.
+        annotations, images: where that is.
+        formats: of ``WRITERS``.
+
+    Raises:
+        UserError: it would.
+    """
+    walked = [images] if name == "yolo" else []
+    if name == "labelme" or READ_AGAIN.get(name) in formats:
+        walked.append(annotations.parent if annotations.name == "data.yaml" else annotations)
+    place = output.resolve()
+    for folder in walked:
+        if folder.is_dir() and folder.resolve() in (place, *place.parents):
+            fault = f"would lie in {folder}, which is read with all that lies below"
+            raise UserError(f"{output}: {fault}; give another --output")
 
 
 def read_annotations(path: Path, images: Path, name: str, limits: CfgNode = LIMITS) -> Record:
