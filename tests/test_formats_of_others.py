@@ -225,7 +225,7 @@ def read_one(name: str, content: str, tmp_path: Path, images: tuple[str, ...] = 
         ("labelme", "labels", "images", "", False),
         ("voc", ".", ".", "", False),
         ("voc", ".", "images", "cvat", True),
-        ("yolo", "labels", ".", "", True),
+        ("yolo", "labels", ".", "png", True),
         ("yolo", ".", "images", "png", False),
         ("yolo", ".", "images", "yolo", True),
         ("yolo", "data.yaml", "images", "yolo", True),
@@ -243,6 +243,17 @@ def test_what_is_written_is_not_read_by_the_next_call(
     for command in ("convert", "fit"):
         assert main([command, *given]) == 2
         assert ("which is read with all that lies below" in capsys.readouterr().err) == refused
+
+
+def test_only_what_draws_is_refused_among_the_images_of_yolo(tmp_path, monkeypatch, capsys):
+    write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("1.jpg",))
+    monkeypatch.chdir(tmp_path)
+    given = ["--from", "yolo", "--annotations", "labels", "--images", "."]
+    for _ in range(2):
+        assert main(["convert", *given]) == 0
+        assert capsys.readouterr().out.count("1 image") == 1
+    assert main(["fit", *given]) == 2
+    assert "which is read with all that lies below" in capsys.readouterr().err
 
 
 def labelme(*shapes: dict, image: str = "images/1.png", size: int | None = SIDE) -> str:

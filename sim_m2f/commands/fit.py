@@ -115,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     outputs = [args.output / name for name in (MASKS, *OWN[1:], *(WRITERS[name].place for name in formats))]
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
-    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
+    written = (*formats, "png")  # its figures
+    refuse_read_again(args.output, args.input, args.annotations, args.images, written)
     if args.val:
-        refuse_read_again(args.output, args.input, args.val, args.val_images or args.images, formats)
+        refuse_read_again(args.output, args.input, args.val, args.val_images or args.images, written)
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
     with locked(args.output, "--output"):

@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     formats = output_formats(args.format)
     outputs = args.output / MASKS, *(args.output / WRITERS[name].place for name in formats)
     refuse_inputs(outputs, (args.annotations, args.val), (args.images, args.val_images))
-    refuse_read_again(args.output, args.input, args.annotations, args.images, formats)
+    figures = ["png"] if args.val else []
+    refuse_read_again(args.output, args.input, args.annotations, args.images, formats + figures)
     with locked(args.output, "--output"):
         remove_leftovers(args.output)
         label_boxes(args, formats)

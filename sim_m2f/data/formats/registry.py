@@ -101,12 +101,12 @@ def refuse_read_again(
         output: folder to write to.
         name: one of ``INPUTS``, the format of what is read.
         annotations, images: where that is.
-        formats: of ``WRITERS``.
+        formats: of ``WRITERS``; "png" also where figures are written.
 
     Raises:
         UserError: it would.
     """
-    walked = [images] if name == "yolo" else []
+    walked = [images] if name == "yolo" and "png" in formats else []
     if name == "labelme" or READ_AGAIN.get(name) in formats:
         walked.append(annotations.parent if annotations.name == "data.yaml" else annotations)
     place = output.resolve()
