@@ -23,9 +23,8 @@ from sim_m2f.errors import UserError
 
 LARGEST = 100_000  # bytes of a file; PyYAML takes seconds for as many
 LONGEST = 200  # characters of a key
-ELEMENTS: dict[
-    str, Any
-] = {}  # the first one of each list and tuple of the defaults; what an empty one may hold
+# The first element of each list and tuple of the defaults, by key: what one that has become empty may hold.
+ELEMENTS: dict[str, Any] = {}
 
 
 class CfgNode(FvcoreNode):

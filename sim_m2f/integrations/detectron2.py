@@ -119,7 +119,8 @@ class SIMMask2Former(nn.Module):
         """What the network that TEST.USE_TEACHER names finds in one image, as TEST.* says."""
         test = self.cfg.TEST
         network = self.teacher.network if self.teacher and test.USE_TEACHER else self.network
-        outputs, pixels = tiled(network, image[None], test.TILE), self.pixels.undo(image[None])
+        outputs = tiled(network, image[None], test.TILE, objects=test.DETECTIONS_PER_IMAGE)
+        pixels = self.pixels.undo(image[None])
         return detections(outputs, pixels, [size], [original], self.cfg, test.COLORS.ENABLED)[0]
 
     def _teacher_outputs(self, targets: list[Target], images: Tensor) -> Outputs | None:

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord, load_json
+from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.segmentation import decode_segmentation, segmentation_problem
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
@@ -107,10 +107,9 @@ def labelled_boxes(output_dir: Path, cfg: CfgNode) -> DatasetSource | None:
     path, images = output_dir / MASKS, Path(cfg.DATASETS.TRAIN_IMAGES)
     if not cfg.DATASETS.TRAIN_IMAGES or not path.is_file():
         return None
-    names = (image["file_name"] for image in load_json(path, cfg.INPUT.LIMITS)["images"])
-    if not all((images / name).is_file() for name in names):
-        return None
-    return DatasetSource("masks", path, images, cfg.INPUT.LIMITS)
+    source = DatasetSource("masks", path, images, cfg.INPUT.LIMITS)
+    there = (images / image.file_name for image in read_coco(source, read_masks=False).images)
+    return source if all(file.is_file() for file in there) else None
 
 
 def choose_images(images: list[ImageRecord], count: int) -> list[ImageRecord]:
