@@ -103,7 +103,7 @@ def write_report(
 
 
 def labelled_boxes(output_dir: Path, cfg: CfgNode) -> DatasetSource | None:
-    """The masks that ``fit`` made of a run's boxes; None where the folder has none, or none of its images."""
+    """The masks that ``fit`` made of a run's boxes; None where there are none, or an image is missing."""
     path, images = output_dir / MASKS, Path(cfg.DATASETS.TRAIN_IMAGES)
     if not cfg.DATASETS.TRAIN_IMAGES or not path.is_file():
         return None
