@@ -6,8 +6,9 @@ Trains the row "best" with MODEL.SIM.SUPERVISION mixed on copies of the training
 which a share of the objects, drawn by the seed, keeps its segmentation. Rows go into
 benchmarks/results/mixed_<set>.json; with --jobs 0 nothing is trained. Prints the table and draws
 docs/mixed_<set>.png, beside supervision by masks (real_<set>.json). Without any mask a step is bit for bit
-that of the row "best", so 0 % takes that row's seeds, too. With --repeat N an image whose object keeps its
-segmentation is seen N times as often as another; such rows are in the file, not in the table.
+that of the row "best", so 0 % takes that row's seeds, too. With --seen S images with a mask are seen so
+often that they are the share S of all (MODEL.SIM.KNOWN_MASKS.SHARE); such rows are in the file, not in the
+table.
 """
 
 import argparse
@@ -26,49 +27,29 @@ from sim_m2f.data.catalog import data_sources
 from sim_m2f.errors import UserError
 
 
-def with_some_masks(cfg: CfgNode, share: float, repeat: int, folder: Path) -> CfgNode:
-    """The configuration with annotations of which so many percent keep their segmentation.
-
-    Images with one of these are listed ``repeat`` times.
-    """
+def with_some_masks(cfg: CfgNode, share: float, seen: float, folder: Path) -> CfgNode:
+    """The configuration with annotations of which so many percent keep their segmentation."""
     (source,) = data_sources(cfg, "TRAIN")
     content = json.loads(source.annotations.read_text())
     annotations = content["annotations"]
     order = np.random.default_rng(cfg.SEED).permutation(len(annotations))
     for index in order[round(share / 100 * len(annotations)) :]:
         annotations[index].pop("segmentation", None)
-    list_again(content, repeat - 1)
-    name = f"masks_{share:g}_{repeat}"
+    name = f"masks_{share:g}_{seen:g}"
     file = folder / f"{name}_{cfg.SEED}.json"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.SIM.SUPERVISION, cfg.OUTPUT_DIR = "mixed", f"{cfg.OUTPUT_DIR}_{name}"
+    cfg.MODEL.SIM.KNOWN_MASKS.SHARE = seen
     cfg.DATASETS.TRAIN_ANNOTATIONS, cfg.DATASETS.TRAIN_IMAGES = str(file), str(source.image_root)
     cfg.freeze()
     return cfg
 
 
-def list_again(content: dict[str, list[dict]], times: int) -> None:
-    """Add copies of the images that have a segmentation, with all of their annotations, under new ids."""
-    images, annotations = content["images"], content["annotations"]
-    known = {each["image_id"] for each in annotations if "segmentation" in each}
-    step = 1 + max(each["id"] for each in (*images, *annotations))
-    shifts = range(step, step * times + 1, step)
-    images += [
-        {**each, "id": each["id"] + shift} for each in images if each["id"] in known for shift in shifts
-    ]
-    annotations += [
-        {**each, "id": each["id"] + shift, "image_id": each["image_id"] + shift}
-        for each in annotations
-        if each["image_id"] in known
-        for shift in shifts
-    ]
-
-
-def settings(share: float, repeat: int = 1) -> str:
-    return f"{share:g} % of the masks" + (f", their images {repeat} times" if repeat > 1 else "")
+def settings(share: float, seen: float = 0.0) -> str:
+    return f"{share:g} % of the masks" + (f", seen in {seen:g} of the images" if seen else "")
 
 
 def report(name: str, rows: list[dict], masks: list[dict], shares: list[float]) -> None:
@@ -100,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("set", metavar="SET", help="people, pennfudan, nuclei or coco_more")
     parser.add_argument("--shares", nargs="+", type=float, default=[0, 5, 10, 25, 100], metavar="PERCENT")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="listings of an image with a mask")
+    parser.add_argument("--seen", type=float, default=0.0, metavar="SHARE", help="KNOWN_MASKS.SHARE")
     add_run_arguments(parser)
     args = parser.parse_args()
     path = args.results / f"mixed_{args.set}.json"
@@ -108,8 +89,8 @@ def main() -> int:
     for seed in args.seeds if args.jobs else []:
         cfg = configuration(args.set, "best", seed, args)
         for share in args.shares:
-            own = with_some_masks(cfg, share, args.repeat, args.output / args.set)
-            jobs.append(Job("mixed", own, path, settings(share, args.repeat)))
+            own = with_some_masks(cfg, share, args.seen, args.output / args.set)
+            jobs.append(Job("mixed", own, path, settings(share, args.seen)))
     failed = run_all(jobs, args.jobs)
     rows, real = (read_rows(file) for file in (path, args.results / f"real_{args.set}.json"))
     rows, real = ([row for row in each if row["steps"] == args.steps] for each in (rows, real))

@@ -105,6 +105,26 @@ def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
     assert all(torch.equal(mixed[name], boxes[name]) for name in boxes)
 
 
+@pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.1, 1), (0.5, 9), (0.75, 27)])
+def test_images_with_a_mask_are_seen_as_often_as_asked_for(mixed_cfg, share, times):
+    """Of 40 images four have a mask: 9 times 4 are half of all."""
+    file = Path(mixed_cfg.DATASETS.TRAIN_ANNOTATIONS)
+    content = json.loads(file.read_text())
+    images = sorted({each["image_id"] for each in content["annotations"]})[:40]
+    content["images"] = [each for each in content["images"] if each["id"] in images]
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] in images]
+    for annotation in content["annotations"]:
+        if annotation["image_id"] not in images[:4]:
+            annotation.pop("segmentation", None)
+    file.write_text(json.dumps(content))
+    mixed_cfg.MODEL.SIM.KNOWN_MASKS.SHARE = share
+    mixed_cfg.DATALOADER.NUM_WORKERS, mixed_cfg.SOLVER.IMS_PER_BATCH = 0, 36 + 4 * times
+    epochs = [batch["image_ids"] for batch in itertools.islice(train_loader(mixed_cfg), 2)]
+    for seen in epochs:
+        assert sorted(seen) == sorted(images[4:] + images[:4] * times)
+    assert epochs[0] != epochs[1]
+
+
 def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cfg):
     paths = mixed_cfg.DATASETS.TRAIN_ANNOTATIONS, mixed_cfg.DATASETS.TRAIN_IMAGES
     source = DatasetSource("some", *map(Path, paths))

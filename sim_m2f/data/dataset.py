@@ -20,8 +20,9 @@ class TrainDataset(Dataset[Sample]):
     """An endless, reproducible sequence of augmented training samples.
 
     Item ``n`` is sample n of the sequence: epochs follow each other, each a permutation of the images that
-    have an object (the others are left out, as in detectron2). Image and augmentation depend on (SEED, n)
-    alone, so that neither workers nor ranks nor resuming change what is seen. Items are ``SampleReader``'s.
+    have an object (the others are left out, as in detectron2), with mixed supervision those with a mask as
+    often as MODEL.SIM.KNOWN_MASKS.SHARE asks. Image and augmentation depend on (SEED, n) alone, so that
+    neither workers nor ranks nor resuming change what is seen. Items are ``SampleReader``'s.
 
     Raises:
         UserError: no image has an object.
@@ -32,6 +33,8 @@ class TrainDataset(Dataset[Sample]):
         if not self.images:
             files = ", ".join(str(part.annotations_file) for part in data)
             raise UserError(f"{files}: no object to train on (crowds, empty boxes aside); give another JSON")
+        if cfg.MODEL.SIM.SUPERVISION == "mixed":
+            self.images = seen_more(self.images, cfg.MODEL.SIM.KNOWN_MASKS.SHARE)
         self.seed, self.read = cfg.SEED, SampleReader(cfg, train_augmentation(cfg))
         self.epoch, self.order = -1, np.empty(0, np.int64)
 
@@ -44,6 +47,21 @@ class TrainDataset(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too, for good
             return self.read(*self.images[self.order[position]])
+
+
+def seen_more(
+    images: list[tuple[CocoData, ImageRecord]], share: float
+) -> list[tuple[CocoData, ImageRecord]]:
+    """The images, those with a mask so many times that they are about this share of the list, at least once.
+
+    Of 100 images, 10 of them with a mask, a share of 0.5 makes 90 without and 9 times 10 with one.
+    """
+    with_mask = [pair for pair in images if any(mask is not None for mask in pair[1].segmentations or ())]
+    if not with_mask:
+        return images
+    others = len(images) - len(with_mask)
+    times = round(share / (1 - share) * others / len(with_mask))
+    return images + with_mask * (times - 1)  # no more of them where times is 0
 
 
 class EvalDataset(Dataset[Sample]):
