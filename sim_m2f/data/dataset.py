@@ -49,9 +49,7 @@ class TrainDataset(Dataset[Sample]):
             return self.read(*self.images[self.order[position]])
 
 
-def seen_more(
-    images: list[tuple[CocoData, ImageRecord]], share: float
-) -> list[tuple[CocoData, ImageRecord]]:
+def seen_more(images: list[tuple[CocoData, ImageRecord]], share: float) -> list[tuple[CocoData, ImageRecord]]:
     """The images, those with a mask so many times that they are about this share of the list, at least once.
 
     Of 100 images, 10 of them with a mask, a share of 0.5 makes 90 without and 9 times 10 with one.
