@@ -24,6 +24,7 @@ from sim_m2f.engine.method_maps import OUTSIDE, MethodMaps, MethodView
 from sim_m2f.errors import UserError
 from sim_m2f.report import method_figures
 from sim_m2f.report.drawing import rendered
+from sim_m2f.report.hooks import RunPage
 from sim_m2f.report.method_figures import (
     IGNORED_COLOUR,
     NEGATIVE_COLOUR,
@@ -257,8 +258,9 @@ def runs(tmp_path_factory) -> tuple[CfgNode, Path, Path]:
     folder = tmp_path_factory.mktemp("runs")
     cfg = everything(folder, "SOLVER.MAX_ITER", "4", "MODEL.SIM.SHOW.PERIOD", "2")
     cfg.merge_from_list(["MODEL.SIM.SHOW.PICTURES", "2"])
-    silent = train(cfg, "MODEL.SIM.SHOW.PERIOD", 0, "OUTPUT_DIR", folder / "silent")
-    return cfg, train(cfg), silent
+    page = [RunPage()]
+    silent = train(cfg, "MODEL.SIM.SHOW.PERIOD", 0, "OUTPUT_DIR", folder / "silent", more=page)
+    return cfg, train(cfg, more=page), silent
 
 
 def state_of(output: Path) -> dict:

@@ -109,11 +109,10 @@ def test_default_architectures_end_with_ptx(monkeypatch):
 
 
 @pytest.mark.skipif(nvcc is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.slow
-def test_cuda_kernels_compile_without_spills(tmp_path, architecture):
-    """ptxas reports no spilled register and no stack in any kernel."""
-    command = [nvcc, "-O3", "-std=c++17", f"-arch={architecture}", "-Xptxas", "-v"]
+def test_cuda_kernels_compile_without_spills(tmp_path):
+    """ptxas reports no spilled register and no stack in any kernel; other GPUs: test_benchmark_msda.py."""
+    command = [nvcc, "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v"]
     command += ["-c", str(ROOT / "ops" / "cuda.cu"), "-o", str(tmp_path / "cuda.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from sim_m2f.engine.logging import Series
@@ -21,6 +20,8 @@ PRECISION = {
 LOSS_COLOUR = "#2f7fd6"
 SMOOTHED_PART = 1 / 25  # of the logged steps, over which the bold line is a mean
 COLUMNS = 3
+WIDTH, HEIGHT = 4, 2.7  # of a panel with its margins, inches
+LEFT, RIGHT, TOP, BOTTOM, STEP = 0.55, 0.15, 0.4, 0.35, 0.25  # margins of a panel, and the word below all
 LIGHT, DARK = (Path(__file__).with_name(f"{name}.mplstyle") for name in ("curves", "curves_dark"))
 
 
@@ -42,9 +43,9 @@ def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
     panels = bool(precision) + len(losses)
     rows, columns = math.ceil(panels / COLUMNS), min(COLUMNS, panels)
     with matplotlib.style.context(styles):
-        layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08)  # inches
-        figure = Figure(figsize=(4 * columns, 2.7 * rows), layout=layout)
+        figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + STEP))
         axes = iter(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+        _set_margins(figure, rows, columns)
         for each in figure.axes:
             each.tick_params(labelbottom=True)
         if precision:
@@ -53,8 +54,22 @@ def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
             _draw_loss(next(axes), name, values)
         for unused in axes:
             unused.remove()
-        figure.supxlabel("step", fontsize=9)
+        figure.supxlabel("step", y=0.08 / figure.get_figheight(), va="bottom", fontsize=9)
         return rendered(figure)
+
+
+def _set_margins(figure: Figure, rows: int, columns: int) -> None:
+    """Fixed ones: matplotlib's layouts that fit them draw every panel several times over."""
+    width, height = figure.get_size_inches()
+    inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    figure.subplots_adjust(
+        left=LEFT / width,
+        right=1 - RIGHT / width,
+        bottom=(BOTTOM + STEP) / height,
+        top=1 - TOP / height,
+        wspace=(LEFT + RIGHT) / inner[0],
+        hspace=(TOP + BOTTOM) / inner[1],
+    )
 
 
 def _draw_precision(axes: Axes, series: Series) -> None:
