@@ -300,20 +300,18 @@ def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
     assert len(train_losses(finished)) == state["iteration"] + 1
 
 
-@pytest.mark.parametrize("damage", ["deleted", "nonsense"])
 @pytest.mark.slow
-def test_box_supervision_never_reads_a_segmentation(few, tmp_path, damage):
-    settings = ("SOLVER.MAX_ITER", 20)
+def test_box_supervision_never_reads_a_segmentation(few, tmp_path):
+    settings = ("SOLVER.MAX_ITER", 10)
     expected = train_losses(train(few, *settings))
-    data = few_images(tmp_path / "data", "train", 12)
-    for annotation in data["annotations"]:
-        if damage == "deleted":
+    for damage in ("deleted", "nonsense"):
+        data = few_images(tmp_path / "data", "train", 12)
+        for annotation in data["annotations"]:
             del annotation["segmentation"]
-        else:
-            annotation["segmentation"] = "nonsense"
-    damaged = as_data_set(data, tmp_path / "data/damaged.json", "train")
-    losses = train_losses(train(few, *settings, *damaged, "OUTPUT_DIR", tmp_path / "damaged"))
-    assert losses == expected
+            if damage == "nonsense":
+                annotation["segmentation"] = "nonsense"
+        damaged = as_data_set(data, tmp_path / f"data/{damage}.json", "train")
+        assert train_losses(train(few, *settings, *damaged, "OUTPUT_DIR", tmp_path / damage)) == expected
 
 
 @pytest.mark.slow
