@@ -238,7 +238,7 @@ def test_predict_gives_a_mask_per_box_within_it(small_cfg):
     assert found.names == ["class 2", "class 5"]
     assert found.boxes.tolist() == torch.tensor(boxes).tolist()
     for both, alone in zip(
-        model.predict_both(image, boxes, [2, 5]), (found, model.predict(image)), strict=True
+        model.predict_both(image, boxes, [2, 5], False), (found, model.predict(image)), strict=True
     ):
         assert both.rles == alone.rles
         torch.testing.assert_close(both.scores, alone.scores)
