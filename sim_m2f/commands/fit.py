@@ -20,7 +20,7 @@ from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.class_names import read_class_names
-from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
+from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse, xyxy
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import (
     COCO,
@@ -329,8 +329,7 @@ def _has_masks(val: DatasetSource) -> bool:
     annotations = load_json(val.annotations, val.limits).get("annotations", [])
     if not annotations or not all(each.get("segmentation") for each in annotations):
         return False
-    corners = ((x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in annotations))
-    if not mostly_boxes(zip((each["segmentation"] for each in annotations), corners, strict=True)):
+    if not mostly_boxes((each["segmentation"], xyxy(each["bbox"])) for each in annotations):
         return True
     print(f"note: {val.annotations}: {JUST_BOXES}, and masks are not scored by them", file=sys.stderr)
     return False

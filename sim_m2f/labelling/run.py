@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco, xyxy
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
@@ -172,8 +172,7 @@ def with_mask(
         return annotation | scored(journal.labels(image)[number])
     if annotation.get("iscrowd"):
         return annotation
-    x, y, width, height = annotation["bbox"]
-    mask = ellipse(np.array([x, y, x + width, y + height]), *sizes[image])
+    mask = ellipse(np.array(xyxy(annotation["bbox"])), *sizes[image])
     (rle,) = encode_masks(mask[None])
     return annotation | {"segmentation": rle, "area": int(mask.sum()), "score": 0.0}
 
