@@ -83,14 +83,9 @@ class Labeller:
         masks = found.masks
         if not self.keep_overlaps:
             masks = without_overlaps(masks, image.boxes, image.labels)
-        rows = zip(image.annotation_ids, encode_masks(masks), found.signs.round(4).tolist(), strict=True)
+        rows = zip(image.annotation_ids, mask_fields(masks), found.signs.round(4).tolist(), strict=True)
         return {
-            number: {
-                "segmentation": rle,
-                "area": int(mask.sum()),
-                "signs": dict(zip(SIGNS, signs, strict=True)),
-            }
-            for (number, rle, signs), mask in zip(rows, masks, strict=True)
+            number: fields | {"signs": dict(zip(SIGNS, signs, strict=True))} for number, fields, signs in rows
         }
 
 
@@ -173,8 +168,13 @@ def with_mask(
     if annotation.get("iscrowd"):
         return annotation
     mask = ellipse(np.array(xyxy(annotation["bbox"])), *sizes[image])
-    (rle,) = encode_masks(mask[None])
-    return annotation | {"segmentation": rle, "area": int(mask.sum()), "score": 0.0}
+    return annotation | mask_fields(mask[None])[0] | {"score": 0.0}
+
+
+def mask_fields(masks: np.ndarray) -> list[dict[str, Any]]:
+    """What annotations say of their masks (N, H, W) bool."""
+    areas = masks.sum((1, 2)).tolist()
+    return [{"segmentation": rle, "area": area} for rle, area in zip(encode_masks(masks), areas, strict=True)]
 
 
 def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:
