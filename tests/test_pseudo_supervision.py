@@ -227,8 +227,8 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
     pixels = BoxPixels(target, target, target, torch.ones_like(target), target, target)
-    labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4)
-    thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
+    labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4, 0.7)
+    thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8), 0.7)
     for t in range(4):
         members = [i for i in range(len(target)) if target[i] == t]
         blend = {i: 0.5 * semantic[i].item() + 0.5 * instance[i].item() for i in members}
@@ -409,10 +409,10 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     objects = flatten_targets([target], (16, 16), torch.device("cpu"))
     pixels, masks = box_pixels(objects), torch.randn(1, 2, 16, 16)
     instance = torch.rand(len(pixels.x))
-    labels = pseudo_labels(instance, instance, pixels, torch.tensor([0.8, 0.4]), 0.5, (0.7, 0.8), 0.4)
+    labels = pseudo_labels(instance, instance, pixels, torch.tensor([0.8, 0.4]), 0.5, (0.7, 0.8), 0.4, 0.7)
     wanted = torch.zeros(2, 16, 16)
     for t, y, x, m in zip(pixels.target, pixels.y, pixels.x, instance, strict=True):
-        threshold = positive_thresholds(instance, instance, pixels.target, 2, (0.7, 0.8))[t]
+        threshold = positive_thresholds(instance, instance, pixels.target, 2, (0.7, 0.8), 0.7)[t]
         wanted[t, y, x] = 1.0 if m >= threshold else 0.0 if m < 0.4 else m
     torch.testing.assert_close(labels.soft_masks(objects), wanted)
     points, empty = (40, 3.0, 0.75), torch.zeros(0)
