@@ -16,6 +16,7 @@ from sim_m2f.pixels import Pixels
 from sim_m2f.supervision import pasted_targets
 from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.copy_paste import Jitter, build_copy_paste, paste
+from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.paste_bank import PasteBank
@@ -205,7 +206,8 @@ def test_known_masks_are_cut_and_pasted_true_ones_stay_known(seed):
         assert objects.pasted_index.tolist() == [
             i for i, label in enumerate(target["labels"].tolist()) if label >= 100 and label not in true
         ]
-        assert objects.numbers.annotated + len(objects.pasted_index) == len(objects)
+        _, annotated, pasted, _ = build_criterion(get_cfg()).own_numbers(objects).tolist()
+        assert annotated + pasted == len(objects)
 
 
 def test_a_image_that_receives_nothing_stays_as_it_is():

@@ -13,6 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
+from sim_m2f.supervision.base import normalised
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.losses import FocalSums, focal_loss
@@ -216,7 +217,7 @@ def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     )
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SIM.SUPERVISION", "box"])
-    objects = replace(objects, numbers=objects.numbers._replace(claimed=torch.tensor(2.0)))
+    objects = normalised(objects, torch.tensor([2, 3, 0, 2]))
     loss = build_criterion(cfg).classification(logits, objects, match)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)  # CLASS_WEIGHT 2
 
@@ -420,7 +421,7 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     supervision = Supervision(sim, points, 0, 1, empty, empty, pixels, None, labels, None)
     everything = torch.ones(1, 2, dtype=torch.bool)
     match = Match(torch.arange(2)[None], everything)
-    objects = replace(objects, seeds=[(0, 1, 2)])
+    objects = normalised(replace(objects, seeds=[(0, 1, 2)]), torch.tensor([1, 2, 0, 2]))
     matched = MatchedBoxes(objects, match, masks[None], supervision)
     loss = gated_masks(matched)
     cross_entropy, dice = mask_losses(masks, wanted, matched.random_points, *points)
