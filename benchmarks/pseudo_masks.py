@@ -29,7 +29,8 @@ from sim_m2f.supervision.affinity import color_affinity, edge_mask, feature_affi
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
 from sim_m2f.supervision.pseudo_masks import pseudo_labels
 from sim_m2f.supervision.targets import BoxPixels, box_pixels, flatten_targets
-from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
+from sim_m2f.weights.checkpoint import load_weights, read_checkpoint, teacher_weights
+from sim_m2f.weights.sources import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES, CENTERS = (0.5, 0.3), (0.0, 0.5, 0.7)

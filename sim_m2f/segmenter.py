@@ -140,7 +140,7 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict_both(
-        self, image: ImageLike, boxes: Any, labels: Any = None, colors: bool = False
+        self, image: ImageLike, boxes: Any, labels: Any, colors: bool
     ) -> tuple[Instances, Instances]:
         """In one pass of the network, the masks of given boxes and all that it finds; see ``predict``.
 

@@ -9,6 +9,7 @@ import torch
 
 import sim_m2f
 from sim_m2f.supervision.affinity import rgb_to_lab
+from sim_m2f.supervision.base import normalised
 from sim_m2f.supervision.color_histograms import (
     BINS,
     LEAST,
@@ -282,6 +283,7 @@ def test_the_only_mask_of_an_image_that_is_learned_is_as_sure_as_any(scene, othe
     def loss(trust: float, **fields: torch.Tensor) -> torch.Tensor:
         sim.COLOR_MODEL.TRUST = trust
         objects = flatten_targets([{**target, **fields, "seed": (0, 0, 0)}], (32, 32), torch.device("cpu"))
+        objects = normalised(objects, torch.tensor([1, 2, 0, 2]))
         own = sim, (200, 1.0, 0.0), 0, 1, image, valid, box_pixels(objects), None, None, colors
         return color_model(MatchedBoxes(objects, match, predicted, Supervision(*own)))
 

@@ -16,6 +16,7 @@ from sim_m2f.pixels import Pixels
 from sim_m2f.supervision import pasted_targets
 from sim_m2f.supervision.color_model import ColorLabels
 from sim_m2f.supervision.copy_paste import Jitter, build_copy_paste, paste
+from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.matched import MatchedBoxes, Supervision
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.paste_bank import PasteBank
@@ -205,7 +206,8 @@ def test_known_masks_are_cut_and_pasted_true_ones_stay_known(seed):
         assert objects.pasted_index.tolist() == [
             i for i, label in enumerate(target["labels"].tolist()) if label >= 100 and label not in true
         ]
-        assert objects.numbers.annotated + len(objects.pasted_index) == len(objects)
+        _, annotated, pasted, _ = build_criterion(get_cfg()).own_numbers(objects).tolist()
+        assert annotated + pasted == len(objects)
 
 
 def test_a_image_that_receives_nothing_stays_as_it_is():
@@ -228,10 +230,11 @@ def test_without_receiver_or_bank_nothing_changes(probability, filled):
     new_images, new = paste(images, targets, bank, probability, 3)
     assert torch.equal(new_images, images)
     for old, target in zip(targets, new, strict=True):
+        assert target.keys() == old.keys()
         assert all(torch.equal(target[name], old[name]) for name in old)
-        assert target["pasted"].tolist() == [False] * len(old["labels"])
-        assert target["pasted_masks"].shape == (len(old["labels"]), HEIGHT // 4, WIDTH // 4)
-        assert not target["pasted_masks"].any()
+    objects = flatten_targets(new, (HEIGHT // 4, WIDTH // 4), CPU)
+    assert objects.pasted.tolist() == [False] * 3
+    assert objects.pasted_masks.shape == (0, HEIGHT // 4, WIDTH // 4)
 
 
 def bank_of(*masks, scores=None):

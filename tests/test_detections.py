@@ -107,5 +107,6 @@ def test_evaluation_and_predict_correct_alike(tmp_path):
         model, image = Segmenter(ColourNetwork(), cfg, ["a", "b", "c"]), tmp_path / f"{number}.png"
         assert model.predict(image).rles == masks[-1]
         assert model.predict([image], colors=True)[0].rles == masks[0]
-        assert model.predict_both(image, np.zeros((0, 4)))[1].rles == model.predict(image, colors=False).rles
+        free = model.predict_both(image, np.zeros((0, 4)), [], False)[1]
+        assert free.rles == model.predict(image, colors=False).rles
     assert model.predict(image, colors=False).rles == masks[1] != masks[0]

@@ -25,8 +25,9 @@ from scipy import ndimage
 from sim_m2f.data.catalog import data_sources
 from sim_m2f.data.loader import eval_loader as loader_of
 from sim_m2f.engine import coco_metrics
-from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, encode, evaluate
+from sim_m2f.engine.evaluator import RESULTS_FILE, encode, evaluate
 from sim_m2f.errors import UserError
+from sim_m2f.weights.folder import METRICS_FILE
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 

@@ -12,6 +12,7 @@ from sim_m2f.modeling.mask_decoder import FAR, _attention_mask
 from sim_m2f.modeling.prompts import box_sines, pixels_in_boxes
 from sim_m2f.segmenter import Segmenter
 from sim_m2f.structures import Prompts
+from sim_m2f.supervision.base import normalised
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.layers import Layers
@@ -183,6 +184,7 @@ def test_the_nth_prompt_learns_the_nth_object_with_the_same_losses():
     outputs, targets = prompted_outputs(), targets_of(BOXES, BOXES[:1])
     losses, _ = criterion_of("box")(outputs, targets, torch.randn(2, 3, 64, 64))
     objects = flatten_targets(targets, (16, 16), torch.device("cpu"))
+    objects = normalised(objects, torch.tensor([2, 4, 0, 4]))
     groups = [*outputs["prompted"]["aux_outputs"], outputs["prompted"]]
     masks = torch.stack([torch.cat([layer["pred_masks"][0], layer["pred_masks"][1, :1]]) for layer in groups])
     whole = Match(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool))
@@ -238,7 +240,7 @@ def test_predict_gives_a_mask_per_box_within_it(small_cfg):
     assert found.names == ["class 2", "class 5"]
     assert found.boxes.tolist() == torch.tensor(boxes).tolist()
     for both, alone in zip(
-        model.predict_both(image, boxes, [2, 5]), (found, model.predict(image)), strict=True
+        model.predict_both(image, boxes, [2, 5], False), (found, model.predict(image)), strict=True
     ):
         assert both.rles == alone.rles
         torch.testing.assert_close(both.scores, alone.scores)

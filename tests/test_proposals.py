@@ -301,7 +301,7 @@ def test_a_blend_with_proposals_pixel_by_pixel():
     quality = torch.tensor([0.9, 0.0, 0.6], dtype=torch.float64)
     given = torch.tensor([0.7, 0.8, 0.0], dtype=torch.float64)
     pixels = BoxPixels(target, target, target, torch.ones_like(target), target, target)
-    keys = 0.25, (0.7, 0.7), 0.4
+    keys = 0.25, (0.7, 0.7), 0.4, 0.7
     labels = pseudo_labels(semantic, instance, pixels, quality, *keys, proposal=(proposed, given))
     for i, t in enumerate(target.tolist()):
         own = 0.25 * semantic[i] + 0.75 * instance[i]

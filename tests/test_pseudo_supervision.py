@@ -13,6 +13,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 import sim_m2f
 from sim_m2f.supervision.affinity import feature_affinity, neighbour_offsets
+from sim_m2f.supervision.base import normalised
 from sim_m2f.supervision.criterion import build_criterion
 from sim_m2f.supervision.gated_masks import gated_masks
 from sim_m2f.supervision.losses import FocalSums, focal_loss
@@ -216,7 +217,7 @@ def test_an_object_left_over_has_no_mask_and_takes_none(generator):
     )
     cfg = sim_m2f.get_cfg()
     cfg.merge_from_list(["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "3", "MODEL.SIM.SUPERVISION", "box"])
-    objects = replace(objects, numbers=objects.numbers._replace(claimed=torch.tensor(2.0)))
+    objects = normalised(objects, torch.tensor([2, 3, 0, 2]))
     loss = build_criterion(cfg).classification(logits, objects, match)
     assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)  # CLASS_WEIGHT 2
 
@@ -227,8 +228,8 @@ def test_thresholds_and_labels_pixel_by_pixel(generator):
     semantic, instance = torch.rand(2, len(target), generator=generator, dtype=torch.float64).unbind(0)
     instance[target == 3] = 0.2  # no confident pixel at all
     pixels = BoxPixels(target, target, target, torch.ones_like(target), target, target)
-    labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4)
-    thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8))
+    labels = pseudo_labels(semantic, instance, pixels, torch.ones(4), 0.5, (0.6, 0.8), 0.4, 0.7)
+    thresholds = positive_thresholds(0.5 * (semantic + instance), instance, target, 4, (0.6, 0.8), 0.7)
     for t in range(4):
         members = [i for i in range(len(target)) if target[i] == t]
         blend = {i: 0.5 * semantic[i].item() + 0.5 * instance[i].item() for i in members}
@@ -409,10 +410,10 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     objects = flatten_targets([target], (16, 16), torch.device("cpu"))
     pixels, masks = box_pixels(objects), torch.randn(1, 2, 16, 16)
     instance = torch.rand(len(pixels.x))
-    labels = pseudo_labels(instance, instance, pixels, torch.tensor([0.8, 0.4]), 0.5, (0.7, 0.8), 0.4)
+    labels = pseudo_labels(instance, instance, pixels, torch.tensor([0.8, 0.4]), 0.5, (0.7, 0.8), 0.4, 0.7)
     wanted = torch.zeros(2, 16, 16)
     for t, y, x, m in zip(pixels.target, pixels.y, pixels.x, instance, strict=True):
-        threshold = positive_thresholds(instance, instance, pixels.target, 2, (0.7, 0.8))[t]
+        threshold = positive_thresholds(instance, instance, pixels.target, 2, (0.7, 0.8), 0.7)[t]
         wanted[t, y, x] = 1.0 if m >= threshold else 0.0 if m < 0.4 else m
     torch.testing.assert_close(labels.soft_masks(objects), wanted)
     points, empty = (40, 3.0, 0.75), torch.zeros(0)
@@ -420,7 +421,7 @@ def test_gated_masks_are_learned_as_true_ones_in_proportion_to_their_quality():
     supervision = Supervision(sim, points, 0, 1, empty, empty, pixels, None, labels, None)
     everything = torch.ones(1, 2, dtype=torch.bool)
     match = Match(torch.arange(2)[None], everything)
-    objects = replace(objects, seeds=[(0, 1, 2)])
+    objects = normalised(replace(objects, seeds=[(0, 1, 2)]), torch.tensor([1, 2, 0, 2]))
     matched = MatchedBoxes(objects, match, masks[None], supervision)
     loss = gated_masks(matched)
     cross_entropy, dice = mask_losses(masks, wanted, matched.random_points, *points)

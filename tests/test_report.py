@@ -18,12 +18,13 @@ from sim_m2f.cli import main
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, read_coco
 from sim_m2f.data.loader import eval_loader as loader_of
-from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE, evaluate
+from sim_m2f.engine.evaluator import RESULTS_FILE, evaluate
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError
 from sim_m2f.report.curves import _running_mean, draw_curves
 from sim_m2f.report.drawing import Shape, contact_sheet, draw
 from sim_m2f.report.run_report import choose_images, match_boxes, write_report
+from sim_m2f.weights.folder import METRICS_FILE
 
 
 class Reader(HTMLParser):

@@ -12,6 +12,7 @@ from skimage.color import rgb2lab
 
 import sim_m2f
 from sim_m2f.supervision.affinity import color_affinity, edge_mask, neighbour_offsets, rgb_to_lab
+from sim_m2f.supervision.base import normalised
 from sim_m2f.supervision.box_edges import box_edges
 from sim_m2f.supervision.box_fill import box_fill_loss
 from sim_m2f.supervision.criterion import TERMS, build_criterion
@@ -431,6 +432,7 @@ def test_level_set_energy_is_the_variance_that_two_regions_leave():
 def test_level_set_loss_is_the_energy_of_colours_per_object():
     image = torch.rand(1, 3, 32, 32) * 255
     objects = flatten_targets(make_targets([[4.0, 8.0, 24.0, 28.0]]), (8, 8), torch.device("cpu"))
+    objects = normalised(objects, torch.ones(4))
     pixels, masks = box_pixels(objects), torch.randn(2, 1, 8, 8)
     sim, features = sim_m2f.get_cfg().MODEL.SIM, torch.randn(1, 4, 8, 8)
     matched = torch.tensor([[True], [False]])

@@ -18,8 +18,8 @@ from sim_m2f.modeling import build_model
 from sim_m2f.report.method_figures import read_method, write_method
 from sim_m2f.report.page import Page, render
 from sim_m2f.supervision.criterion import SIMCriterion, build_criterion
-from sim_m2f.weights.checkpoint import last_checkpoint, load_weights, read_checkpoint, teacher_weights
-from sim_m2f.weights.sources import local_weights
+from sim_m2f.weights.checkpoint import load_weights, read_checkpoint, teacher_weights
+from sim_m2f.weights.sources import last_checkpoint, local_weights
 from sim_m2f.weights.timm_backbone import TIMM
 
 PROTOTYPES = "pseudo_masks.prototypes.vectors"  # in the criterion's state

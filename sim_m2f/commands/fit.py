@@ -20,7 +20,7 @@ from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.class_names import read_class_names
-from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse
+from sim_m2f.data.coco import CocoData, load_json, read_coco, refuse, xyxy
 from sim_m2f.data.formats.base import Record, with_categories
 from sim_m2f.data.formats.registry import (
     COCO,
@@ -79,6 +79,7 @@ class Sets:
     boxes: DatasetSource
     data: CocoData  # of the boxes
     masks: bool  # whether every object of val has one
+    images: list[int]  # how many train and val have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -269,7 +270,8 @@ def find_sets(args: argparse.Namespace, previous: CfgNode | None) -> Sets:
         val = DatasetSource(path.stem, path, images, limits)
     elif divide(content, args.seed, previous, (own_train, own_val)):
         train, val = (DatasetSource(path.stem, path, args.images, limits) for path in (own_train, own_val))
-    return Sets(train, val, boxes, data, _has_masks(val))
+    counts = [len(load_json(source.annotations, limits)["images"]) for source in (train, val)]
+    return Sets(train, val, boxes, data, _has_masks(val), counts)
 
 
 def divide(content: Record, seed: int, previous: CfgNode | None, paths: tuple[Path, Path]) -> bool:
@@ -329,8 +331,7 @@ def _has_masks(val: DatasetSource) -> bool:
     annotations = load_json(val.annotations, val.limits).get("annotations", [])
     if not annotations or not all(each.get("segmentation") for each in annotations):
         return False
-    corners = ((x, y, x + w, y + h) for x, y, w, h in (each["bbox"] for each in annotations))
-    if not mostly_boxes(zip((each["segmentation"] for each in annotations), corners, strict=True)):
+    if not mostly_boxes((each["segmentation"], xyxy(each["bbox"])) for each in annotations):
         return True
     print(f"note: {val.annotations}: {JUST_BOXES}, and masks are not scored by them", file=sys.stderr)
     return False
@@ -399,8 +400,7 @@ def plan(cfg: CfgNode, sets: Sets, args: argparse.Namespace) -> None:
     tried = affordable_trial(cfg, "SOLVER.IMAGES_AT_ONCE" in args.opts)
     after = labelling_seconds(cfg, tried, sets)
     if "SOLVER.MAX_ITER" not in args.opts:
-        images = len(read_coco(sets.train, read_masks=False).images)
-        most = max(MOST_STEPS, math.ceil(EPOCHS * images / cfg.SOLVER.IMS_PER_BATCH))
+        most = max(MOST_STEPS, math.ceil(EPOCHS * sets.images[0] / cfg.SOLVER.IMS_PER_BATCH))
         steps = (SPARE * 60 * (args.minutes or MINUTES) - after) / tried.seconds_per_step
         cfg.SOLVER.MAX_ITER = int(min(max(steps, LEAST_STEPS), most))
         if "SOLVER.WARMUP_ITERS" not in args.opts:
@@ -459,14 +459,12 @@ def labelling_seconds(cfg: CfgNode, tried: Trial, sets: Sets) -> float:
         start = time.perf_counter()
         label(model, sets.data.read_image(image), image.boxes, image.labels, model.colors_by_default)
         seconds = time.perf_counter() - start
-    validated = len(read_coco(sets.val, read_masks=False).images)
-    return seconds * (len(images) + validated * (2.5 if sets.masks and sets.val != sets.train else 0.5))
+    return seconds * (len(images) + sets.images[1] * (2.5 if sets.masks and sets.val != sets.train else 0.5))
 
 
 def summary(cfg: CfgNode, sets: Sets, tried: Trial, origin: str, after: float) -> dict[str, str]:
     """What will be done, a line by name."""
-    counts, steps = survey(sets.data), cfg.SOLVER.MAX_ITER
-    train, val = (len(read_coco(source, read_masks=False).images) for source in (sets.train, sets.val))
+    counts, steps, (train, val) = survey(sets.data), cfg.SOLVER.MAX_ITER, sets.images
     classes = ", ".join(f"{name} ({number})" for name, number in list(counts.per_class.items())[:8])
     more = f" and {len(counts.per_class) - 8} more" if len(counts.per_class) > 8 else ""
     held = "the same images" if sets.val == sets.train else f"{val} images"

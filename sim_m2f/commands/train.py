@@ -19,7 +19,7 @@ from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError, file_problem, memory_problem, rank_problem
 from sim_m2f.files import expanded
 from sim_m2f.report.hooks import MethodFigures, RunPage
-from sim_m2f.weights.checkpoint import last_checkpoint
+from sim_m2f.weights.sources import last_checkpoint
 from sim_m2f.weights.timm_backbone import TIMM
 
 MOST = 1024  # machines, or processes of one

@@ -333,10 +333,15 @@ def box_problem(bbox: Any, height: int, width: int) -> str | None:
     return None
 
 
+def xyxy(bbox: list[float]) -> list[float]:
+    """A COCO box as [x1, y1, x2, y2]."""
+    x, y, w, h = bbox
+    return [x, y, x + w, y + h]
+
+
 def clipped_xyxy(bbox: list[float], height: int, width: int) -> list[float]:
     """A COCO box as [x1, y1, x2, y2], clipped to its image."""
-    x, y, w, h = bbox
-    corners = zip((x, y, x + w, y + h), (width, height) * 2, strict=True)
+    corners = zip(xyxy(bbox), (width, height) * 2, strict=True)
     return [min(max(position, 0.0), length) for position, length in corners]
 
 

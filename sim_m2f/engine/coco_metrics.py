@@ -43,18 +43,14 @@ def load_truth(annotations_file: str | Path) -> COCO:
     for number, annotation in enumerate(dataset["annotations"], start=1):
         if annotation.get("segmentation"):
             annotation["segmentation"] = _rle(truth, annotation, annotations_file)
-        if not _is_number(annotation.get("area")):
+        area = annotation.get("area")
+        if type(area) not in (int, float) or not math.isfinite(area):
             segmentation = annotation.get("segmentation")
             width, height = annotation["bbox"][2:]
             annotation["area"] = float(mask_utils.area(segmentation)) if segmentation else width * height
         annotation.setdefault("iscrowd", 0)
         annotation["id"] = number
     return index(dataset)
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def has_masks(truth: COCO) -> bool:

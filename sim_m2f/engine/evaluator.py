@@ -28,9 +28,9 @@ from sim_m2f.files import write_file
 from sim_m2f.modeling.tiles import tiled
 from sim_m2f.progress import progress
 from sim_m2f.structures import Detections
+from sim_m2f.weights.folder import METRICS_FILE
 
 RESULTS_FILE = "inference/coco_instances_results.json"
-METRICS_FILE = "inference/metrics.json"
 
 
 def evaluate_all(cfg: CfgNode, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:

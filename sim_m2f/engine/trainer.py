@@ -34,6 +34,7 @@ from sim_m2f.supervision.mask_shape import mask_shapes
 from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights import checkpoint as checkpoints
+from sim_m2f.weights.sources import last_checkpoint
 
 Part = tuple[Tensor, Sequence[Target], Sequence[Seed], Sequence[Size]]  # images, their targets, seeds, sizes
 
@@ -76,7 +77,7 @@ class Trainer:
         self.logger: MetricsLogger | None = None
         self.accelerator = build_accelerator(cfg)
         model = build_model(cfg).to(memory_format=torch.channels_last)
-        self.checkpoint = checkpoints.last_checkpoint(self.output_dir) if resume else None
+        self.checkpoint = last_checkpoint(self.output_dir) if resume else None
         state = checkpoints.read_checkpoint(self.checkpoint) if self.checkpoint else {}
         if self.checkpoint:
             checkpoints.load_weights(model, state.get("model", {}), self.checkpoint)

@@ -36,7 +36,7 @@ from sim_m2f.modeling.tiles import tiled
 from sim_m2f.pixels import Pixels
 from sim_m2f.structures import Detections, Outputs, Size, Target
 from sim_m2f.supervision.criterion import build_criterion
-from sim_m2f.supervision.teacher import Teacher, teacher_terms
+from sim_m2f.supervision.teacher import build_teacher, teacher_terms
 from sim_m2f.weights.checkpoint import load_checkpoint
 
 # Keys that this project's own trainer and loaders alone heed; docs/COMPATIBILITY.md names them too.
@@ -79,8 +79,7 @@ class SIMMask2Former(nn.Module):
 
     def __init__(self, cfg: Detectron2Cfg) -> None:
         super().__init__()
-        sim = cfg.MODEL.SIM
-        if sim.COPY_PASTE.ENABLED:
+        if cfg.MODEL.SIM.COPY_PASTE.ENABLED:
             raise UserError("MODEL.SIM.COPY_PASTE.ENABLED: train_net.py only; under detectron2 set it False")
         check_choices(cfg)
         defaults = get_cfg()
@@ -89,7 +88,7 @@ class SIMMask2Former(nn.Module):
         self.cfg = cfg
         self.network = Mask2Former(cfg)
         self.criterion = build_criterion(cfg)
-        self.teacher = Teacher(self.network, sim.TEACHER.MOMENTUM) if sim.TEACHER.ENABLED else None
+        self.teacher = build_teacher(cfg, self.network, torch.device(cfg.MODEL.DEVICE))
         self.needs_teacher = bool(teacher_terms(cfg))
         self.pixels = Pixels(cfg)
         self.register_state_dict_post_hook(_numbers_as_tensors)

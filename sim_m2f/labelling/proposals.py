@@ -11,10 +11,9 @@ from torch import nn
 
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord
-from sim_m2f.data.segmentation import encode_masks
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.labelling.masks import corners, ellipse, filled
-from sim_m2f.labelling.run import fingerprint
+from sim_m2f.labelling.run import fingerprint, mask_fields
 
 GRABCUT, SAM = "grabcut", "sam:"
 ITERATIONS = 3, 2  # of GrabCut, before and after its mask is looked at for the first time
@@ -50,11 +49,8 @@ class Proposer:
         masks = found & np.stack([filled(box, *size) for box in image.boxes])
         for index in np.flatnonzero(~masks.any((1, 2))):
             masks[index], scores[index] = ellipse(image.boxes[index], *size), 0.0
-        rows = zip(image.annotation_ids, encode_masks(masks), masks.sum((1, 2)), scores, strict=True)
-        return {
-            number: {"segmentation": rle, "area": int(area), "score": round(float(score), 4)}
-            for number, rle, area, score in rows
-        }
+        rows = zip(image.annotation_ids, mask_fields(masks), scores, strict=True)
+        return {number: fields | {"score": round(float(score), 4)} for number, fields, score in rows}
 
 
 def find_proposer(name: str, device: str = "auto") -> Proposer:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco, xyxy
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
@@ -83,14 +83,9 @@ class Labeller:
         masks = found.masks
         if not self.keep_overlaps:
             masks = without_overlaps(masks, image.boxes, image.labels)
-        rows = zip(image.annotation_ids, encode_masks(masks), found.signs.round(4).tolist(), strict=True)
+        rows = zip(image.annotation_ids, mask_fields(masks), found.signs.round(4).tolist(), strict=True)
         return {
-            number: {
-                "segmentation": rle,
-                "area": int(mask.sum()),
-                "signs": dict(zip(SIGNS, signs, strict=True)),
-            }
-            for (number, rle, signs), mask in zip(rows, masks, strict=True)
+            number: fields | {"signs": dict(zip(SIGNS, signs, strict=True))} for number, fields, signs in rows
         }
 
 
@@ -172,10 +167,14 @@ def with_mask(
         return annotation | scored(journal.labels(image)[number])
     if annotation.get("iscrowd"):
         return annotation
-    x, y, width, height = annotation["bbox"]
-    mask = ellipse(np.array([x, y, x + width, y + height]), *sizes[image])
-    (rle,) = encode_masks(mask[None])
-    return annotation | {"segmentation": rle, "area": int(mask.sum()), "score": 0.0}
+    mask = ellipse(np.array(xyxy(annotation["bbox"])), *sizes[image])
+    return annotation | mask_fields(mask[None])[0] | {"score": 0.0}
+
+
+def mask_fields(masks: np.ndarray) -> list[dict[str, Any]]:
+    """What annotations say of their masks (N, H, W) bool."""
+    areas = masks.sum((1, 2)).tolist()
+    return [{"segmentation": rle, "area": area} for rle, area in zip(encode_masks(masks), areas, strict=True)]
 
 
 def matching_classes(data: CocoData, names: list[str]) -> np.ndarray:

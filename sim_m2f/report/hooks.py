@@ -75,8 +75,7 @@ class FirstLook(Hook):
             colors = model.colors_by_default
             found = model.predict(pixels, boxes=image.boxes, labels=image.labels, colors=colors)
             masks, scores = found.masks.cpu().numpy(), found.scores.tolist()
-            names = found.names if len(data.class_names) > 1 else [""] * len(masks)
-            example = labelled_example(image.file_name, pixels, image.boxes, masks, names, scores)
+            example = labelled_example(data, image, pixels, masks, scores)
             rows.append((example.caption, example.panels))
         if not rows:
             return  # of a validation set without objects

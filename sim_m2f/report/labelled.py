@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import read_coco
+from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.dataset import read_mask
 from sim_m2f.files import read_json
 from sim_m2f.report.drawing import Shape, colours, draw
@@ -34,26 +34,21 @@ def labelled_examples(source: DatasetSource, count: int) -> list[Example]:
     for image in images[:count]:
         pixels = data.read_image(image)
         masks = np.stack([read_mask(data, image, index) for index in range(len(image.labels))]).astype(bool)
-        names = [data.class_names[label] if len(data.class_names) > 1 else "" for label in image.labels]
         own = [scores[number] for number in image.annotation_ids]
-        examples.append(labelled_example(image.file_name, pixels, image.boxes, masks, names, own))
+        examples.append(labelled_example(data, image, pixels, masks, own))
     return examples
 
 
 def labelled_example(
-    caption: str,
-    pixels: np.ndarray,
-    boxes: np.ndarray,
-    masks: np.ndarray,
-    names: Sequence[str],
-    scores: Sequence[float],
+    data: CocoData, record: ImageRecord, pixels: np.ndarray, masks: np.ndarray, scores: Sequence[float]
 ) -> Example:
-    """One row: boxes (N, 4) xyxy and masks (N, H, W) bool on an image (H, W, 3), with N names and scores."""
-    worn, image = colours(range(len(boxes))), Image.fromarray(pixels)
+    """One row: the boxes of one of the images (H, W, 3) and their masks (N, H, W) bool, with N scores."""
+    names = [data.class_names[label] if len(data.class_names) > 1 else "" for label in record.labels]
+    worn, image = colours(range(len(names))), Image.fromarray(pixels)
     texts = [f"{name} {score:.2f}".strip() for name, score in zip(names, scores, strict=True)]
     panels = {
-        "annotated boxes": list(map(Shape, worn, names, boxes.tolist())),
+        "annotated boxes": list(map(Shape, worn, names, record.boxes.tolist())),
         "their masks": [Shape(*row[:2], mask=row[2]) for row in zip(worn, texts, masks, strict=True)],
     }
     drawn = {title: draw(image, shapes, PANEL_SIDE) for title, shapes in panels.items()}
-    return Example(caption, drawn, list(zip(worn, texts, strict=True)))
+    return Example(record.file_name, drawn, list(zip(worn, texts, strict=True)))

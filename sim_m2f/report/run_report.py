@@ -15,7 +15,7 @@ from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
 from sim_m2f.data.segmentation import decode_segmentation, segmentation_problem
 from sim_m2f.engine import coco_metrics
-from sim_m2f.engine.evaluator import METRICS_FILE, RESULTS_FILE
+from sim_m2f.engine.evaluator import RESULTS_FILE
 from sim_m2f.engine.logging import read_series
 from sim_m2f.errors import UserError, first_line
 from sim_m2f.files import read_json, read_text, write_file
@@ -25,7 +25,7 @@ from sim_m2f.report.labelled import MASKS, PANEL_SIDE, labelled_examples
 from sim_m2f.report.method_figures import FOLDER as METHOD_FOLDER
 from sim_m2f.report.method_figures import read_method
 from sim_m2f.report.page import Example, Page, render
-from sim_m2f.weights.folder import read_metrics
+from sim_m2f.weights.folder import METRICS_FILE, read_metrics
 
 RELIABILITY = "reliability.png"
 MATCHED_IOU = 0.5  # of boxes, from which a prediction wears the colour of an annotated object

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import load_json, read_coco
+from sim_m2f.data.coco import load_json, read_coco, xyxy
 from sim_m2f.data.dataset import decoded
 from sim_m2f.data.formats.base import Record
 from sim_m2f.errors import UserError
@@ -80,8 +80,7 @@ class Review:
 
     def box(self, number: int) -> np.ndarray:
         """(4,) xyxy as it stands."""
-        x, y, width, height = self.record(number)["bbox"]
-        return np.array([x, y, x + width, y + height])
+        return np.array(xyxy(self.record(number)["bbox"]))
 
     def mask(self, number: int) -> np.ndarray | None:
         """(H, W) bool as it stands; None for an object without one.

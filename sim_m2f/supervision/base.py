@@ -16,7 +16,7 @@ from sim_m2f.supervision.matched import Matched
 from sim_m2f.supervision.matcher import Match
 from sim_m2f.supervision.prompting import annotated_prompts, match_prompts
 from sim_m2f.supervision.pseudo_masks import PseudoLabels
-from sim_m2f.supervision.targets import Numbers, Targets, flatten_targets, map_size, own_numbers
+from sim_m2f.supervision.targets import Numbers, Targets, flatten_targets, map_size
 
 Losses = Callable[..., dict[str, Tensor]]  # of layers, what is matched, and whether to count the background
 
@@ -40,7 +40,7 @@ class Prepared:
 
 def normalised(objects: Targets, numbers: Tensor) -> Targets:
     """The objects with the numbers, (6,) or (4,), of the whole batch."""
-    return replace(objects, numbers=Numbers(*numbers.float()))
+    return replace(objects, whole=Numbers(*numbers.float()))
 
 
 def together(parts: Sequence[Prepared]) -> list[Prepared]:
@@ -91,9 +91,10 @@ class Criterion(nn.Module):
         return flatten_targets(targets, (height // STRIDE, width // STRIDE), images.device)
 
     def own_numbers(self, objects: Targets) -> Tensor:
-        """(4,) float64: the first of the ``Numbers`` of the objects."""
-        queries = self.mask_former.NUM_OBJECT_QUERIES
-        numbers = own_numbers(objects.counts, len(objects.pasted_index), queries)
+        """(4,) float64: the first of the ``Numbers`` of the objects, of which a query claims one at most."""
+        counts, pasted = objects.counts, len(objects.pasted_index)
+        claimed = sum(min(count, self.mask_former.NUM_OBJECT_QUERIES) for count in counts)
+        numbers = torch.tensor([len(counts), sum(counts) - pasted, pasted, claimed], dtype=torch.float64)
         return numbers.to(objects.labels.device, non_blocking=True)
 
     def get_extra_state(self) -> dict[str, int]:

@@ -175,24 +175,24 @@ def paste(
         jitter: of place and scale.
 
     Returns:
-        images and targets; the arguments are as they were. A target has "labels", "boxes" (annotated objects
-        first) and "pasted": (N,) bool, all on the device of its labels; "pasted_masks": (N, h, w) bool on the
-        images' device, the visible pixels of pasted objects at stride 4, False for all others; if it had it,
-        "seed" and "valid", now also True where something was pasted; and what it had of the others, pasted
-        objects being without proposals (maps are on the images' device if an image received).
+        images and targets, those given if no image receives; the arguments are as they were. Else a target
+        has "labels", "boxes" (annotated objects first) and "pasted": (N,) bool, all on the device of its
+        labels; "pasted_masks": (N, h, w) bool on the images' device, the visible pixels of pasted objects at
+        stride 4, False for all others; if it had it, "seed" and "valid", now also True where something was
+        pasted; and what it had of the others, pasted objects being without proposals (maps are on the images'
+        device).
     """
-    size = images.shape[-2] // STRIDE, images.shape[-1] // STRIDE
     seeds = [target.get("seed") for target in targets]
     receivers = (uniform(seeds, "receivers", 1)[:, 0] < probability).nonzero().flatten()
     if not len(bank) or not len(receivers):
-        return images, [_without_pasted(target, size, images.device) for target in targets]
+        return images, targets
 
     seeds = [seeds[i] for i in receivers.tolist()]
     drawn, exist = _received(bank, seeds, most_objects)
     rows = receivers.to(images.device, non_blocking=True)
     canvas, visible = _paint(images.index_select(0, rows), bank, drawn, exist, jitter, seeds)
     images = images.clone().index_copy_(0, rows, canvas)  # the clone keeps the memory format
-    covered = visible.new_zeros(len(images), *size).index_copy(0, rows, visible.any(1))
+    covered = visible.new_zeros(len(images), *visible.shape[2:]).index_copy(0, rows, visible.any(1))
     pasted = _pasted(visible, bank.labels[drawn], bank.known[drawn])
     return images, _pasted_targets(targets, receivers, visible, covered, pasted)
 
@@ -228,13 +228,6 @@ def _pasted_targets(
 
     ordered = table.index_select(0, order.to(table.device, non_blocking=True))
     return PastedTargets(ordered, counts, collect)
-
-
-def _without_pasted(target: Target, size: tuple[int, int], device: torch.device) -> Target:
-    """The target of an image in a batch that receives nothing."""
-    labels = target["labels"]
-    nothing = torch.zeros(len(labels), *size, dtype=torch.bool, device=device)
-    return {**target, "pasted_masks": nothing, "pasted": torch.zeros_like(labels, dtype=torch.bool)}
 
 
 def _paint(

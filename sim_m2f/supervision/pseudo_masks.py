@@ -274,7 +274,7 @@ def positive_thresholds(
     target: Tensor,
     objects: int,
     bounds: tuple[float, float],
-    confident: float = 0.7,
+    confident: float,
 ) -> Tensor:
     """t_pos per object: M at rank n_pos, its number of pixels with M_I > ``confident``, within ``bounds``.
 
@@ -305,7 +305,7 @@ def pseudo_labels(
     alpha: float,
     positive: tuple[float, float],
     negative: float,
-    confident: float = 0.7,
+    confident: float,
     proposal: tuple[Tensor, Tensor] | None = None,
 ) -> PseudoLabels:
     """M = alpha M_S + (1 - alpha) M_I: positive from t_pos on, negative below t_neg, ignored between.

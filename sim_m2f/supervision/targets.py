@@ -1,6 +1,5 @@
 """The annotations of a batch as flat tensors, and its boxes as pixels at stride 4."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,8 +117,8 @@ class Targets(Boxes):
         pasted_masks: (S, h, w) bool, these masks at stride 4.
         known_index: (S,) int64, which objects have a true mask, for mixed supervision.
         seeds: per image, of its random numbers.
-        numbers: those of these objects, until a criterion puts those of the whole batch in their place.
         proposals: masks from elsewhere, if there are any.
+        whole: the numbers of the whole batch, once a criterion has put them in.
     """
 
     classes: Tensor
@@ -129,8 +128,14 @@ class Targets(Boxes):
     pasted_masks: Tensor
     known_index: Tensor
     seeds: list[Seed]
-    numbers: Numbers
     proposals: Proposals | None = None
+    whole: Numbers | None = None
+
+    @property
+    def numbers(self) -> Numbers:
+        """Those of the whole batch."""
+        assert self.whole
+        return self.whole
 
     @property
     def areas(self) -> Tensor:
@@ -225,7 +230,6 @@ def flatten_targets(targets: Sequence[Target], size: tuple[int, int], device: to
         size=size,
         proposals=_proposals(targets, boxes.to(device, non_blocking=True)),
         seeds=[target.get("seed") for target in targets],
-        numbers=Numbers(*own_numbers(counts, len(pasted_index)).float().to(device, non_blocking=True)),
     )
 
 
@@ -243,18 +247,6 @@ def cell_shares(masks: Tensor) -> Tensor:
     """(N, 4 h, 4 w) bool to (N, h, w): the share of each pixel at stride 4 that is the mask's."""
     cells = masks.unflatten(2, (-1, STRIDE)).unflatten(1, (-1, STRIDE))
     return cells.sum((2, 4)) / STRIDE**2
-
-
-def own_numbers(counts: Sequence[int], pasted: int, queries: float = math.inf) -> Tensor:
-    """(4,) float64 on the CPU: the first of the ``Numbers`` of images with so many objects.
-
-    Args:
-        counts: objects per image.
-        pasted: how many of them have a pseudo mask.
-        queries: per image, each of which claims an object at most.
-    """
-    claimed = sum(min(count, queries) for count in counts)
-    return torch.tensor([len(counts), sum(counts) - pasted, pasted, claimed], dtype=torch.float64)
 
 
 def _pasted(

@@ -110,11 +110,3 @@ def load_weights(model: nn.Module, weights: Any, path: str | Path) -> None:
         fault = f"{len(unfit)} weights are missing, unknown or of another shape, such as {unfit[0]}"
         raise UserError(f"{path}: belongs to another network: {fault}; check MODEL.* and NUM_CLASSES")
     model.load_state_dict(weights)
-
-
-def last_checkpoint(output_dir: Path) -> Path | None:
-    """The newest checkpoint of a run, named in ``OUTPUT_DIR/last_checkpoint``, or None."""
-    pointer = output_dir / LAST_CHECKPOINT
-    if not pointer.exists():
-        return None
-    return output_dir / pointer.read_text(encoding="utf-8", errors="replace").strip().replace("\0", "")

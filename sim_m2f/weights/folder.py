@@ -23,7 +23,7 @@ from sim_m2f.weights.transformers import cfg_from_transformers
 
 CONFIG, WEIGHTS, CLASSES, CARD = "config.yaml", "model.safetensors", "classes.json", "README.md"
 OURS = b"library_name: sim-m2f"  # on the model card
-METRICS = "inference/metrics.json"
+METRICS_FILE = "inference/metrics.json"
 SHOWN = ("segm/AP", "segm/AP50", "segm/AP75", "segm/APs", "segm/APm", "segm/APl")  # on the model card
 
 
@@ -63,8 +63,8 @@ def read_folder(source: str | Path, config: str | Path = "") -> TrainedNetwork:
         validate(cfg)
         if (folder / CLASSES).exists():
             names = read_class_names(folder / CLASSES)
-        if (folder / METRICS).exists():
-            metrics = read_metrics(folder / METRICS)
+        if (folder / METRICS_FILE).exists():
+            metrics = read_metrics(folder / METRICS_FILE)
     if names and len(names) != cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES:
         fault = f"has {len(names)} names, the network {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES} classes"
         raise UserError(f"{folder / CLASSES}: {fault}; correct it")

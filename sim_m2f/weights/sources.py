@@ -46,15 +46,21 @@ def weights_in(folder: Path) -> Path:
     Raises:
         UserError: there are none.
     """
-    pointer = folder / LAST_CHECKPOINT
-    last = [pointer.read_text("utf-8", "replace").strip()] if pointer.is_file() else []
-    for name in (*last, *IN_FOLDERS):
-        if (folder / name).is_file():
-            return folder / name
+    for file in filter(None, (last_checkpoint(folder), *(folder / name for name in IN_FOLDERS))):
+        if file.is_file():
+            return file
     checkpoints = [file for file in folder.iterdir() if file.suffix in CHECKPOINTS]
     if len(checkpoints) == 1:
         return checkpoints[0]
     raise UserError(f"{folder}: a folder without {IN_FOLDERS[0]}; give the path of a checkpoint")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run, named in ``last_checkpoint``, or None."""
+    pointer = folder / LAST_CHECKPOINT
+    if not pointer.is_file():
+        return None
+    return folder / pointer.read_text("utf-8", "replace").strip().replace("\0", "")
 
 
 def hub_folder(address: str) -> Path:
