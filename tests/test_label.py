@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from coloured_coco import write_coloured
-from conftest import ROOT, SMALL_FILE, held
+from conftest import ROOT, SMALL_FILE, half_written, held
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.stats import spearmanr
@@ -82,7 +82,7 @@ def arguments(folder: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize("choice", ["resolve", "keep"])
 def test_every_box_has_a_mask(data, tmp_path, choice):
     folder, content = data
-    (tmp_path / ".masks.json.a1b2c3d4").write_text("of a killed process")
+    half_written(*(tmp_path / name for name in ("masks.json", "masks.boxes.json", "cvat.xml")))
     assert main(arguments(folder, tmp_path, "--overlaps", choice)) == 0
     found = json.loads((tmp_path / "masks.json").read_text())
     assert found["images"] == content["images"]

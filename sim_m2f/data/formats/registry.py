@@ -52,6 +52,8 @@ WRITERS = {
     "labelstudio": Writer(write_labelstudio, "labelstudio.json", False),
     "png": Writer(write_png, "png", True),
 }
+# What all of them write below that folder, as patterns.
+WRITTEN = tuple(f"{each.place}/**/*" if each.file_per_image else each.place for each in WRITERS.values())
 READ_AGAIN = {"yolo": "yolo", "voc": "cvat"}  # what is read by the end of its files' names: what else has it
 INPUTS = COCO, *READERS
 BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
