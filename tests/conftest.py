@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,23 @@ def held(lock: Path) -> Iterator[None]:
         assert process.stdout.readline() == b"held\n"
         yield
         process.kill()
+
+
+HALF = """import os, signal, sys
+from sim_m2f.files import atomic_write
+begun = [atomic_write(path) for path in sys.argv[1:]]
+files = [each.__enter__() for each in begun]
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def half_written(*paths: Path) -> list[Path]:
+    """What a process leaves that is killed while it writes to these paths."""
+    command = [sys.executable, "-c", HALF, *(str(path.absolute()) for path in paths)]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    left = [file for path in paths for file in path.parent.glob(f".{path.name}.*")]
+    assert len(left) == len(paths)
+    return left
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from coloured_coco import CATEGORIES, write_coloured
+from conftest import half_written, held
 from PIL import Image
 from pycocotools import mask as coco_mask
 from scipy.ndimage import gaussian_filter
@@ -65,6 +66,25 @@ def by_image(content: dict) -> dict[str, list[dict]]:
     for annotation in content["annotations"]:
         found[names[annotation["image_id"]]].append(annotation)
     return {name: own for name, own in found.items() if own}
+
+
+def test_what_a_killed_call_left_half_written_goes_unless_one_is_at_work(data, tmp_path, capsys):
+    folder, out = data[0], tmp_path / "out"
+    written = "annotations.json", "val.json", "cvat.xml", "yolo/labels/5.txt", "labelme/a/5.json", "png/5.png"
+    left = half_written(*(out / name for name in written))
+    others = [out / ".annotations.json.kept", out / ".notes.txt.abcdefgh"]
+    for file in others:
+        file.touch()
+    with held(out / ".lock"):
+        given = ["--annotations", str(folder / "set.json"), "--images", str(folder), "--output", str(out)]
+        assert main(["convert", *given]) == 2
+        assert f"{out}: another process is at work here" in capsys.readouterr().err
+        assert all(file.exists() for file in left)
+    convert(folder, out, folder / "set.json")
+    assert {file for file in out.rglob("*") if file.is_file()} == {
+        *others,
+        *(out / name for name in (".lock", "annotations.json")),
+    }
 
 
 def decoded(annotation: dict, height: int, width: int) -> np.ndarray:
@@ -512,7 +532,7 @@ def test_formats_are_written_where_they_are_said_to_be(data, tmp_path):
     folder, _ = data
     convert(folder, tmp_path / "out", folder / "set.json", "--format", ",".join(WRITERS))
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"annotations.json", *(writer.place for writer in WRITERS.values())}
+    assert names == {".lock", "annotations.json", *(writer.place for writer in WRITERS.values())}
 
 
 OVER_INPUTS = {

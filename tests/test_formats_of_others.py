@@ -245,6 +245,25 @@ def test_what_is_written_is_not_read_by_the_next_call(
         assert ("which is read with all that lies below" in capsys.readouterr().err) == refused
 
 
+def test_what_is_advised_in_its_place_is_taken(tmp_path, monkeypatch, capsys):
+    notes = tmp_path / "set/notes"
+    notes.mkdir(parents=True)
+    Image.new("RGB", (SIDE, SIDE)).save(notes / "1.png")
+    (notes / "1.json").write_text(
+        labelme({"shape_type": "rectangle", "points": [[0, 0], [9, 9]]}, image="1.png")
+    )
+    monkeypatch.chdir(notes)
+    given = ["convert", "--from", "labelme", "--annotations", ".", "--images", ".", "--output"]
+    assert main([*given, "sub/out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sub/out: would lie in ., which is read with all that lies below; give an --output outside" in line
+    advised = line.rpartition("such as ")[2]
+    assert advised == str(tmp_path / "set/out")
+    for _ in range(2):
+        assert main([*given, advised]) == 0
+    assert len(json.loads(Path(advised, "annotations.json").read_text())["annotations"]) == 1
+
+
 def test_only_what_draws_is_refused_among_the_images_of_yolo(tmp_path, monkeypatch, capsys):
     write_yolo_set(tmp_path, {"labels/1.txt": 2}, ("1.jpg",))
     monkeypatch.chdir(tmp_path)

@@ -106,6 +106,25 @@ def test_under_detectron2_teacher_tiles_and_colours_are_as_asked(stand_in):
     assert set(seen) == {(64, 64)}
 
 
+class ObjectOfEachPixel(torch.nn.Module):
+    """Finds an object of the first class in each pixel of its masks, which have a stride of 4."""
+
+    def forward(self, images: torch.Tensor, auxiliary: bool) -> dict[str, torch.Tensor]:
+        height, width = images.shape[-2] // 4, images.shape[-1] // 4
+        masks = 20 * torch.eye(height * width).view(-1, height, width) - 10
+        logits = torch.tensor([9.0, 0, 0, 0]).expand(len(images), len(masks), 4)
+        return {"pred_logits": logits, "pred_masks": masks.expand(len(images), -1, -1, -1)}
+
+
+def test_under_detectron2_tiles_give_as_many_objects_as_asked(stand_in):
+    model = stand_in(**{"TEST.TILE": 64, "TEST.DETECTIONS_PER_IMAGE": 600})
+    model.network = ObjectOfEachPixel()
+    with torch.no_grad():
+        (found,) = model.eval()([{"image": torch.zeros(3, 112, 112, dtype=torch.uint8)}])
+    boxes = found["instances"].pred_boxes[found["instances"].scores > 0.5]
+    assert len(torch.unique(boxes, dim=0)) == 600  # of 28 x 28 pixels
+
+
 def test_under_detectron2_the_student_sees_other_colours(stand_in):
     model, seen = stand_in(**{"INPUT.STUDENT_COLORS": 1.0}), []
     model.network.register_forward_pre_hook(lambda _, given: seen.append(given[0]))

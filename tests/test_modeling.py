@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import SMALL_FILE
@@ -63,9 +64,7 @@ def test_a_resnet_has_whole_groups_and_bottlenecks(depth, norm, width, divisor):
         assert maps.shape[1] == width
 
 
-@pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "maxvit_tiny_tf_224", "coat_lite_tiny", "hiera_tiny_224"]
-)
+@pytest.mark.parametrize("name", ["maxvit_tiny_tf_224", "coat_lite_tiny", "hiera_tiny_224"])
 def test_a_backbone_of_one_size_of_images_is_told(name):
     with pytest.raises(UserError, match=f"MODEL.BACKBONE.NAME: {name} does not take images") as error:
         TimmBackbone(name)
@@ -76,6 +75,24 @@ def test_a_backbone_of_one_size_of_images_is_told(name):
 def test_a_backbone_of_images_of_any_size(name):
     maps = TimmBackbone(name)(torch.zeros(1, 3, 64, 96))
     assert [tuple(each.shape[2:]) for each in maps.values()] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"]
+)
+def test_timms_swins_take_images_of_any_size(name):
+    """And give what timm's model made for that size gives, channels first."""
+    small = {"embed_dim": 8, "depths": (2, 2, 2, 1), "num_heads": (1, 1, 1, 1), "window_size": 2}
+    backbone = TimmBackbone(name, img_size=64, **small).eval()
+    made_for_it = timm.create_model(name, features_only=True, img_size=(64, 96), **small).eval()
+    made_for_it.load_state_dict(backbone.body.state_dict())
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        maps, expected = backbone(image), made_for_it(image)
+    first = name.startswith("swinv2_cr")  # which has the channels first in timm too
+    for given, wanted, side in zip(maps.values(), expected, (4, 8, 16, 32), strict=True):
+        assert given.shape[1:] == (2 * side, 64 // side, 96 // side)
+        torch.testing.assert_close(given, wanted if first else wanted.permute(0, 3, 1, 2))
 
 
 def test_images_of_one_pixel_of_the_coarsest_map(network):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, half_written, held
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -318,6 +318,23 @@ def test_an_overlay_of_16_bits_shows_what_the_network_saw(model, tmp_path):
     np.testing.assert_allclose(overlay, ramp / 65535 * 255, atol=8)
     shown = np.asarray(draw(Image.open(tmp_path / "a.png"), [], 70).convert("L"))
     np.testing.assert_allclose(shown, ramp / 65535 * 255, atol=8)
+
+
+@pytest.mark.slow
+def test_what_a_killed_call_left_half_written_goes_unless_one_is_at_work(model, image, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    Image.fromarray(image).save(tmp_path / "a.png")
+    out = tmp_path / "out"
+    written = "predictions.json", "overlays/a.png.png", "overlays/b/1.png"
+    left = half_written(*(out / name for name in written))
+    given = ["predict", "--model", str(tmp_path / "model"), "--output", str(out), str(tmp_path / "a.png")]
+    with held(out / ".lock"):
+        assert main(given) == 2
+        assert f"{out}: another process is at work here" in capsys.readouterr().err
+        assert all(file.exists() for file in left)
+    assert main(given) == 0
+    files = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert files == {".lock", "predictions.json", "overlays/a.png.png"}
 
 
 @pytest.mark.slow

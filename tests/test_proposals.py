@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from coloured_coco import CATEGORIES, write_coloured
-from conftest import held
+from conftest import half_written, held
 from pycocotools import mask as coco_mask
 
 import sim_m2f
@@ -132,8 +132,13 @@ def test_boxes_of_another_format_leave_files_of_the_same_name_alone(data, tmp_pa
     made = proposals.Proposer("none", empty)
     monkeypatch.setattr("sim_m2f.commands.propose.find_proposer", lambda *given: made)
     paths = ["--from", "csv", "--annotations", "table.csv", "--images", str(folder)]
+    left = half_written(Path("proposals.json"), Path("proposals.boxes.json"))
+    with held(Path(".proposals.lock")):
+        assert main(["propose", "--with", "none", *paths]) == 2
+        assert all(file.exists() for file in left)
     for _ in range(2):  # its own file may be there already
         assert main(["propose", "--with", "none", *paths]) == 0
+        assert not any(file.exists() for file in left)
     assert Path("boxes.json").read_text() == "the user's"
     boxes, masks = (json.loads(Path(f"proposals{end}.json").read_text()) for end in (".boxes", ""))
     assert [each["bbox"] for each in boxes["annotations"]] == [each["bbox"] for each in masks["annotations"]]

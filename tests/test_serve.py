@@ -1,5 +1,6 @@
 """The review of a labelled set loses no decision; the command and uploads refuse what is broken."""
 
+import asyncio
 import json
 import os
 import re
@@ -132,7 +133,7 @@ def test_an_object_without_its_mask_or_image_is_shown(tmp_path, monkeypatch):
     shown, warnings = reviewer.Reviewer(open_set(tmp_path)), []
     monkeypatch.setattr(gradio, "Warning", warnings.append)
     number, drawn, picture, _ = shown.shown(4)
-    assert number == 4
+    assert number == "4"
     assert len(drawn["boxes"]) == 1
     assert np.asarray(picture).any()
     (warning,) = warnings
@@ -141,6 +142,53 @@ def test_an_object_without_its_mask_or_image_is_shown(tmp_path, monkeypatch):
     shown.shown(4)
     assert "2.png: cannot be decoded" in warnings[1]
     assert warnings[2:] == [warning]
+
+
+def through_a_browser(value: object) -> object:
+    """JSON as JavaScript reads it, whose numbers are all of 64 bits, and writes it again."""
+    return json.loads(json.dumps(value), parse_int=lambda digits: int(float(digits)))
+
+
+@pytest.mark.slow
+def test_ids_that_a_browsers_numbers_cannot_hold_are_kept(tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio", reason="the extra serve is not installed")
+    reviewer = pytest.importorskip("sim_m2f.serving.reviewer", reason="the extra serve is not installed")
+    content, large = json.loads(json.dumps(write_labelled(tmp_path))), 2**53
+    for each in content["annotations"]:
+        each |= {"id": each["id"] + large, "image_id": each["image_id"] + large}
+    for each in content["images"]:
+        each["id"] += large
+    (tmp_path / "masks.json").write_text(json.dumps(content))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "shown"))
+    review = open_set(tmp_path)
+    with gradio.Blocks() as page:
+        reviewer.Reviewer(review).build(page)
+    state = gradio.state_holder.SessionState(page)
+    targets = ((f, *target) for f in page.fns.values() for target in f.targets)
+    on = {getattr(page.blocks.get(place), "elem_id", None) or event: f for f, place, event in targets}
+
+    def happens(name: str, *given: object) -> list:
+        inputs = through_a_browser(list(given))
+        return through_a_browser(asyncio.run(page.process_api(on[name], inputs, state=state))["data"])
+
+    shown, *_ = happens("load")
+    shown, *_ = happens("Accept", shown)
+    shown, drawn, *_ = happens("Reject", shown)
+    drawn["boxes"][0] |= {"xmax": drawn["boxes"][0]["xmax"] - 20, "color": "rgb(255, 90, 95)"}
+    happens("change", shown, drawn)
+    shown, *_ = happens("Next", shown)
+    happens("Reject", happens("Previous", shown)[0])
+    decided = {4: ACCEPTED, 5: REJECTED, 6: REJECTED}
+    for each in (review, open_set(tmp_path)):
+        assert {number - large: change["decision"] for number, change in each.changes.items()} == decided
+        exported = json.loads(each.export().read_text())
+        assert exported["images"] == content["images"]
+        for one, other in zip(exported["annotations"], content["annotations"], strict=True):
+            assert (one["id"], one["image_id"]) == (other["id"], other["image_id"])
+            moved = one["bbox"] != other["bbox"]
+            assert moved == (one["id"] == 6 + large)
+            if not other["iscrowd"]:
+                assert one["decision"] == decided.get(one["id"] - large, OPEN)
 
 
 def test_an_export_that_fails_leaves_the_last_one(tmp_path, monkeypatch):

@@ -12,12 +12,14 @@ from sim_m2f.data.formats.registry import (
     COCO,
     INPUTS,
     WRITERS,
+    WRITTEN,
     output_formats,
     read_annotations,
     refuse_read_again,
     refuse_shared_files,
 )
 from sim_m2f.data.split import part, split_images
+from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
 
@@ -63,11 +65,13 @@ def run(args: argparse.Namespace) -> int:
                 mask_of(image, annotation)
     except UserError as error:
         raise UserError(f"{args.annotations}: {error}") from error
-    write_file(args.output / ANNOTATIONS, json.dumps(content))
-    for name in formats:
-        WRITERS[name].write(args.output, content["categories"], images_of(content))
-    for path, one in zip(parts, split, strict=True):
-        write_file(path, json.dumps(one))
+    with locked(args.output, "--output"):
+        remove_leftovers(args.output, (ANNOTATIONS, *PARTS, *WRITTEN))
+        write_file(args.output / ANNOTATIONS, json.dumps(content))
+        for name in formats:
+            WRITERS[name].write(args.output, content["categories"], images_of(content))
+        for path, one in zip(parts, split, strict=True):
+            write_file(path, json.dumps(one))
     print(f"{len(content['images'])} images, {len(content.get('annotations', []))} objects: {args.output}")
     return 0
 

@@ -26,6 +26,7 @@ from sim_m2f.data.formats.registry import (
     COCO,
     INPUTS,
     WRITERS,
+    WRITTEN,
     as_coco,
     output_formats,
     refuse_read_again,
@@ -34,7 +35,7 @@ from sim_m2f.data.formats.registry import (
 from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
 from sim_m2f.data.split import part
 from sim_m2f.data.survey import survey
-from sim_m2f.engine.run_folder import locked, refuse_used
+from sim_m2f.engine.run_folder import locked, refuse_used, remove_leftovers
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.engine.trial import OutOfMemoryError, Trial, trial
 from sim_m2f.errors import UserError
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.resume and not args.overwrite:
         refuse_used(args.output)
     with locked(args.output, "--output"):
+        remove_leftovers(args.output, (*OWN, *WRITTEN))
         fit(args, formats)
     return 0
 

@@ -10,11 +10,12 @@ from sim_m2f.data.formats.registry import (
     COCO,
     INPUTS,
     WRITERS,
+    WRITTEN,
     as_coco,
     output_formats,
     refuse_read_again,
 )
-from sim_m2f.engine.run_folder import locked, remove_leftovers
+from sim_m2f.engine.run_folder import FILES, locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     figures = ["png"] if args.val else []
     refuse_read_again(args.output, args.input, args.annotations, args.images, formats + figures)
     with locked(args.output, "--output"):
-        remove_leftovers(args.output)
+        remove_leftovers(args.output, (*FILES, Path(MASKS).with_suffix(BOXES).name, *WRITTEN))
         label_boxes(args, formats)
     return 0
 

@@ -14,11 +14,12 @@ from pycocotools import mask as coco_mask
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.image import image_files, read_image
 from sim_m2f.engine.evaluator import encode
+from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError, image_problem
 from sim_m2f.files import write_file
 from sim_m2f.progress import progress
 from sim_m2f.report.drawing import Shape, colours, draw, write_png
-from sim_m2f.segmenter import Instances, from_pretrained
+from sim_m2f.segmenter import Instances, Segmenter, from_pretrained
 from sim_m2f.structures import Detections
 
 PREDICTIONS, OVERLAYS = "predictions.json", "overlays"
@@ -51,35 +52,41 @@ def run(args: argparse.Namespace) -> int:
     files = list(dict.fromkeys(file for path in given for file in _images_in(path, overlays)))
     model = from_pretrained(args.model, args.config_file, args.device)
     limits(args, model.cfg)
+    with locked(args.output, "--output"):
+        remove_leftovers(args.output, (PREDICTIONS, f"{OVERLAYS}/**/*"))
+        predict(args, model, dict(zip(files, _names(files, given), strict=True)))
+    return 0
+
+
+def predict(args: argparse.Namespace, model: Segmenter, names: dict[Path, str]) -> None:
+    """Do it, in a folder that nobody else writes to; ``names`` are those of the files."""
     colors = None if args.colors == "auto" else args.colors == "on"
     categories = [{"id": number, "name": name} for number, name in enumerate(model.class_names, start=1)]
     category_ids = list(range(1, len(categories) + 1))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     problems = []
-    named = zip(progress(files, "predict", len(files)), _names(files, given), strict=True)
     try:
-        for number, (file, name) in enumerate(named, start=1):
+        for number, file in enumerate(progress(names, "predict", len(names)), start=1):
             try:
                 pixels = read_image(file, limits=model.cfg.INPUT.LIMITS)
                 detected = model.predict(pixels, args.threshold, colors=colors)
                 found = encode(number, cast(Detections, vars(detected)), category_ids)
                 height, width = detected.masks.shape[1:]
-                images.append({"id": number, "file_name": name, "height": height, "width": width})
+                images.append({"id": number, "file_name": names[file], "height": height, "width": width})
                 annotations += found
-                _draw(pixels, detected, args.output / OVERLAYS / f"{name}.png")
+                _draw(pixels, detected, args.output / OVERLAYS / f"{names[file]}.png")
             except Exception as error:
                 problems.append(image_problem(error, file))
     finally:  # Ctrl-C costs nothing of what has been found
         for number, annotation in enumerate(annotations, start=1):
             annotation.update(id=number, area=int(coco_mask.area(annotation["segmentation"])), iscrowd=0)
-        info = {"description": f"{len(files)} images by SIM-M2F"}
+        info = {"description": f"{len(names)} images by SIM-M2F"}
         content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
         write_file(args.output / PREDICTIONS, json.dumps(content))
     print(f"{len(annotations)} objects in {len(images)} images: {args.output / PREDICTIONS}")
     if problems:
         raise UserError("\n".join(problems))
-    return 0
 
 
 def _images_in(path: Path, overlays: Path) -> list[Path]:

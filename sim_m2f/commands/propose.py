@@ -40,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     proposer = find_proposer(args.name, args.device)
     own = limits(args)
     with locked(args.output.parent, "--output", f".{args.output.stem}.lock"):
-        remove_leftovers(args.output.parent, [glob.escape(args.output.name)])
-        path = as_coco(args.annotations, args.images, args.input, args.output.with_suffix(BOXES), own)
+        boxes = args.output.with_suffix(BOXES)
+        remove_leftovers(args.output.parent, (glob.escape(path.name) for path in (args.output, boxes)))
+        path = as_coco(args.annotations, args.images, args.input, boxes, own)
         label_set(proposer, DatasetSource(path.stem, path, args.images, own), args.output)
     print(f"proposals: {args.output} (for training on {path}: DATASETS.TRAIN_PROPOSALS)")
     return 0

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from sim_m2f.errors import UserError
 from sim_m2f.files import RANDOM
@@ -13,7 +13,7 @@ from sim_m2f.weights.sources import IN_FOLDERS, LAST_CHECKPOINT
 LOCK = ".lock"
 CHECKPOINTS, METRICS, EVENTS = "model_*.pth", "metrics.jsonl", "events.out.tfevents.*"
 GO_ON = "--resume goes on with it, --overwrite removes it; or choose another OUTPUT_DIR"
-TEMPORARY = "." + RANDOM * "?"  # behind the name of a file that ``atomic_write`` has not finished
+TEMPORARY = "." + RANDOM * "[a-z0-9_]"  # behind the name of a file that ``atomic_write`` has not finished
 FILES = (
     *(LAST_CHECKPOINT, CHECKPOINTS, METRICS, EVENTS, "config.yaml", "index.html"),
     *("inference/*.json", "report/*.png"),
@@ -82,8 +82,10 @@ def remove_run(folder: Path, inputs: Collection[Path]) -> None:
 
 
 def remove_leftovers(folder: Path, patterns: Iterable[str] = FILES) -> None:
-    """Remove the half-written files that a killed process left, of a run or of other names."""
-    for pattern in patterns:
-        path = folder / pattern
-        for file in path.parent.glob(f".{path.name}{TEMPORARY}"):
+    """Remove the half-written files that a killed process left, of a run or of other names.
+
+    The folder has to be ``locked``: another process may be about to finish them.
+    """
+    for pattern in map(PurePath, patterns):
+        for file in folder.glob(str(pattern.with_name(f".{pattern.name}{TEMPORARY}"))):
             file.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 GROUPS = 32  # of a group norm, in timm as in detectron2
 BASIC_DEPTHS = (18, 34)  # ResNets of basic blocks; deeper ones widen each stage by 4
 SWIN_KEYS = ("PATCH_SIZE", "EMBED_DIM", "DEPTHS", "NUM_HEADS", "WINDOW_SIZE", "MLP_RATIO", "DROP_PATH_RATE")
+ANY_SIZE: dict[str, Any] = {"strict_img_size": False, "dynamic_img_size": True}  # of timm's Swins
 LEARNING_NORMS = (nn.GroupNorm, nn.LayerNorm)  # those without statistics
 NORMS: dict[str, type[nn.Module]] = {"SyncBN": nn.SyncBatchNorm, "GN": GroupNorm}  # all others: BatchNorm2d
 
@@ -49,7 +50,7 @@ class TimmBackbone(nn.Module):
         if missing:
             fault = f"{name} has no map of stride {missing[0]}"
             raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take a pyramid model")
-        _try(name, options)
+        options = _of_any_size(name, options)
         indices = tuple(reductions.index(stride) for stride in STRIDES.values())
         self.body = timm.create_model(name, features_only=True, out_indices=indices, **options)
         self.channels = dict(zip(STRIDES, feature_info(self.body).channels(), strict=True))
@@ -74,14 +75,22 @@ class TimmBackbone(nn.Module):
         return dict(zip(STRIDES, maps, strict=True))
 
 
-def _try(name: str, options: dict[str, Any]) -> None:
-    """Raises UserError where a model does not take an image of a size of ours; nothing is computed."""
-    with torch.device("meta"), torch.no_grad():
-        try:
-            timm.create_model(name, features_only=True, **options).eval()(torch.empty(1, 3, 64, 96))
-        except Exception as error:  # models refuse other sizes by anything
-            fault = f"{name} does not take images of any size ({first_line(error)})"
-            raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take another model") from error
+def _of_any_size(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with which a model takes an image of a size of ours; nothing is computed.
+
+    Raises:
+        UserError: it takes none.
+    """
+    faults = []
+    for own in (options, options | ANY_SIZE):
+        with torch.device("meta"), torch.no_grad():
+            try:
+                timm.create_model(name, features_only=True, **own).eval()(torch.empty(1, 3, 64, 96))
+                return own
+            except Exception as error:  # models refuse other sizes by anything
+                faults.append(error)
+    fault = f"{name} does not take images of any size ({first_line(faults[0])})"
+    raise UserError(f"MODEL.BACKBONE.NAME: {fault}; take another model") from faults[0]
 
 
 class SeededDropPath(DropPath):

@@ -24,14 +24,15 @@ T = TypeVar("T")
 class Reviewer:
     """Every event brings the id of the object that the browser shows, and events are handled in turn.
 
-    A key that is pressed too early never meets an object that was not seen.
+    A key that is pressed too early never meets an object that was not seen. The id goes there and back as
+    text: a browser's numbers lose digits above 2**53.
     """
 
     def __init__(self, review: Review) -> None:
         self.review = review
 
     def build(self, page: gr.Blocks) -> None:
-        number = gr.Number(visible=False, precision=0)
+        number = gr.Textbox(visible=False)
         with gr.Row(equal_height=True):
             with gr.Column(scale=3, min_width=200):
                 text = gr.HTML(elem_id="object")
@@ -54,17 +55,18 @@ class Reviewer:
         drawn.change(told(self.redrawn), [number, drawn], [mask, text], **waits)
         export.click(told(self.exported), None, written, **in_turn)
 
-    def stepped(self, step: int, number: int) -> Updates:
-        return self.shown(self.review.neighbour(number, step))
+    def stepped(self, step: int, shown: str) -> Updates:
+        return self.shown(self.review.neighbour(int(shown), step))
 
-    def decided(self, decision: str, number: int) -> Updates:
-        self.review.decide(number, decision)
-        return self.shown(self.review.next_open(number))
+    def decided(self, decision: str, shown: str) -> Updates:
+        self.review.decide(int(shown), decision)
+        return self.shown(self.review.next_open(int(shown)))
 
-    def redrawn(self, number: int | None, drawn: Canvas | None) -> Updates:
+    def redrawn(self, shown: str | None, drawn: Canvas | None) -> Updates:
         """A new mask where the box was changed; the canvas also tells of boxes that it was given."""
-        if number is None or not drawn or not drawn["boxes"]:
+        if not shown or not drawn or not drawn["boxes"]:
             return gr.skip()
+        number = int(shown)
         given, window = drawn["boxes"][0], self.window(number)
         now = window.to_canvas(self.review.box(number))
         moved = max(abs(given[key] - value) for key, value in now.items()) > SAME
@@ -90,7 +92,7 @@ class Reviewer:
         facts = html.escape(f"score {record.get('score', 1.0):.2f}, {image.file_name}")
         done = f"{counts[ACCEPTED]} accepted, {counts[REJECTED]} rejected, {counts[OPEN]} open"
         text = f"<b>{html.escape(title)}: {record['decision']}</b>, {facts}<br>{done}; worst first"
-        return number, {"image": window.shown(pixels), "boxes": [box]}, picture, text
+        return str(number), {"image": window.shown(pixels), "boxes": [box]}, picture, text
 
     def window(self, number: int) -> Window:
         """It stays where it is when the box is redrawn."""

@@ -52,6 +52,8 @@ WRITERS = {
     "labelstudio": Writer(write_labelstudio, "labelstudio.json", False),
     "png": Writer(write_png, "png", True),
 }
+# What all of them write below that folder, as patterns.
+WRITTEN = tuple(f"{each.place}/**/*" if each.file_per_image else each.place for each in WRITERS.values())
 READ_AGAIN = {"yolo": "yolo", "voc": "cvat"}  # what is read by the end of its files' names: what else has it
 INPUTS = COCO, *READERS
 BOXES = ".boxes.json"  # behind the stem of what is made of boxes in another format: these as COCO's
@@ -110,10 +112,12 @@ def refuse_read_again(
     if name == "labelme" or READ_AGAIN.get(name) in formats:
         walked.append(annotations.parent if annotations.name == "data.yaml" else annotations)
     place = output.resolve()
-    for folder in walked:
-        if folder.is_dir() and folder.resolve() in (place, *place.parents):
-            fault = f"would lie in {folder}, which is read with all that lies below"
-            raise UserError(f"{output}: {fault}; give another --output")
+    around = [each for each in walked if each.is_dir() and each.resolve() in (place, *place.parents)]
+    if around:
+        outermost = min(around, key=lambda each: len(each.resolve().parts))
+        fault = f"would lie in {outermost}, which is read with all that lies below"
+        advice = f"give an --output outside, such as {outermost.resolve().parent / output.name}"
+        raise UserError(f"{output}: {fault}; {advice}")
 
 
 def read_annotations(path: Path, images: Path, name: str, limits: CfgNode = LIMITS) -> Record:
