@@ -21,7 +21,7 @@ LOSS_COLOUR = "#2f7fd6"
 SMOOTHED_PART = 1 / 25  # of the logged steps, over which the bold line is a mean
 COLUMNS = 3
 WIDTH, HEIGHT = 4, 2.7  # of a panel with its margins, inches
-LEFT, RIGHT, TOP, BOTTOM, STEP = 0.55, 0.15, 0.4, 0.35, 0.25  # margins of a panel, and the word below all
+LEFT, RIGHT, TOP, BOTTOM, STEP = 0.55, 0.3, 0.4, 0.35, 0.25  # margins of a panel, and the word below all
 LIGHT, DARK = (Path(__file__).with_name(f"{name}.mplstyle") for name in ("curves", "curves_dark"))
 
 
@@ -48,6 +48,7 @@ def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
         _set_margins(figure, rows, columns)
         for each in figure.axes:
             each.tick_params(labelbottom=True)
+            each.locator_params(axis="x", nbins=5)  # steps of six digits have room
         if precision:
             _draw_precision(next(axes), precision)
         for name, values in losses.items():
