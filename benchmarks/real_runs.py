@@ -29,10 +29,10 @@ import torch
 from real import RESULTS, measure, store
 from tqdm import tqdm
 
-from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.errors import UserError
+from sim_m2f.training import build_trainer
 
 REAL = shipped_configs() / "real" / "rows"
 PR_SET_PDEATHSIG = 1  # of prctl(2), Linux

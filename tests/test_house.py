@@ -25,7 +25,7 @@ FLOORS = (
     ("weights", "detections"),
     ("segmenter", "engine"),
     ("report",),
-    ("labelling",),
+    ("labelling", "training"),
     ("serving",),
     ("commands", "integrations"),
     ("cli", "__init__"),

@@ -19,7 +19,6 @@ from conftest import ROOT, SMALL
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sim_m2f.cli import main
-from sim_m2f.commands.train import build_trainer
 from sim_m2f.data.shapes import cached_shapes
 from sim_m2f.engine import trainer as trainer_file
 from sim_m2f.engine.accelerator import build_accelerator
@@ -28,6 +27,7 @@ from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.modeling import build_model
 from sim_m2f.report.hooks import RunPage
 from sim_m2f.supervision.criterion import build_criterion
+from sim_m2f.training import build_trainer
 
 
 def train(cfg, *overrides: str, resume: bool = False, more: Sequence[Hook] = ()) -> Path:

@@ -15,7 +15,6 @@ from pathlib import Path
 from sim_m2f.commands.check import inspect_set
 from sim_m2f.commands.convert import split_parts
 from sim_m2f.commands.label import calibrate
-from sim_m2f.commands.train import build_trainer
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.config.shipped import shipped_configs
 from sim_m2f.data.catalog import DatasetSource
@@ -48,6 +47,7 @@ from sim_m2f.report.hooks import FirstLook
 from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY, write_report
 from sim_m2f.segmenter import Segmenter, from_pretrained
+from sim_m2f.training import build_trainer
 from sim_m2f.weights.checkpoint import load_checkpoint
 from sim_m2f.weights.folder import CLASSES, CONFIG
 from sim_m2f.weights.timm_backbone import TIMM

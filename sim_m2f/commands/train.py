@@ -3,24 +3,17 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from sim_m2f.config import CfgNode, extent_warning, frozen_warning, get_cfg, validate, without_effect
+from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
 from sim_m2f.distributed import leave_group
-from sim_m2f.engine.hooks import Checkpoints, CleanFolder, Evaluation, Metrics, Notes
-from sim_m2f.engine.launch import end_with_launcher, launch
+from sim_m2f.engine.launch import end_with_launcher, is_first_of_launched, launch
 from sim_m2f.engine.run_folder import locked, refuse_used
-from sim_m2f.engine.stop_signal import StopSignal
-from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.errors import UserError, file_problem, memory_problem, rank_problem
 from sim_m2f.files import expanded
-from sim_m2f.report.hooks import MethodFigures, RunPage
-from sim_m2f.weights.sources import last_checkpoint
-from sim_m2f.weights.timm_backbone import TIMM
 
 MOST = 1024  # machines, or processes of one
 
@@ -60,12 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
     several = arguments.num_gpus * arguments.num_machines > 1 or arguments.max_restarts
     if several and "WORLD_SIZE" not in os.environ:
         return _launch(arguments)
+    from sim_m2f.training import build_trainer, evaluate  # whoever launches ranks has no use for its packages
+
     end_with_launcher()
     cfg = configuration(arguments.config_file, arguments.opts)
     try:
-        with locked(Path(cfg.OUTPUT_DIR)) if _is_first_rank() else nullcontext():
+        with locked(Path(cfg.OUTPUT_DIR)) if is_first_of_launched() else nullcontext():
             if arguments.eval_only:
-                _evaluate(cfg, arguments.resume)
+                evaluate(cfg, arguments.resume)
             else:
                 resume = arguments.resume or arguments.max_restarts > 0  # ``_launch`` has let no other run in
                 build_trainer(cfg, resume, arguments.overwrite).train()
@@ -83,40 +78,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_trainer(
-    cfg: CfgNode, resume: bool = False, overwrite: bool = False, more: Sequence[Hook] = (RunPage(),)
-) -> Trainer:
-    """A run with everything beside it: metrics, figures of the method, checkpoints, evaluation, and more.
-
-    Args:
-        cfg: the configuration.
-        resume: go on from OUTPUT_DIR's last checkpoint, if it has one.
-        overwrite: remove the run that OUTPUT_DIR holds, once the configuration and the data have been read.
-
-    Raises:
-        UserError: OUTPUT_DIR holds a run, and neither is wanted; else see ``Trainer``.
-    """
-    if not resume and not overwrite:
-        refuse_used(Path(cfg.OUTPUT_DIR))
-    if not resume and _is_first_rank() and (warning := frozen_warning(cfg)):
-        print(f"warning: {warning}", file=sys.stderr)
-    usual = Notes(), CleanFolder(overwrite), Metrics(), MethodFigures(), Checkpoints(), Evaluation()
-    hooks = *usual, *more
-    return Trainer(cfg, hooks, resume)
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # of torchrun, before the ranks know each other
-
-
 def configuration(config_file: str, overrides: list[str]) -> CfgNode:
     """``read_configuration``; tells which of its keys do nothing."""
     cfg = read_configuration(config_file, overrides)
     unheeded, warning = without_effect(cfg), extent_warning(cfg)
-    if unheeded and _is_first_rank():
+    if unheeded and is_first_of_launched():
         where = "see sim_m2f/config/without_effect.yaml"
         print(f"note: without effect here: {', '.join(unheeded)}; {where}", file=sys.stderr)
-    if warning and _is_first_rank():
+    if warning and is_first_of_launched():
         print(f"warning: {warning}", file=sys.stderr)
     return cfg
 
@@ -135,20 +104,6 @@ def read_configuration(config_file: str, overrides: list[str]) -> CfgNode:
     cfg.OUTPUT_DIR = str(expanded(cfg.OUTPUT_DIR))
     cfg.freeze()
     return cfg
-
-
-def _evaluate(cfg: CfgNode, resume: bool) -> None:
-    """Score MODEL.WEIGHTS, or with ``resume``, or where they hold no trained network, the last checkpoint.
-
-    Of a checkpoint with a student and a teacher, the one that TEST.USE_TEACHER names is scored.
-    """
-    resume = resume or not cfg.MODEL.WEIGHTS or cfg.MODEL.WEIGHTS.startswith(TIMM)
-    if resume and last_checkpoint(Path(cfg.OUTPUT_DIR)) is None:
-        raise UserError(f"--eval-only: no checkpoint in {cfg.OUTPUT_DIR}; set MODEL.WEIGHTS or OUTPUT_DIR")
-    trainer = Trainer(cfg, resume=resume, teacher=cfg.TEST.USE_TEACHER)
-    with StopSignal() as stop, stop.at_once("stopped"):
-        trainer.evaluate()
-        RunPage().after_train(trainer)
 
 
 def _launch(arguments: argparse.Namespace) -> int:

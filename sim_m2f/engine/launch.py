@@ -74,6 +74,11 @@ def end_with_launcher() -> None:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def is_first_of_launched() -> bool:
+    """Whether this process is torchrun's rank 0 or nobody's, before the ranks know each other."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _meeting(name: str, machines: int, machine: int, address: str) -> list[str]:
     """torchrun's options on where the machines meet."""
     try:
