@@ -83,15 +83,17 @@ def last_state(output: Path) -> dict:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
 def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, sets, number):
-    """As timeout, SLURM and systemd send it: to the data workers too, and twice."""
-    output = tmp_path / "output"
-    with started(output, *sets, "DATALOADER.NUM_WORKERS", "2") as process:
+    """As timeout, SLURM and systemd send it: to data workers too, and twice. The run goes on from there."""
+    output, workers = tmp_path / "output", ["DATALOADER.NUM_WORKERS", "2"]
+    with started(output, *sets, *workers) as process:
         os.killpg(process.pid, number)
         os.killpg(process.pid, number)
         assert process.wait(10) == 128 + number
     taken = last_state(output)["iteration"]
     assert taken >= len(train_losses(output)) >= 3
     assert f"stopped after step {taken}" in (tmp_path / "log.txt").read_text()
+    assert train(output, "--resume", *sets, *workers, "SOLVER.MAX_ITER", str(taken + 1)) == 0
+    assert len(train_losses(output)) == last_state(output)["iteration"] == taken + 1
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ def test_page_holds_everything_in_one_file(evaluated):
     page = page_of(output, data)
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert len(page.images()) == 3 * len(SIZES) + 2
+    assert len(page.images()) == 3 * len(SIZES) + 1  # and the curves
     assert {"annotated boxes", "predicted masks (score ≥ 0.5)", "true masks", "5.png"} <= set(page.text)
     metrics = json.loads((output / METRICS_FILE).read_text())
     for kind in ("segm", "bbox", "boxfill"):

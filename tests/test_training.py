@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -145,7 +144,6 @@ def test_evaluation_takes_the_network_that_is_asked_for(small_cfg, tmp_path, mon
 
 
 SUPERVISIONS = {
-    "boxes": [],
     "masks": ["MODEL.SIM.SUPERVISION", "mask"],
     "everything": [
         *("MODEL.SIM.TEACHER.ENABLED", True, "MODEL.SIM.PAIRWISE.FEATURE_AFFINITY", True),
@@ -282,27 +280,8 @@ def test_an_unfinished_line_of_a_killed_run_is_dropped(tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_checkpoint_from_which_the_run_goes_on(few, tmp_path):
-    output = Path(few.OUTPUT_DIR)
-    (tmp_path / "few.yaml").write_text(few.dump())
-    command = [sys.executable, "train_net.py", "--config-file", str(tmp_path / "few.yaml"), "SOLVER.MAX_ITER"]
-    process = subprocess.Popen([*command, "100000"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while len(train_losses(output) if (output / "metrics.jsonl").exists() else []) < 3:
-        assert process.poll() is None
-        assert time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    state = torch.load(output / (output / "last_checkpoint").read_text(), weights_only=True)
-    assert state["iteration"] >= 3
-    finished = train(few, "SOLVER.MAX_ITER", state["iteration"] + 1, resume=True)
-    assert len(train_losses(finished)) == state["iteration"] + 1
-
-
-@pytest.mark.slow
 def test_box_supervision_never_reads_a_segmentation(few, tmp_path):
-    settings = ("SOLVER.MAX_ITER", 10)
+    settings = ("SOLVER.MAX_ITER", 4)
     expected = train_losses(train(few, *settings))
     for damage in ("deleted", "nonsense"):
         data = few_images(tmp_path / "data", "train", 12)
@@ -346,14 +325,8 @@ def test_two_processes_learn_what_one_does(few, tmp_path):
 def test_a_short_run_of_the_coco_recipe_on_real_images(coco_root, tmp_path):
     overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "INPUT.IMAGE_SIZE", "128", "INPUT.MIN_SIZE_TEST", "128"]
     overrides += ["MODEL.WEIGHTS", "", "SOLVER.MAX_ITER", "3", "OUTPUT_DIR", str(tmp_path)]
-    command = [
-        sys.executable,
-        "train_net.py",
-        "--config-file",
-        "configs/coco/sim_R50_bs16_50ep.yaml",
-        *overrides,
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    config = str(ROOT / "configs/coco/sim_R50_bs16_50ep.yaml")
+    assert main(["train", "--config-file", config, *overrides]) == 0
     assert len(train_losses(tmp_path)) == 3
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"segm/AP", "bbox/AP", "boxfill/AP"} <= metrics.keys()

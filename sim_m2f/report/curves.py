@@ -22,11 +22,11 @@ SMOOTHED_PART = 1 / 25  # of the logged steps, over which the bold line is a mea
 COLUMNS = 3
 WIDTH, HEIGHT = 4, 2.7  # of a panel with its margins, inches
 LEFT, RIGHT, TOP, BOTTOM, STEP = 0.55, 0.3, 0.4, 0.35, 0.25  # margins of a panel, and the word below all
-LIGHT, DARK = (Path(__file__).with_name(f"{name}.mplstyle") for name in ("curves", "curves_dark"))
+STYLE = Path(__file__).with_name("curves.mplstyle")
 
 
-def draw_curves(series: Series) -> tuple[Image.Image, Image.Image] | None:
-    """One panel for average precision and one per loss, for light and for dark screens.
+def draw_curves(series: Series) -> Image.Image | None:
+    """One panel for average precision and one per loss.
 
     In a loss panel the faint line is what was logged, the bold one its running mean. None when the series
     hold neither average precision nor a loss.
@@ -34,15 +34,11 @@ def draw_curves(series: Series) -> tuple[Image.Image, Image.Image] | None:
     shown = ("total_loss", "mask_fill", "mask_solidity")
     losses = {key: series[key] for key in series if key in shown or key.startswith("loss_")}
     precision = {key: series[key] for key in PRECISION if key in series}
-    if not losses and not precision:
-        return None
-    return _draw(precision, losses, [LIGHT]), _draw(precision, losses, [LIGHT, DARK])
-
-
-def _draw(precision: Series, losses: Series, styles: list[Path]) -> Image.Image:
     panels = bool(precision) + len(losses)
+    if not panels:
+        return None
     rows, columns = math.ceil(panels / COLUMNS), min(COLUMNS, panels)
-    with matplotlib.style.context(styles):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + STEP))
         axes = iter(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
         _set_margins(figure, rows, columns)

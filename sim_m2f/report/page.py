@@ -37,8 +37,7 @@ class Page:
     """What the page shows; empty parts are left out.
 
     ``metrics`` are in percent (None where unknown), ``labelled`` are annotated boxes with their masks,
-    ``reliability`` plots the scores of such masks, ``curves`` are drawn for light and for dark
-    screens, ``config`` is YAML text.
+    ``reliability`` plots the scores of such masks, ``config`` is YAML text.
     """
 
     title: str
@@ -48,7 +47,7 @@ class Page:
     labelled: Sequence[Example] = ()
     reliability: Image.Image | None = None
     examples: Sequence[Example] = ()
-    curves: tuple[Image.Image, Image.Image] | None = None
+    curves: Image.Image | None = None
     evolutions: Sequence[Evolution] = ()
     config: str = ""
 

@@ -85,7 +85,7 @@ def write_report(
         sheet = contact_sheet([(example.caption, example.panels) for example in examples])
         write_png(output_dir / "report" / "contact_sheet.png", sheet)
     if curves:
-        write_png(output_dir / "report" / "loss_curves.png", curves[0])
+        write_png(output_dir / "report" / "loss_curves.png", curves)
     page = Page(
         title=f"Instance masks on {data.name}",
         subtitle=_subtitle(data, sum(map(len, detections.values())), supervision),
