@@ -322,6 +322,7 @@ def test_sigterm_stops_the_runs_with_a_checkpoint(workshop, tmp_path):
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.slow
 def test_scores_on_tagged_images_are_pycocotools_own():
     truth = coco_metrics.load_truth(cached_shapes() / "annotations/val.json")
     rng = np.random.default_rng(0)

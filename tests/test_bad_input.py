@@ -109,6 +109,7 @@ def test_links_within_the_folder_and_to_it_are_followed(sound, tmp_path):
     assert run(CHECK, folder).kind == "runs"
 
 
+@pytest.mark.slow
 def test_the_limit_of_pixels_is_exact_and_above_pillows(sound, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     folder = copied(sound, tmp_path / "folder")

@@ -157,7 +157,7 @@ def test_configuration(capsys, tmp_path, name):
         ("", "mapping"),
         ("_BASE_: 5", "mapping"),
         ("SEED: 1\nINPUT: {IMAGE_SIZE: 64, IMAGE_SIZE: 96}", "the key IMAGE_SIZE stands twice"),
-        ("SEED: " + 1500 * "[", "nested too deeply"),
+        pytest.param("SEED: " + 1500 * "[", "nested too deeply", marks=pytest.mark.slow),
         ("SOLVER: {STEPS: &own [*own]}", "SOLVER.STEPS[0] takes a float"),
         ("SOLVER: {BASE_LR: .nan}", "SOLVER.BASE_LR is nan"),
         ("INPUT: {MAX_SCALE: .inf}", "INPUT.MAX_SCALE is inf; use a finite number"),

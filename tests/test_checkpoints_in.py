@@ -54,6 +54,7 @@ def test_final_model_of_mask2former(tmp_path, capsys):
     assert "Mask2Former (detectron2)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_training_checkpoint_of_detectron2(tmp_path):
     cfg, source = small_network("Swin", seed=1)
     _, network = small_network("Swin", seed=2)
@@ -121,6 +122,7 @@ def caffe2_name(name: str) -> str:
 
 
 @pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.slow
 def test_msra(tmp_path, capsys, folded):
     """BGR pixels of which only the mean is subtracted give what the network gives for its own RGB pixels."""
     _, source = small_network("MSRA", seed=1)
@@ -182,6 +184,7 @@ def test_timms_pretrained_backbone_says_what_was_loaded(offered, capsys):
 
 
 @pytest.mark.parametrize("name", ["resnet34", "seresnet18", "resnet50"])
+@pytest.mark.slow
 def test_timms_weights_of_a_larger_backbone_are_refused(offered, name):
     _, network = small_network("ResNet-18", overrides=FULL_WIDTH)
     with pytest.raises(UserError, match="another backbone") as raised:

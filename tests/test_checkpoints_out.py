@@ -171,6 +171,7 @@ def test_a_home_that_is_not_known_is_one_line(tmp_path, capsys):
     assert "the home folder that its ~ stands for is not known" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     cfg, network = small_network("ResNet-18", seed=1)
     Segmenter(network, cfg, CLASSES).save_pretrained(tmp_path / "trained")

@@ -268,6 +268,7 @@ def test_coco_is_found_in_its_folder_or_the_one_above(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("coco_root")
 @pytest.mark.parametrize("name", ["coco_2017_train", "coco_2017_val"])
+@pytest.mark.slow
 def test_real_coco_agrees_with_pycocotools(name, capsys):
     source = catalog.find_source(name)
     reference = COCO(source.annotations)

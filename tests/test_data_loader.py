@@ -352,6 +352,7 @@ def test_a_batch_may_have_no_object_left(tmp_path, supervision):
 
 
 @pytest.mark.usefixtures("coco_root")
+@pytest.mark.slow
 def test_real_coco_images_train_and_test():
     cfg = get_cfg()
     cfg.merge_from_list(["INPUT.IMAGE_SIZE", 256, "DATALOADER.NUM_WORKERS", 2, *MASK])

@@ -52,6 +52,7 @@ def test_a_missing_package_is_named(name):
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_rest_is_still_told():
     done = run("doctor", hidden="torch")
     assert done.returncode == 1

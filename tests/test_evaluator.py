@@ -126,6 +126,7 @@ def test_numbers_are_those_of_plain_pycocotools(coloured, tmp_path, capsys):
     assert printed["disc"][1:] == [shown[f"{kind}/AP-disc"] for kind in ("segm", "bbox", "boxfill")]
 
 
+@pytest.mark.slow
 def test_numbers_on_real_images(coco_root, tmp_path):
     annotations = coco_root / "coco/annotations/instances_val2017.json"
     truth = coco_metrics.load_truth(annotations)

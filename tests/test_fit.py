@@ -239,6 +239,7 @@ def begin(data, monkeypatch):
     return configuration
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_moved_is_the_one_that_goes_on(tmp_path, begin):
     begin(tmp_path / "out")
     parts = (tmp_path / "out/fit.train.json").read_text()

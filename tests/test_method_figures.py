@@ -218,12 +218,14 @@ def test_images_are_those_of_the_step_that_is_asked_for(tmp_path):
     assert [step for step, _ in found[0].rows] == ["step 200", "step 500"]
 
 
+@pytest.mark.slow
 def test_names_with_dollars_are_drawn(explained, tmp_path):
     maps, *_ = explained
     maps = replace(maps, name="a$_$b.png", classes=["a$_$b"] * len(maps.classes))
     assert [name for name, _ in write_method(tmp_path, 0, [maps])] == ["01_a$_$b/objects", "01_a$_$b/whole"]
 
 
+@pytest.mark.slow
 def test_long_names_are_cut(explained, tmp_path):
     """At 255 bytes a name has no room for what figures and temporary files append."""
     maps, *_ = explained

@@ -52,6 +52,7 @@ def step(cfg, batch, change=None):
     return losses, matched, outputs
 
 
+@pytest.mark.slow
 def test_every_annotation_is_read_and_knows_whether_it_has_a_mask(mixed_cfg):
     batch = next(batches(mixed_cfg))
     known = torch.cat([target["known"] for target in batch["targets"]])
@@ -93,6 +94,7 @@ def test_all_masks_known_is_supervision_by_masks_for_the_same_match(mixed_cfg):
     assert torch.allclose(losses["loss_known_masks"], expected["loss_mask"] + expected["loss_dice"])
 
 
+@pytest.mark.slow
 def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
     batch = next(batches(mixed_cfg))
     targets = [{**t, "known": torch.zeros_like(t["known"])} for t in batch["targets"]]
@@ -106,6 +108,7 @@ def test_a_batch_without_masks_is_one_from_boxes(mixed_cfg):
 
 
 @pytest.mark.parametrize(("share", "times"), [(0.0, 1), (0.1, 1), (0.5, 9), (0.75, 27)])
+@pytest.mark.slow
 def test_images_with_a_mask_are_seen_as_often_as_asked_for(mixed_cfg, share, times):
     """Of 40 images four have a mask: 9 times 4 are half of all."""
     file = Path(mixed_cfg.DATASETS.TRAIN_ANNOTATIONS)
@@ -125,6 +128,7 @@ def test_images_with_a_mask_are_seen_as_often_as_asked_for(mixed_cfg, share, tim
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.slow
 def test_missing_segmentations_are_faults_of_supervision_by_masks_alone(mixed_cfg):
     paths = mixed_cfg.DATASETS.TRAIN_ANNOTATIONS, mixed_cfg.DATASETS.TRAIN_IMAGES
     source = DatasetSource("some", *map(Path, paths))
@@ -185,6 +189,7 @@ def test_objects_pasted_by_true_masks_are_learned_from_as_known_ones(mixed_cfg):
     assert copying.bank.scores.count_nonzero() == count + (~pasted).sum()  # nothing is pasted twice
 
 
+@pytest.mark.slow
 def test_edges_of_a_part_of_a_batch_are_looked_for_once(mixed_cfg, monkeypatch):
     calls, look = [], criterion_module.alike_edges
     monkeypatch.setattr(criterion_module, "alike_edges", lambda *given: calls.append(1) or look(*given))

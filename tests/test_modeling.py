@@ -298,6 +298,7 @@ def test_gradients_of_masks_that_few_losses_read(read):
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "convnext_atto", "resnet10t"])
+@pytest.mark.slow
 def test_frozen_norms_of_any_backbone_never_change(name):
     cfg = get_cfg()
     cfg.merge_from_file(SMALL_FILE)

@@ -86,6 +86,7 @@ def test_damaged_configurations_of_transformers_are_refused(backbone, processor,
 
 
 @pytest.mark.parametrize("name", ["sim_R50_bs16_50ep", "sim_swin_large_IN21k"])
+@pytest.mark.slow
 def test_a_configuration_returns_from_transformers(name):
     cfg, _ = zoo(name)
     names = [f"thing {index}" for index in range(80)]

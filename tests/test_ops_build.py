@@ -61,12 +61,14 @@ def test_without_a_compiler_the_package_installs_and_plain_pytorch_serves(tmp_pa
 
 
 @pytest.mark.parametrize("wanted", ["cpu", "cuda"])
+@pytest.mark.slow
 def test_what_is_asked_for_and_cannot_be_built_is_an_error(tmp_path, wanted):
     done = install(tmp_path, SIM_M2F_OPERATOR=wanted)
     assert done.returncode != 0
     assert "not found" in done.stderr or "was found" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_cuda_part_that_does_not_compile_is_an_error(tmp_path):
     """nvcc that fails on every source; the C++ compiler accepts anything."""
     toolkit = tmp_path / "cuda"

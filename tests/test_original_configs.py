@@ -168,6 +168,7 @@ def parameters(cfg) -> int:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.slow
 def test_the_originals_keys_build_the_originals_network(tmp_path, capsys, network):
     cfg = configuration(str(written(tmp_path, network)), [])
     assert cfg.MODEL.SIM.SUPERVISION == "mask"
@@ -181,6 +182,7 @@ def test_the_originals_keys_build_the_originals_network(tmp_path, capsys, networ
 
 
 @pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.slow
 def test_our_configuration_of_a_network_has_its_size(network):
     _, number, name = NETWORKS[network]
     cfg = configuration(str(ROOT / f"configs/coco/{name}.yaml"), [])

@@ -198,6 +198,7 @@ def test_no_run_begins_in_the_folder_of_a_network(model, tmp_path, capsys):
     assert "holds a network already (model.safetensors)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_a_configuration_give_a_model(model, tmp_path):
     (tmp_path / "network.yaml").write_text(model.cfg.dump())
     save_checkpoint(tmp_path / "model.pth", {"model": model.network.state_dict()})
@@ -273,6 +274,7 @@ def test_an_uploaded_network_is_the_saved_one(model, tmp_path, monkeypatch):
     assert hub.files == {"somebody/stars": {file.name: file.read_bytes() for file in tmp_path.iterdir()}}
 
 
+@pytest.mark.slow
 def test_a_device_that_does_not_exist_is_named(model, tmp_path):
     model.save_pretrained(tmp_path)
     for device in ("abacus", "meta"):
@@ -307,6 +309,7 @@ def test_the_command_writes_a_coco_json_and_overlays(model, image, tmp_path, cap
     assert str(tmp_path / "out") in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_overlay_of_16_bits_shows_what_the_network_saw(model, tmp_path):
     """A ramp over all values; Pillow alone would make all but the darkest 255 of them white."""
     model.save_pretrained(tmp_path / "model")

@@ -380,6 +380,7 @@ def training_cfg(small_cfg, tmp_path):
     return small_cfg
 
 
+@pytest.mark.slow
 def test_proposals_follow_the_augmentation(training_cfg):
     """Where they are the true masks they look as these do, in every crop; the others are empty."""
     cfg = training_cfg
@@ -439,6 +440,7 @@ def test_proposals_that_nothing_learns_from_are_refused(training_cfg):
         train_loader(cfg)
 
 
+@pytest.mark.slow
 def test_proposals_are_parsed_once_per_node(training_cfg, monkeypatch):
     """A rank that is given what the first one of its node has read needs no file."""
     read: list = []

@@ -149,6 +149,7 @@ def test_recomputed_blocks_have_the_same_gradients_from_less_memory(overrides):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_paths_are_dropped_by_the_images_seeds(small_cfg):
     small_cfg.MODEL.BACKBONE.NAME, small_cfg.MODEL.SWIN.EMBED_DIM = "D2SwinTransformer", 24
     small_cfg.MODEL.SWIN.DROP_PATH_RATE = 0.9

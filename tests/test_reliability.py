@@ -398,6 +398,7 @@ def test_a_signal_ends_at_once_what_forks_just_then():
     assert silent(FORKING) == (128 + signal.SIGTERM, "\nlast words\n")
 
 
+@pytest.mark.slow
 def test_a_signal_while_output_is_silenced_has_its_last_words():
     """As it is while pycocotools computes scores; what was printed before comes first."""
     assert silent(SILENCED) == (128 + signal.SIGTERM, "before\n\nlast words\n")
