@@ -46,8 +46,8 @@ from fault_runs import NAMES, OUTPUT, Durations, Ended, Fault, resize_disk, run 
 from sim_m2f.config import value_of  # noqa: E402
 from sim_m2f.config.node import leaf_keys  # noqa: E402
 from sim_m2f.data.shapes import cached_shapes  # noqa: E402
-from sim_m2f.engine.run_folder import LOCK  # noqa: E402
 from sim_m2f.files import write_file  # noqa: E402
+from sim_m2f.own_folder import LOCK  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/faults.json"
 SETTINGS = {

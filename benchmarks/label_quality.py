@@ -29,8 +29,7 @@ from tqdm import tqdm
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.config.shipped import find_config
 from sim_m2f.data.catalog import DatasetSource, data_sources
-from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import CocoData, ImageRecord, read_coco, read_mask
 from sim_m2f.data.image import read_image
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.data.segmentation import encode_masks

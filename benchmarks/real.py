@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from sim_m2f.config import CfgNode, get_cfg
 from sim_m2f.data.catalog import data_sources
-from sim_m2f.data.coco import read_coco
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import read_coco, read_mask
 from sim_m2f.data.loader import eval_loader
 from sim_m2f.engine.evaluator import evaluate_all
 from sim_m2f.modeling import Mask2Former, build_model

@@ -11,8 +11,7 @@ from small_coco import save, small_coco
 
 from sim_m2f.cli import main
 from sim_m2f.data import catalog
-from sim_m2f.data.coco import inspect_coco, read_coco
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import inspect_coco, read_coco, read_mask
 from sim_m2f.errors import UserError
 
 

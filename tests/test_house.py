@@ -1,7 +1,10 @@
 """The floors of the house: imports run down and in no circle; a loss is added in one place."""
 
 import ast
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,7 +23,7 @@ from sim_m2f.supervision.matched import MatchedBoxes, per_object
 FLOORS = (
     ("errors", "allocator", "distributed", "draws", "geometry", "progress", "structures"),
     ("files", "config"),
-    ("pixels",),
+    ("pixels", "own_folder"),
     ("modeling", "supervision", "data"),
     ("weights", "detections"),
     ("segmenter", "engine"),
@@ -142,3 +145,14 @@ def test_the_command_line_names_every_command(capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         main(["tarin"])
     assert "invalid choice: 'tarin'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "package"), [("check", "torch"), ("convert", "torch"), ("train", "timm")]
+)
+def test_a_command_begins_without_packages_that_it_may_not_need(command, package):
+    """They take seconds: what reads annotations needs no tensors, whoever launches ranks no network."""
+    script = f"import sys, sim_m2f.commands.{command}; sys.exit({package!r} in sys.modules)"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "ops")])
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": path})

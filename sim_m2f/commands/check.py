@@ -9,8 +9,7 @@ from pathlib import Path
 
 from sim_m2f.config import CfgNode, get_cfg, validate
 from sim_m2f.data.catalog import DatasetSource, find_source
-from sim_m2f.data.coco import CocoData, ImageRecord, check_categories, inspect_coco, limit_problem
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import CocoData, ImageRecord, check_categories, inspect_coco, limit_problem, read_mask
 from sim_m2f.data.formats.base import Record
 from sim_m2f.data.formats.registry import COCO, INPUTS, read_annotations
 from sim_m2f.data.image import links_outside

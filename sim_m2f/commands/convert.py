@@ -19,9 +19,9 @@ from sim_m2f.data.formats.registry import (
     refuse_shared_files,
 )
 from sim_m2f.data.split import part, split_images
-from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs, write_file
+from sim_m2f.own_folder import locked, remove_leftovers
 
 ANNOTATIONS, PARTS = "annotations.json", ("train.json", "val.json")
 

@@ -34,7 +34,7 @@ from sim_m2f.data.formats.registry import (
 from sim_m2f.data.segmentation import JUST_BOXES, mostly_boxes
 from sim_m2f.data.split import part
 from sim_m2f.data.survey import survey
-from sim_m2f.engine.run_folder import locked, refuse_used, remove_leftovers
+from sim_m2f.engine.run_folder import refuse_used
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.engine.trial import OutOfMemoryError, Trial, trial
 from sim_m2f.errors import UserError
@@ -43,6 +43,7 @@ from sim_m2f.labelling.masks import label
 from sim_m2f.labelling.quality import FILE, Quality
 from sim_m2f.labelling.run import Labeller, label_set
 from sim_m2f.modeling import build_model
+from sim_m2f.own_folder import locked, remove_leftovers
 from sim_m2f.report.hooks import FirstLook
 from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY, write_report

@@ -15,11 +15,12 @@ from sim_m2f.data.formats.registry import (
     output_formats,
     refuse_read_again,
 )
-from sim_m2f.engine.run_folder import FILES, locked, remove_leftovers
+from sim_m2f.engine.run_folder import FILES
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded, refuse_inputs
 from sim_m2f.labelling.quality import Quality, read_quality, reliability, write_quality
 from sim_m2f.labelling.run import Labeller, calibrated, check_set, label_set
+from sim_m2f.own_folder import locked, remove_leftovers
 from sim_m2f.report.drawing import write_png
 from sim_m2f.report.labelled import MASKS
 from sim_m2f.report.run_report import RELIABILITY

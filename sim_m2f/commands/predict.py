@@ -14,9 +14,9 @@ from pycocotools import mask as coco_mask
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.image import image_files, read_image
 from sim_m2f.engine.evaluator import encode
-from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError, image_problem
 from sim_m2f.files import write_file
+from sim_m2f.own_folder import locked, remove_leftovers
 from sim_m2f.progress import progress
 from sim_m2f.report.drawing import Shape, colours, draw, write_png
 from sim_m2f.segmenter import Instances, Segmenter, from_pretrained

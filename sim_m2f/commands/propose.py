@@ -7,11 +7,11 @@ from pathlib import Path
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.formats.registry import BOXES, COCO, INPUTS, as_coco, refuse_read_again
-from sim_m2f.engine.run_folder import locked, remove_leftovers
 from sim_m2f.errors import UserError
 from sim_m2f.files import refuse_inputs
 from sim_m2f.labelling.proposals import GRABCUT, SAM, find_proposer
 from sim_m2f.labelling.run import label_set
+from sim_m2f.own_folder import locked, remove_leftovers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from sim_m2f.commands.check import add_limits, limits
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.engine.run_folder import locked
 from sim_m2f.errors import UserError
 from sim_m2f.files import expanded
 from sim_m2f.labelling.quality import FILE, read_quality
 from sim_m2f.labelling.run import Labeller
+from sim_m2f.own_folder import locked
 from sim_m2f.report.labelled import MASKS
 from sim_m2f.segmenter import Segmenter, from_pretrained
 from sim_m2f.serving.review import Review

@@ -11,9 +11,10 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from sim_m2f.config import CfgNode, extent_warning, get_cfg, validate, without_effect
 from sim_m2f.distributed import leave_group
 from sim_m2f.engine.launch import end_with_launcher, is_first_of_launched, launch
-from sim_m2f.engine.run_folder import locked, refuse_used
+from sim_m2f.engine.run_folder import refuse_used
 from sim_m2f.errors import UserError, file_problem, memory_problem, rank_problem
 from sim_m2f.files import expanded
+from sim_m2f.own_folder import locked
 
 MOST = 1024  # machines, or processes of one
 

@@ -18,7 +18,7 @@ import numpy as np
 from sim_m2f.config import CfgNode
 from sim_m2f.data.catalog import DatasetSource
 from sim_m2f.data.image import LIMITS, check_header, links_outside, names_outside, read_image
-from sim_m2f.data.segmentation import segmentation_problem
+from sim_m2f.data.segmentation import decode_segmentation, segmentation_problem
 from sim_m2f.errors import UserError, is_line
 from sim_m2f.files import read_json, refuse_special
 
@@ -361,3 +361,28 @@ def _difference(first: CocoData, other: CocoData) -> str:
         if theirs != ours:
             return f": id {theirs[0]} {theirs[1]!r}, not id {ours[0]} {ours[1]!r}"
     return ""
+
+
+def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
+    """The mask (H, W) uint8 of one object of an image whose masks were read; empty where it has none.
+
+    Raises:
+        UserError: the segmentation cannot be decoded.
+    """
+    assert record.segmentations is not None
+    return decoded(data, record, index, record.segmentations[index])
+
+
+def decoded(data: CocoData, record: ImageRecord, index: int, segmentation: Any) -> np.ndarray:
+    """The mask (H, W) uint8 that a segmentation gives an object of an image; empty for None.
+
+    Raises:
+        UserError: the segmentation cannot be decoded.
+    """
+    if segmentation is None:
+        return np.zeros((record.height, record.width), np.uint8)
+    try:
+        return decode_segmentation(segmentation, record.height, record.width)
+    except ValueError as error:
+        where = f"{data.annotations_file}: annotation id {record.annotation_ids[index]}"
+        raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error

@@ -1,7 +1,5 @@
 """Images as samples for the network: read and augmented."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch.utils.data import Dataset
@@ -10,8 +8,7 @@ from torchvision.transforms import v2
 
 from sim_m2f.config import CfgNode
 from sim_m2f.data.augmentation import eval_augmentation, train_augmentation
-from sim_m2f.data.coco import CocoData, ImageRecord
-from sim_m2f.data.segmentation import decode_segmentation
+from sim_m2f.data.coco import CocoData, ImageRecord, decoded, read_mask
 from sim_m2f.errors import UserError
 from sim_m2f.structures import Annotated, Sample
 
@@ -119,28 +116,3 @@ def read_sample(data: CocoData, record: ImageRecord, bottom_rows: int) -> Annota
         sample["proposals"] = tv_tensors.Mask(torch.from_numpy(np.stack(masks)))
         sample["proposal_scores"] = torch.tensor([float(score) for _, score in given])
     return sample
-
-
-def read_mask(data: CocoData, record: ImageRecord, index: int) -> np.ndarray:
-    """The mask (H, W) uint8 of one object of an image whose masks were read; empty where it has none.
-
-    Raises:
-        UserError: the segmentation cannot be decoded.
-    """
-    assert record.segmentations is not None
-    return decoded(data, record, index, record.segmentations[index])
-
-
-def decoded(data: CocoData, record: ImageRecord, index: int, segmentation: Any) -> np.ndarray:
-    """The mask (H, W) uint8 that a segmentation gives an object of an image; empty for None.
-
-    Raises:
-        UserError: the segmentation cannot be decoded.
-    """
-    if segmentation is None:
-        return np.zeros((record.height, record.width), np.uint8)
-    try:
-        return decode_segmentation(segmentation, record.height, record.width)
-    except ValueError as error:
-        where = f"{data.annotations_file}: annotation id {record.annotation_ids[index]}"
-        raise UserError(f"{where}: segmentation cannot be decoded ({error}); correct it") from error

@@ -14,9 +14,10 @@ from sim_m2f.data.notes import notes
 from sim_m2f.distributed import largest_number
 from sim_m2f.engine import coco_metrics
 from sim_m2f.engine.logging import MetricsLogger, forget_peak, memory_gib
-from sim_m2f.engine.run_folder import remove_leftovers, remove_run
+from sim_m2f.engine.run_folder import FILES, remove_run
 from sim_m2f.engine.trainer import Hook, Trainer
 from sim_m2f.files import expanded, write_file
+from sim_m2f.own_folder import remove_leftovers
 
 # Below both, masks are taken for outlines.
 OUTLINE_FILL, OUTLINE_SOLIDITY = 0.35, 0.7
@@ -48,7 +49,7 @@ class CleanFolder(Hook):
 
     def before_train(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
-            remove_leftovers(trainer.output_dir)
+            remove_leftovers(trainer.output_dir, FILES)
             if self.overwrite:
                 remove_run(trainer.output_dir, _inputs(trainer.cfg))
 

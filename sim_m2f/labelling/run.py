@@ -12,8 +12,7 @@ import numpy as np
 from torch import nn
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco, xyxy
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import CocoData, ImageRecord, load_json, read_coco, read_mask, xyxy
 from sim_m2f.data.formats.base import Record, images_of, write_list
 from sim_m2f.data.formats.registry import WRITERS, refuse_shared_files
 from sim_m2f.data.segmentation import JUST_BOXES, encode_masks, mostly_boxes

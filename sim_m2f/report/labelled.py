@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from sim_m2f.data.catalog import DatasetSource
-from sim_m2f.data.coco import CocoData, ImageRecord, read_coco
-from sim_m2f.data.dataset import read_mask
+from sim_m2f.data.coco import CocoData, ImageRecord, read_coco, read_mask
 from sim_m2f.files import read_json
 from sim_m2f.report.drawing import Shape, colours, draw
 from sim_m2f.report.page import Example
