@@ -128,6 +128,14 @@ def test_the_notebook_is_committed_without_outputs():
             assert cell["execution_count"] is None
 
 
+def test_the_notebook_imports_what_there_is():
+    notebook = json.loads((ROOT / "examples/boxes_to_masks.ipynb").read_text())
+    lines = [line for cell in notebook["cells"] if cell["cell_type"] == "code" for line in cell["source"]]
+    imports = [line for line in lines if re.match(r"(from|import) sim_m2f", line)]
+    assert len(imports) >= 3
+    exec("".join(imports), {})
+
+
 USE_AREA = """
 import torch, sim_m2f
 from sim_m2f.supervision.criterion import build_criterion
